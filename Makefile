@@ -1,0 +1,32 @@
+# The commands of the README. Each does its own set-up; needs Python 3.11-3.13, git and make.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+BUDGET ?= 900
+DATA ?= ../shared/data/cifar10-jpg.tar.xz
+
+.PHONY: demo test photos lint setup clean
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11-3.13 found; pass PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "setting up $(VENV) (about two minutes, 6 GB: torch with CUDA)"
+	@start=$$(date +%s) && $(PYTHON) -m venv $(VENV) && \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' && \
+	  echo $$(( $$(date +%s) - start )) > $(VENV)/set_up_seconds && touch $@
+
+demo: setup  ## digits: tokenizer, generator, samples, evaluation; outputs/demo/
+	$(RUN) scripts/demo.py out=outputs/demo set_up_seconds=$$(cat $(VENV)/set_up_seconds)
+
+test: setup  ## the test suite
+	$(RUN) -m pytest
+
+photos: setup  ## CIFAR-10: both kinds of tokenizer and generator; BUDGET seconds a stage; DATA = archive or folder
+	$(RUN) scripts/photos.py data=$(DATA) budget=$(BUDGET) out=outputs/photos
+
+lint: setup
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) outputs multirun build dist *.egg-info

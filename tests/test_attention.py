@@ -1,0 +1,168 @@
+"""Attention, cache and rope against the definitions."""
+
+import math
+
+import pytest
+import torch
+
+from vtok.layers.attention import Attention, attend, attend_naive
+from vtok.layers.cache import KVCache
+from vtok.layers.rope import rope_1d, rope_2d, rotate
+from vtok.layers.trunk import Inputs, Trunk
+from vtok.layout import SequenceLayout, visible
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def ranks_mask():
+    ranks = SequenceLayout.levels((1, 2, 4)).ranks()
+    return visible(ranks, ranks)
+
+
+@pytest.mark.parametrize("mask", [None, "causal", ranks_mask()], ids=["full", "causal", "ranks"])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_attend_equals_naive_softmax(mask, scale):
+    q, k, v = torch.randn(3, 2, 3, 7, 8, dtype=torch.float64).unbind(0)
+    got = attend(q, k, v, mask=mask, scale=scale)
+    torch.testing.assert_close(got, attend_naive(q, k, v, mask=mask, scale=scale), rtol=1e-12, atol=1e-12)
+
+
+def test_attend_refuses_what_it_cannot_do():
+    q = torch.randn(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="as many queries"):
+        attend(q[:, :, :2], q, q, mask="causal")
+    with pytest.raises(ValueError, match="CUDA"):
+        attend(q, q, q, mask=object())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")
+def test_block_mask_equals_bool_mask_on_cuda():
+    from vtok.layers.attention import block_mask
+
+    ranks = SequenceLayout.scales((1, 2, 4, 8, 10)).ranks(device="cuda")
+    q, k, v = (torch.randn(2, 2, len(ranks), 64, device="cuda", requires_grad=True) for _ in range(3))
+    grads = []
+    for mask in (block_mask(ranks), visible(ranks, ranks)):
+        out = attend(q, k, v, mask=mask)
+        grads.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_rope_is_a_complex_rotation():
+    x = torch.randn(2, 3, 5, 8)
+    cos, sin = rope_1d(torch.arange(5), 8)
+    turn = torch.arange(5)[:, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    want = torch.view_as_real(
+        torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones(5, 4), turn)
+    )
+    torch.testing.assert_close(rotate(x, cos, sin), want.flatten(-2))
+
+
+def test_rope_depends_on_relative_position_only():
+    q, k = torch.randn(2, 1, 1, 1, 16).unbind(0)
+
+    def product(a, b):
+        at = [rope_2d(torch.tensor([p[0]]), torch.tensor([p[1]]), 16) for p in (a, b)]
+        return (rotate(q, *at[0]) * rotate(k, *at[1])).sum()
+
+    torch.testing.assert_close(product((3, 5), (1, 2)), product((7, 4), (5, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_zero_row_hides_the_position_from_every_query():
+    """LlamaGen's class row: cos = sin = 0 makes its key the zero vector, so every query gives it logit 0."""
+    x = torch.randn(1, 1, 4, 8)
+    cos, sin = (torch.cat([torch.zeros(1, 4), t]) for t in rope_1d(torch.arange(3), 8))
+    assert (rotate(x, cos, sin)[:, :, 0] == 0).all()
+
+
+def test_l2_attention_scale_is_capped_at_100():
+    layer = Attention(dim=8, heads=2, qk_norm="l2")
+    assert torch.allclose(layer.log_scale.exp(), torch.tensor(4.0)) and layer.scale == 1.0
+    x = torch.randn(1, 3, 8)
+    with torch.no_grad():
+        layer.log_scale.fill_(math.log(100))
+        capped = layer(x)
+        layer.log_scale.fill_(50.0)
+        assert torch.equal(layer(x), capped)
+
+
+def trunk(**options):
+    return Trunk(dim=16, depth=2, heads=2, hidden=32, **options).eval()
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "l2", "rms", "layer"])
+@pytest.mark.parametrize("modulation", ["none", "own", "shared"])
+def test_cached_steps_equal_one_pass(qk_norm, modulation):
+    layout = SequenceLayout.levels((1, 2, 4))
+    model = trunk(qk_norm=qk_norm, modulation=modulation, norm="layer", ffn="gelu", bias="qkv")
+    x, vector = torch.randn(3, 7, 16), None if modulation == "none" else torch.randn(3, 1, 16)
+    whole = model(Inputs(x, layout.ranks(), layout.pattern(), vector=vector))
+    cache, parts = model.cache(3, 7, dtype=torch.float32, device="cpu"), []
+    for k in range(layout.steps):
+        a, b = layout.read(k, k + 1)
+        parts.append(model(Inputs(x[:, a:b], layout.ranks(k, k + 1), "full", vector=vector), cache))
+        cache.commit(b - a)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_several_causal_positions_against_a_cache():
+    layout = SequenceLayout.line(6)
+    model, x = trunk(), torch.randn(2, 6, 16)
+    whole = model(Inputs(x, layout.ranks(), "causal"))
+    cache = model.cache(2, 6, dtype=torch.float32, device="cpu")
+    model(Inputs(x[:, :2], layout.ranks(0, 2), "causal"), cache)
+    cache.commit(2)
+    torch.testing.assert_close(model(Inputs(x[:, 2:], layout.ranks(2, 6), "causal"), cache), whole[:, 2:])
+
+
+def test_uncommitted_positions_are_overwritten():
+    model, x = trunk(), torch.randn(2, 3, 16)
+    ranks = SequenceLayout.line(3).ranks()
+    cache = model.cache(2, 3, dtype=torch.float32, device="cpu")
+    model(Inputs(x[:, :1], ranks[:1], "full"), cache)
+    cache.commit(1)
+    first = model(Inputs(x[:, 1:2], ranks[1:2], "full"), cache)
+    model(Inputs(x[:, 2:], ranks[1:2], "full"), cache)
+    assert torch.equal(model(Inputs(x[:, 1:2], ranks[1:2], "full"), cache), first)
+
+
+def test_ragged_rows_equal_each_row_alone():
+    model = trunk()
+    x = torch.randn(2, 5, 16)
+    lengths = torch.tensor([1, 3])
+    ranks = SequenceLayout.line(5).ranks()
+    cache = model.cache(2, 6, dtype=torch.float32, device="cpu")
+    model(Inputs(x[:, :3], ranks[:3], "causal"), cache)
+    cache.commit(lengths)
+    window = lengths[:, None] + torch.arange(2)
+    inputs = Inputs(x, ranks, "causal").window(window)
+    got = model(inputs, cache)
+    for row, length in enumerate(lengths.tolist()):
+        alone = model(Inputs(x[row : row + 1, : length + 2], ranks[: length + 2], "causal"))
+        torch.testing.assert_close(got[row : row + 1], alone[:, length:], rtol=1e-5, atol=1e-5)
+
+
+def test_cache_rows_can_be_taken_in_place():
+    cache = KVCache(1, 3, 1, 4, 2, dtype=torch.float32, device="cpu")
+    cache.extend(0, torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 1, 2), torch.zeros(3, 1, 1, 2))
+    cache.commit(1)
+    address = cache.keys.data_ptr()
+    cache.take(torch.tensor([2, 2, 0]))
+    assert cache.keys[0, :, 0, 0, 0].tolist() == [2, 2, 0] and cache.keys.data_ptr() == address
+    with pytest.raises(ValueError, match="holds 4 positions"):
+        cache.extend(0, torch.zeros(3, 1, 4, 2), torch.zeros(3, 1, 4, 2))
+
+
+def test_checkpointing_changes_no_gradient():
+    layout, x = SequenceLayout.levels((1, 3)), torch.randn(2, 4, 16)
+    plain = Trunk(dim=16, depth=2, heads=2, hidden=32)
+    recomputed = Trunk(dim=16, depth=2, heads=2, hidden=32, checkpointing=True)
+    recomputed.load_state_dict(plain.state_dict())
+    for model in (plain, recomputed):
+        model(Inputs(x, layout.ranks(), layout.pattern())).square().sum().backward()
+    for a, b in zip(plain.parameters(), recomputed.parameters()):
+        assert torch.equal(a.grad, b.grad)

@@ -1,0 +1,283 @@
+"""What must hold for every generator: no leakage, cached = teacher-forced, guidance, sameness, likelihood, learning."""
+
+import itertools
+
+import pytest
+import torch
+from generators import CLASSES, FAMILIES, grid_spec, llamagen, make, scale_spec, tokens_of, var
+
+from vgen.conditioning import Cond
+from vgen.guidance import Progress, Unguided, guidance
+from vgen.heads import DrawRule
+from vgen.models import FAMILIES as TABLE
+from vgen.models.llamagen import LlamaGen
+from vgen.models.var import VAR
+from vgen.samplers.ancestral import ancestral
+from vtok.config import build, describe
+from vtok.layout import SequenceLayout
+from vtok.noise import SampleNoise, sample_seeds
+from vtok.tokenizer import Part, TokenSpec
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+LABELS = torch.tensor([0, 3, CLASSES])
+
+
+def draw(model, labels, seeds, guide=None, rule=None, **options):
+    guide = guide or Unguided()
+    streams = [model.conditioner(labels)] + [model.conditioner.null(len(labels))] * (guide.streams - 1)
+    rule = rule or DrawRule()
+    return ancestral(model, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, **options)
+
+
+@every_family
+def test_later_tokens_change_no_earlier_output(name):
+    model = make(name)
+    tokens, cond = tokens_of(model, 3), model.conditioner(LABELS)
+    before = model(model.arrange(tokens), cond)
+    for step in range(model.layout.steps):
+        a, b = model.layout.written(step, step + 1)
+        changed = tokens.clone()
+        changed[:, a:] = (changed[:, a:] + 1) % model.spec.parts[0].vocab_size
+        after = model(model.arrange(changed), cond)
+        torch.testing.assert_close(after[:, :b], before[:, :b], rtol=1e-5, atol=1e-5)
+        if b < model.layout.length:
+            assert not torch.allclose(after[:, b:], before[:, b:], atol=1e-3), "earlier tokens must be seen"
+
+
+@every_family
+def test_cached_steps_equal_teacher_forcing(name):
+    model = make(name)
+    canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
+    whole, cache, parts = model(canvas, cond), model.cache(3), []
+    for k in range(model.layout.steps):
+        parts.append(model(canvas, cond, k, k + 1, cache))
+        cache.commit(model.layout.reads[k])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@every_family
+def test_several_steps_at_once_against_a_cache(name):
+    model = make(name)
+    canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
+    whole, cache = model(canvas, cond), model.cache(3)
+    model(canvas, cond, 0, 2, cache)
+    cache.commit(sum(model.layout.reads[:2]))
+    a, _ = model.layout.written(2, 3)
+    torch.testing.assert_close(model(canvas, cond, 2, None, cache), whole[:, a:], rtol=1e-5, atol=1e-5)
+
+
+@every_family
+def test_embedded_tokens_give_what_ids_give(name):
+    model = make(name)
+    tokens, cond = tokens_of(model, 3), model.conditioner(LABELS)
+    if isinstance(model, VAR):
+        values = model.quantizer.lookup(tokens)
+    else:
+        values = torch.nn.functional.one_hot(tokens, model.spec.parts[0].vocab_size).float()
+    torch.testing.assert_close(model(model.arrange(values), cond), model(model.arrange(tokens), cond))
+
+
+@every_family
+def test_draws_without_a_cache_are_the_same(name):
+    model, seeds = make(name), sample_seeds(0, 0, 3)
+    rule = DrawRule(temperature=0.9, top_k=12, top_p=0.9)
+    cached = draw(model, LABELS, seeds, guidance(2.0), rule)
+    assert torch.equal(cached.tokens, draw(model, LABELS, seeds, guidance(2.0), rule, cached=False).tokens)
+    assert len(cached.tokens.unique()) > 5
+
+
+@every_family
+def test_a_draw_follows_its_own_likelihood(name):
+    """The token drawn is the Gumbel race over the teacher-forced distribution of the finished canvas."""
+    model, seeds = make(name), sample_seeds(2, 0, 3)
+    canvas = draw(model, LABELS, seeds)
+    logits = model.head.logits(model(canvas, model.conditioner(LABELS)))[0]
+    position, ids = torch.arange(model.layout.length), torch.arange(logits.shape[-1])
+    assert torch.equal((logits + SampleNoise(seeds).gumbel(position, ids)).argmax(-1), canvas.tokens)
+
+
+@every_family
+def test_guidance_one_is_the_conditional_branch_and_runs_no_null_row(name, monkeypatch):
+    model, seeds, rows = make(name), sample_seeds(0, 0, 3), []
+    run = type(model).run
+    monkeypatch.setattr(type(model), "run", lambda self, x, cache=None: rows.append(len(x.x)) or run(self, x, cache))
+    plain = draw(model, LABELS, seeds)
+    assert torch.equal(draw(model, LABELS, seeds, guidance(1.0)).tokens, plain.tokens) and set(rows) == {3}
+    rows.clear()
+    ramp = guidance(3.0, "interval", low=2.0, high=3.0)  # never inside: scale 1 at every step, with null rows
+    assert torch.equal(draw(model, LABELS, seeds, ramp).tokens, plain.tokens) and set(rows) == {6}
+
+
+@every_family
+def test_guided_logits_are_combined_by_hand(name):
+    model, seen = make(name), []
+    keep = DrawRule(temperature=0, processors=(lambda logits, progress: seen.append((logits, progress)) or logits,))
+    canvas = draw(model, LABELS, sample_seeds(0, 0, 3), guidance(2.5, "linear"), keep)
+    conditional = model.head.logits(model(canvas, model.conditioner(LABELS)))[0]
+    null = model.head.logits(model(canvas, model.conditioner.null(3)))[0]
+    ramp = torch.tensor([1 + 1.5 * k / (model.layout.steps - 1) for k in range(model.layout.steps)])
+    scale = ramp[model.layout.steps_of_tokens()][None, :, None]
+    want = null + scale * (conditional - null)
+    torch.testing.assert_close(torch.cat([s for s, _ in seen], 1), want, rtol=1e-4, atol=1e-4)
+    assert [p.step for _, p in seen] == list(range(model.layout.steps)) and seen[-1][1].after == 1
+
+
+@every_family
+def test_a_sample_does_not_depend_on_its_batch(name):
+    model = make(name)
+    labels, seeds = torch.arange(6) % CLASSES, sample_seeds(0, 0, 6)
+    whole = draw(model, labels, seeds, guidance(2.0)).tokens
+    for rows in ([4], [5, 0], [3, 1, 2]):
+        assert torch.equal(draw(model, labels[rows], seeds[rows], guidance(2.0)).tokens, whole[rows])
+
+
+@every_family
+def test_known_tokens_are_kept_and_stop_leaves_the_rest(name):
+    model = make(name)
+    given = model.arrange(tokens_of(model, 3))
+    given.known = torch.rand(given.tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    want = given.tokens.clone()
+    done = draw(model, LABELS, sample_seeds(0, 0, 3), canvas=given)
+    assert torch.equal(done.tokens[given.known], want[given.known])
+    free = draw(model, LABELS, sample_seeds(0, 0, 3))
+    part = draw(model, LABELS, sample_seeds(0, 0, 3), stop=2)
+    _, b = model.layout.written(0, 2)
+    assert torch.equal(part.tokens[:, :b], free.tokens[:, :b]) and (part.tokens[:, b:] == 0).all()
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_likelihood_sums_to_one_over_every_sequence(family):
+    """V = 3, L = 4 (VAR: one scale of 1 and one of 3 cells does not exist, so 1 + 4 = 5 tokens)."""
+    spec = grid_spec(2, 2, 3) if family == "llamagen" else scale_spec((1, 2), 3)
+    torch.manual_seed(0)
+    model = (llamagen if family == "llamagen" else var)(spec).eval()
+    torch.nn.init.normal_(model.head.linear.weight, std=2.0)
+    length = spec.layout.length
+    tokens = torch.tensor(list(itertools.product(range(3), repeat=length)))
+    with torch.no_grad():
+        logs = model.log_prob(model.arrange(tokens), model.conditioner(torch.full((len(tokens),), 2)))
+    assert logs.std() > 0.1
+    torch.testing.assert_close(
+        logs.double().sum(1).exp().sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-5, atol=0
+    )
+
+
+@every_family
+def test_one_batch_is_overfitted(name):
+    torch.manual_seed(0)
+    model = FAMILIES[name]().train()
+    tokens = tokens_of(model, 4)
+    batch = {"tokens": tokens, "label": torch.arange(4), "key": sample_seeds(0, 0, 4)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    first = model.loss(batch)["loss"].item()
+    for _ in range(150):
+        optimizer.zero_grad()
+        model.loss(batch)["loss"].backward()
+        optimizer.step()
+    model.eval()
+    assert model.loss(batch)["loss"].item() < 0.1 * first
+    greedy = draw(model, torch.arange(4), sample_seeds(0, 0, 4), rule=DrawRule(temperature=0))
+    assert torch.equal(greedy.tokens, tokens)
+
+
+@every_family
+def test_loss_is_the_mean_negative_log_probability(name):
+    model = make(name)
+    tokens = tokens_of(model, 3)
+    out = model.loss({"tokens": tokens, "label": LABELS, "key": sample_seeds(0, 0, 3)})
+    logs = model.log_prob(model.arrange(tokens), model.conditioner(LABELS))
+    torch.testing.assert_close(out["loss"], -logs.mean())
+    torch.testing.assert_close(out["nats"], -logs)
+
+
+@every_family
+def test_context_replaces_the_inputs_but_not_the_targets(name):
+    model = make(name)
+    tokens, context = tokens_of(model, 3), tokens_of(model, 3, seed=9)
+    batch = {"tokens": tokens, "label": LABELS, "key": sample_seeds(0, 0, 3)}
+    logs = model.log_prob(model.arrange(tokens), model.conditioner(LABELS), context=model.arrange(context))
+    torch.testing.assert_close(model.loss(batch | {"context": context})["nats"], -logs)
+    assert not torch.allclose(model.loss(batch)["nats"], -logs)
+
+
+@every_family
+def test_labels_are_dropped_by_a_coin_of_the_sample(name):
+    model = make(name, label_drop=0.3).train()
+    keys = sample_seeds(0, 0, 4000)
+    dropped = model.dropped({"key": keys})
+    assert abs(dropped.float().mean() - 0.3) < 0.03  # 4 sigma
+    assert torch.equal(model.dropped({"key": keys[100:200]}), dropped[100:200])
+    assert model.eval().dropped({"key": keys}) is None
+
+
+@every_family
+def test_description_rebuilds_the_same_module(name):
+    model = make(name)
+    twin = build(describe(model), TABLE).eval()
+    twin.load_state_dict(model.state_dict())
+    canvas = model.arrange(tokens_of(model, 2))
+    assert torch.equal(twin(canvas, twin.conditioner(LABELS[:2])), model(canvas, model.conditioner(LABELS[:2])))
+
+
+def test_rule_may_follow_the_progress():
+    model, seeds = make("var"), sample_seeds(0, 0, 3)
+
+    def rule(progress: Progress) -> DrawRule:
+        return DrawRule(temperature=0.0 if progress.step < 2 else 1.0)
+
+    mixed, greedy = draw(model, LABELS, seeds, rule=rule), draw(model, LABELS, seeds, rule=DrawRule(temperature=0.0))
+    assert torch.equal(mixed.tokens[:, :5], greedy.tokens[:, :5]) and not torch.equal(mixed.tokens, greedy.tokens)
+
+
+def test_unconditional_models_have_the_null_row_alone():
+    torch.manual_seed(0)
+    model = LlamaGen(grid_spec(), 0, depth=1, width=16, heads=2, multiple_of=8).eval()
+    assert model.conditioner.table.weight.shape == (1, 16)
+    assert draw(model, torch.zeros(2, dtype=torch.int64), sample_seeds(0, 0, 2)).tokens.shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    "cls, spec, words",
+    [
+        (LlamaGen, scale_spec(), "4 scales"),
+        (VAR, grid_spec(), "residual scales"),
+        (LlamaGen, TokenSpec(SequenceLayout.line(4), (Part(4, None, 8),), 32), "continuous"),
+        (LlamaGen, TokenSpec(SequenceLayout.line(4), (Part(2, 8, 8), Part(2, 9, 8)), 32), "2 parts"),
+    ],
+)
+def test_specs_that_do_not_fit_say_why(cls, spec, words):
+    with pytest.raises(ValueError, match=words):
+        cls.accepts(spec)
+
+
+PUBLISHED = {
+    ("llamagen", 12, 768, 12): 110_888_448,
+    ("llamagen", 24, 1024, 16): 342_910_976,
+    ("llamagen", 36, 1280, 20): 774_699_520,
+    ("llamagen", 48, 1536, 24): 1_410_972_672,
+    ("llamagen", 24, 3200, 32): 3_096_659_200,
+    ("var", 16, None, None): 310_283_520,
+    ("var", 20, None, None): 600_917_136,
+    ("var", 24, None, None): 1_033_399_360,
+    ("var", 30, None, None): 2_010_020_356,
+    ("var_shared", 36, None, None): 2_353_893_904,
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED, ids=str)
+def test_published_parameter_counts(size):
+    """LlamaGen on VQ-16 at 256 px, VAR at 256 px (d36: 512 px), 1,000 classes; VAR's frozen quantizer not counted."""
+    family, depth, width, heads = size
+    with torch.device("meta"):
+        if family == "llamagen":
+            spec = TokenSpec(SequenceLayout.raster(16, 16), (Part(256, 16384, 8),), 256)
+            model = LlamaGen(spec, 1000, depth=depth, width=width, heads=heads)
+        else:
+            sides = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32) if depth == 36 else (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+            from vtok.quantize.residual import MultiScaleVQ
+
+            quantizer = describe(MultiScaleVQ(vocab_size=4096, channels=32, sides=sides))
+            layout = SequenceLayout.scales(sides)
+            spec = TokenSpec(layout, (Part(layout.length, 4096, 32),), 16 * sides[-1], quantizer)
+            model = VAR(spec, 1000, depth=depth, modulation="shared" if family == "var_shared" else "own")
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == PUBLISHED[size]

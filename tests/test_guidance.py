@@ -1,0 +1,46 @@
+"""Guidance: schedule tables, the one convention, and what "off" means."""
+
+import math
+
+import pytest
+import torch
+
+from vgen.guidance import ClassifierFree, Constant, Cosine, Interval, Linear, Progress, Unguided, guidance
+
+
+@pytest.mark.parametrize(
+    "schedule, values",
+    [
+        (Constant(2.0), {0: 2.0, 5: 2.0, 9: 2.0}),
+        (Linear(2.5), {0: 1.0, 3: 1.5, 9: 2.5}),  # VAR with cfg 1.5 and 10 scales: 1 + 1.5 k / 9
+        (Linear(8.0, start=1.2), {0: 1.2, 9: 8.0}),  # D-AR-L
+        (Cosine(3.0), {0: 1.0, 5: 2.0}),
+        (Cosine(16.0, power=2.75), {0: 1.0, 5: 1 + 15 * math.sin(math.pi / 2**3.75) ** 2}),  # RAR-B
+        (Interval(4.0, low=0.3, high=0.7), {0: 1.0, 3: 4.0, 6: 4.0, 7: 1.0}),
+    ],
+)
+def test_schedule_tables(schedule, values):
+    for step, want in values.items():
+        assert schedule(Progress(step, 10)) == pytest.approx(want, abs=1e-6)
+
+
+def test_scale_one_is_the_conditional_branch_bitwise():
+    out = torch.randn(2, 4, 5)
+    assert torch.equal(ClassifierFree(Constant(1.0))(out, Progress(0, 2)), out[0])
+
+
+def test_convention():
+    out = torch.tensor([[3.0], [1.0]])
+    assert ClassifierFree(Constant(2.5))(out, Progress(0, 1)).item() == 3 + 1.5 * 2
+
+
+def test_off_runs_no_null_row():
+    assert isinstance(guidance(1.0), Unguided) and guidance(1.0, "linear").streams == 1
+    assert guidance(2.0).streams == 2 and guidance(1.0, "linear", start=2.0).streams == 2
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="choose constant, linear"):
+        guidance(2.0, "sine")
+    with pytest.raises(ValueError, match="power"):
+        guidance(2.0, "linear", power=2)

@@ -1,0 +1,181 @@
+"""Pipeline and sampling command: sameness, saving and loading, what is written, and its mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from generators import CLASSES, make
+from PIL import Image
+
+from vgen.pipeline import Pipeline, to_uint8
+from vgen.sampling import plan, sample
+from vtok.checkpoint import CheckpointError, save_folder
+from vtok.models.cnn import CNNTokenizer
+from vtok.models.var import VARTokenizer
+from vtok.noise import sample_seeds
+from vtok.quantize.residual import MultiScaleVQ
+from vtok.quantize.vq import VQ
+
+NAMES = ["ant", "bee", "cat", "dog", "eel"]
+SMALL = {"channels": 8, "multipliers": (1, 1, 1, 1), "blocks": 1, "groups": 4}
+
+
+def parts(name: str):
+    """A generator of tests/generators.py with a tokenizer of its spec, at 32 px."""
+    generator = make(name)
+    torch.manual_seed(0)
+    if name == "var":
+        quantizer = MultiScaleVQ(vocab_size=24, channels=6, sides=(1, 2, 3, 4), phi=2)
+        tokenizer = VARTokenizer(image_size=32, quantizer=quantizer, **SMALL)
+        generator.adopt(tokenizer)
+    else:
+        tokenizer = CNNTokenizer(image_size=32, quantizer=VQ(vocab_size=24, channels=6), z_channels=8, **SMALL)
+    return generator, tokenizer.eval()
+
+
+@pytest.fixture(params=["llamagen", "var"])
+def pipeline(request):
+    return Pipeline(*parts(request.param), chunk=4, class_names=NAMES)
+
+
+LABELS, SEEDS = torch.arange(10) % CLASSES, sample_seeds(0, 0, 10)
+
+
+def test_images_are_the_same_for_any_number_of_them(pipeline):
+    whole = pipeline(LABELS, SEEDS, guidance=2.0)
+    assert whole.shape == (10, 32, 32, 3) and whole.dtype == torch.uint8
+    for count in (1, 4, 7):
+        assert torch.equal(pipeline(LABELS[:count], SEEDS[:count], guidance=2.0), whole[:count])
+    later = pipeline(LABELS[4:8], SEEDS[4:8], guidance=2.0)  # another rank's chunk
+    assert torch.equal(later, whole[4:8])
+
+
+def test_across_chunk_sizes_the_tokens_are_the_same_in_float32(pipeline):
+    from vgen.guidance import guidance
+    from vgen.heads import DrawRule
+
+    whole = pipeline.tokens(LABELS, SEEDS, guide=guidance(2.0), rule=DrawRule())
+    for rows in (slice(0, 1), slice(3, 5)):
+        assert torch.equal(
+            pipeline.tokens(LABELS[rows], SEEDS[rows], guide=guidance(2.0), rule=DrawRule()), whole[rows]
+        )
+
+
+def test_pixels_round_to_the_nearest_level():
+    levels = torch.arange(256) / 127.5 - 1
+    grid = levels.view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(grid)[0, ..., 0].flatten(), torch.arange(256, dtype=torch.uint8))
+    assert torch.equal(to_uint8(grid + 0.4 / 127.5)[0, ..., 0].flatten(), torch.arange(256, dtype=torch.uint8))
+    assert to_uint8(torch.full((1, 3, 8, 8), 9.0)).unique().tolist() == [255]
+
+
+def test_mistakes_are_named(pipeline):
+    with pytest.raises(ValueError, match=r"classes span 0\.\.6"):
+        pipeline(torch.tensor([0, 6]), SEEDS[:2])
+    with pytest.raises(ValueError, match="labels and seeds"):
+        pipeline(LABELS, SEEDS[:3])
+    generator, _ = parts("var")
+    _, tokenizer = parts("llamagen")
+    with pytest.raises(ValueError, match="pass the tokenizer of that run"):
+        Pipeline(generator, tokenizer)
+
+
+def exported(folder, name="llamagen"):
+    generator, tokenizer = parts(name)
+    save_folder(generator, folder, kind="generator", class_names=NAMES)
+    save_folder(tokenizer, folder / "tokenizer", kind="tokenizer")
+    return folder
+
+
+def test_folders_load_and_give_the_same_pictures(tmp_path, pipeline):
+    save_folder(pipeline.generator, tmp_path, class_names=NAMES)
+    save_folder(pipeline.tokenizer, tmp_path / "tokenizer")
+    twin = Pipeline.load(tmp_path, chunk=4)
+    assert twin.class_names == NAMES
+    assert torch.equal(twin(LABELS, SEEDS, guidance=2.0), pipeline(LABELS, SEEDS, guidance=2.0))
+
+
+def test_bf16_trunk_keeps_most_tokens(tmp_path):
+    from vgen.guidance import guidance
+    from vgen.heads import DrawRule
+
+    exact, rough = (Pipeline.load(exported(tmp_path), dtype=t, chunk=64) for t in (torch.float32, torch.bfloat16))
+    assert rough.generator.trunk.blocks[0].ffn.up.weight.dtype == torch.bfloat16
+    assert rough.generator.head.linear.weight.dtype == torch.float32
+    labels, seeds = torch.arange(64) % CLASSES, sample_seeds(0, 0, 64)
+    a, b = (p.tokens(labels, seeds, guide=guidance(1.0), rule=DrawRule()) for p in (exact, rough))
+    assert (a[:, 0] == b[:, 0]).float().mean() > 0.95  # later tokens follow other prefixes
+
+
+def settings(source, out, **changes):
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(__file__.replace("tests/test_pipeline.py", "configs/sample.yaml"))
+    del config["hydra"]
+    return OmegaConf.merge(config, {"from": str(source), "out": str(out), "device": "cpu"}, changes)
+
+
+def test_grid_npz_and_folder_hold_the_same_images(tmp_path):
+    source = exported(tmp_path / "model")
+    chosen = {"classes": [3, "bee"], "per_class": 3, "guidance": 2.0, "chunk": 4}
+    sample(settings(source, tmp_path / "a.npz", **chosen))
+    sample(settings(source, tmp_path / "a.png", **chosen))
+    sample(settings(source, tmp_path / "folder", **chosen))
+    data = np.load(tmp_path / "a.npz")
+    assert data["arr_0"].shape == (6, 32, 32, 3) and data["arr_1"].tolist() == [3, 3, 3, 1, 1, 1]
+    files = sorted((tmp_path / "folder").glob("*.png"))
+    assert [f.name for f in files][:1] == ["000000_class0003.png"] and len(files) == 6
+    for image, file in zip(data["arr_0"], files):
+        assert np.array_equal(image, np.asarray(Image.open(file)))
+    grid = np.asarray(Image.open(tmp_path / "a.png"))
+    zoomed = data["arr_0"][0].repeat(2, 0).repeat(2, 1)
+    margin = 12 + 6 * 3
+    assert np.array_equal(grid[:64, margin : margin + 64], zoomed)
+    record = json.loads((tmp_path / "a.metadata.json").read_text())
+    assert record["classes"] == [3, 3, 3, 1, 1, 1] and record["chunk"] == 4 and record["guidance"] == 2.0
+    assert len(record["checkpoint_sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"classes": [7]}, "unknown class 7"),
+        ({"classes": ["cow"]}, "unknown class 'cow': choose 0..4 or a name"),
+        ({"per_class": 0}, "at least one image"),
+        ({"schedule": "sine"}, "choose constant"),
+        ({"top_p": 3}, "top_p"),
+        ({"device": "tpu"}, "choose auto, cpu"),
+        ({"dtype": "int4"}, "choose float32"),
+        ({"weights": "best"}, "choose ema or raw"),
+        ({"chunk": 0}, "at least one image is computed"),
+    ],
+)
+def test_sampling_mistakes_are_named(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        sample(settings(exported(tmp_path), tmp_path / "x.png", **changes))
+
+
+def test_folders_that_do_not_load(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Pipeline.load(tmp_path / "nowhere")
+    source = exported(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="holds a tokenizer"):
+        Pipeline.load(source / "tokenizer")
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
+        Pipeline.load(source)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        Pipeline.load(source)
+
+
+def test_plans():
+    assert plan(None, 2, None, 3, [], grid=False).tolist() == [0, 0, 1, 1, 2, 2]
+    assert plan(None, 2, 5, 3, [], grid=False).tolist() == [0, 1, 2, 0, 1]
+    assert plan(None, 1, None, 1000, [], grid=True).tolist() == list(range(10))
+    assert plan(4, 1, None, 5, NAMES, grid=True).tolist() == [4]
+    assert plan(None, 3, None, 0, [], grid=True).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="unconditional"):
+        plan([1], 3, None, 0, [], grid=True)

@@ -1,0 +1,1 @@
+"""Generators of visual tokens, step by step."""

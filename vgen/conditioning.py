@@ -1,0 +1,65 @@
+"""What a generator is conditioned on, and the rows that guidance compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Cond:
+    """Conditions of R rows. R = streams * B, stream-major: all rows of the first stream, then of the next.
+
+    start [R, 1, D]: what takes the place of the token before the first. prefix [R, P, D] or None: positions every token
+    sees. vector [R, 1, D] or None: for modulation. at: block -> edit of h, for spatial control.
+    """
+
+    start: Tensor
+    prefix: Tensor | None = None
+    vector: Tensor | None = None
+    at: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    @staticmethod
+    def cat(streams: list[Cond]) -> Cond:
+        """Stack streams (conditional first). All must have the same slots filled."""
+        first = streams[0]
+        if len(streams) == 1:
+            return first
+        if any(s.at for s in streams):
+            raise ValueError("streams with per-block edits are joined by their conditioner, not by Cond.cat")
+
+        def join(name: str) -> Tensor | None:
+            values = [getattr(s, name) for s in streams]
+            if any((v is None) != (values[0] is None) for v in values):
+                raise ValueError(f"some streams fill `{name}` and others do not")
+            return None if values[0] is None else torch.cat(values)
+
+        return Cond(join("start"), join("prefix"), join("vector"))
+
+
+class ClassConditioner(nn.Module):
+    """A table with one row a class and a last one for "no class" (classifier-free guidance, arXiv 2207.12598).
+
+    num_classes = 0 makes an unconditional model: the null row alone. vector: also hand the row to modulation.
+    """
+
+    def __init__(self, *, num_classes: int, dim: int, vector: bool = False) -> None:
+        super().__init__()
+        self.num_classes, self.uses_vector = num_classes, vector
+        self.table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, labels: Tensor, drop: Tensor | None = None) -> Cond:
+        """Labels int64 [R], num_classes meaning none; drop bool [R]: rows whose label is replaced by none."""
+        if self.num_classes == 0:
+            labels = torch.zeros_like(labels)
+        elif drop is not None:
+            labels = torch.where(drop, self.num_classes, labels)
+        row = self.table(labels).unsqueeze(1)
+        return Cond(row, vector=row if self.uses_vector else None)
+
+    def null(self, rows: int) -> Cond:
+        """The condition "no class" for that many rows."""
+        return self(torch.full((rows,), self.num_classes, device=self.table.weight.device))

@@ -1,0 +1,1 @@
+"""Original state dicts to our generators: one table of key patterns a family."""

@@ -1,0 +1,174 @@
+"""What a generator is: how the input of a step is built, what the head predicts, and in which order tokens come.
+
+`inputs` serves training and sampling, so the two cannot drift apart; it is stateless, and the input of step k reads
+tokens of steps < k only. `run` is tensors in, tensors out: the one thing that compilation wraps. Only `draw` commits to
+the cache. A paper is one subclass in vgen/models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgen.conditioning import ClassConditioner, Cond
+from vgen.guidance import Guidance, Progress
+from vgen.heads import CategoricalHead, DrawRule
+from vtok.config import Configured
+from vtok.layers.cache import KVCache
+from vtok.layers.trunk import Inputs, Trunk
+from vtok.layout import SequenceLayout
+from vtok.noise import SampleNoise
+from vtok.tokenizer import Tokenizer, TokenSpec
+
+DROP_STREAM = 7001  # noise stream of the label-drop coin
+
+
+@dataclass
+class Canvas:
+    """Tokens being written, in the generator's order.
+
+    tokens: ids int64 [R, L], or values float [R, L, E] (codes, latents; accepted wherever ids are); order: int64
+    [R, L], cell of each place where the order differs between samples; time: [R, K], noise time of each step; known:
+    bool [R, L], tokens that are given and must not be drawn.
+    """
+
+    tokens: Tensor
+    layout: SequenceLayout
+    order: Tensor | None = None
+    time: Tensor | None = None
+    known: Tensor | None = None
+
+    def repeat(self, streams: int) -> Canvas:
+        """The same rows for every guidance stream, stream-major."""
+        if streams == 1:
+            return self
+        fields = {name: getattr(self, name) for name in ("tokens", "order", "time", "known")}
+        return replace(
+            self, **{k: None if v is None else v.repeat(streams, *[1] * (v.dim() - 1)) for k, v in fields.items()}
+        )
+
+
+class Generator(Configured, nn.Module):
+    """Base of all generators. A subclass sets the fields below in its constructor and writes `inputs`.
+
+    spec: the tokens it was built for; num_classes: 0 = unconditional; label_drop: share of training samples whose class
+    is hidden; layout: its own order.
+    """
+
+    spec: TokenSpec
+    num_classes: int
+    label_drop: float
+    layout: SequenceLayout
+    conditioner: ClassConditioner
+    trunk: Trunk
+    head: CategoricalHead
+
+    @classmethod
+    def accepts(cls, spec: TokenSpec) -> None:
+        """Raise ValueError with the reason where tokens of this spec do not fit this family."""
+
+    def adopt(self, tokenizer: Tokenizer) -> None:
+        """Take over what a step's input needs of the tokenizer's quantizer. Nothing, unless the family says so."""
+
+    # --- the tokenizer's order <-> our own --------------------------------------------------------------------------
+
+    def arrange(self, tokens: Tensor) -> Canvas:
+        """The canvas of tokens [B, L] in the tokenizer's order."""
+        return Canvas(tokens, self.layout)
+
+    def restore(self, canvas: Canvas) -> Tensor:
+        """Tokens in the tokenizer's order, inverse of `arrange`."""
+        return canvas.tokens
+
+    def blank(self, rows: int) -> Canvas:
+        """An empty canvas to be written."""
+        device = next(self.parameters()).device
+        return Canvas(torch.zeros(rows, self.layout.length, dtype=torch.int64, device=device), self.layout)
+
+    # --- one step or many -------------------------------------------------------------------------------------------
+
+    def inputs(self, canvas: Canvas, cond: Cond, start: int, stop: int) -> Inputs:
+        """What the trunk reads in steps start..stop-1. This is the paper."""
+        raise NotImplementedError
+
+    def run(self, inputs: Inputs, cache: KVCache | None = None) -> Tensor:
+        """Hidden states of the positions that predict, [R, n, D]."""
+        h = self.trunk(inputs, cache)
+        return h if inputs.read is None else h[:, inputs.read]
+
+    def forward(
+        self, canvas: Canvas, cond: Cond, start: int = 0, stop: int | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Hidden states for the tokens written in steps start..stop-1, [R, n, D]. With start > 0 a cache is needed."""
+        return self.run(self.inputs(canvas, cond, start, canvas.layout.steps if stop is None else stop), cache)
+
+    def cache(self, rows: int, *, prefix: int = 0) -> KVCache:
+        """An empty cache for `rows` rows (streams included) of whole sequences behind `prefix` extra positions."""
+        weight = self.trunk.blocks[0].attention.qkv.weight
+        dtype = torch.get_autocast_dtype(weight.device.type) if _autocast(weight) else weight.dtype
+        return self.trunk.cache(rows, sum(self.layout.reads) + prefix, dtype=dtype, device=weight.device)
+
+    def draw(
+        self,
+        canvas: Canvas,
+        cond: Cond,
+        k: int,
+        *,
+        cache: KVCache | None,
+        noise: SampleNoise,
+        guide: Guidance,
+        rule: DrawRule,
+    ) -> Tensor:
+        """Tokens of step k, [B, n]. cond holds guide.streams * B rows. cache None recomputes the whole prefix."""
+        layout = canvas.layout
+        (a, b), rows = layout.written(k, k + 1), canvas.repeat(guide.streams)
+        if cache is None:
+            h = self(rows, cond, 0, k + 1)[:, a:b]
+        else:
+            h = self(rows, cond, k, k + 1, cache)
+        tokens = self.head.draw(
+            h,
+            layout.sizes[k : k + 1],
+            guide=guide,
+            noise=noise,
+            position=torch.arange(a, b, device=h.device) if canvas.order is None else canvas.order[:, a:b],
+            rule=rule,
+            progress=Progress(k, layout.steps, a / layout.length, b / layout.length),
+        )
+        if cache is not None:
+            cache.commit(layout.reads[k])
+        return tokens
+
+    # --- training and likelihood ------------------------------------------------------------------------------------
+
+    def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
+        """Training loss of {"tokens" [B, L], "label" [B], "key" [B]}; "context" replaces the inputs, not the targets.
+
+        progress: share of training done, for families whose task changes. Returns "loss" (mean nats a token) and
+        "nats" [B, L], detached.
+        """
+        canvas = self.arrange(batch["tokens"])
+        context = self.arrange(batch["context"]) if "context" in batch else canvas
+        h = self(context, self.conditioner(batch["label"], self.dropped(batch)))
+        nats = self.head.loss(h, canvas.tokens, canvas.layout.sizes)
+        return {"loss": nats.mean(), "nats": nats.detach()}
+
+    def dropped(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Which labels are hidden, bool [B]: a coin keyed by the sample, the same on any batch and world size."""
+        if not self.training or self.label_drop == 0:
+            return None
+        position = torch.zeros(1, dtype=torch.int64, device=batch["key"].device)
+        return SampleNoise(batch["key"]).uniform(position, DROP_STREAM)[:, 0] < self.label_drop
+
+    def log_prob(self, canvas: Canvas, cond: Cond, *, context: Canvas | None = None) -> Tensor:
+        """log p of every token given those of earlier steps, float32 [B, L]."""
+        h = self(canvas if context is None else context, cond)
+        return self.head.log_prob(h, canvas.tokens, canvas.layout.sizes)
+
+
+def _autocast(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)

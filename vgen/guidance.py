@@ -1,0 +1,129 @@
+"""Guidance: how the streams of a step are combined, and how its scale moves during generation.
+
+One convention: c + (s - 1)(c - u), bitwise c at s = 1, which means off. VAR's published t is s = 1 + t. The number of
+streams is fixed for a whole call: null rows run at every step or never, since their cache must not have holes.
+Schedules: specs of the papers named at each class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where generation stands: step of steps; share of tokens decided before and after it; flow time (1 = noise)."""
+
+    step: int
+    steps: int
+    before: float = 0.0
+    after: float = 1.0
+    time: float = 0.0
+
+    @property
+    def ramp(self) -> float:
+        """0 at the first step, 1 at the last."""
+        return self.step / max(self.steps - 1, 1)
+
+
+Schedule = Callable[[Progress], float]
+
+
+class Guidance(Protocol):
+    streams: int
+
+    def __call__(self, out: Tensor, progress: Progress) -> Tensor:
+        """Combine out [streams, B, ..] to [B, ..]."""
+
+
+@dataclass(frozen=True)
+class Unguided:
+    """The conditional stream alone."""
+
+    streams: int = 1
+
+    def __call__(self, out: Tensor, progress: Progress) -> Tensor:
+        return out[0]
+
+
+@dataclass(frozen=True)
+class ClassifierFree:
+    """c + (s - 1)(c - u), Ho & Salimans, arXiv 2207.12598; streams are conditional, null."""
+
+    schedule: Schedule
+    streams: int = 2
+
+    def __call__(self, out: Tensor, progress: Progress) -> Tensor:
+        scale = self.schedule(progress)
+        conditional, null = out[0], out[1]
+        if scale == 1:
+            return conditional
+        return conditional + (scale - 1) * (conditional - null)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """scale at every step (LlamaGen)."""
+
+    scale: float
+
+    def __call__(self, progress: Progress) -> float:
+        return self.scale
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `start` at the first step to `scale` at the last (VAR: start 1, scale 1 + cfg; D-AR; xAR)."""
+
+    scale: float
+    start: float = 1.0
+
+    def __call__(self, progress: Progress) -> float:
+        return self.start + (self.scale - self.start) * progress.ramp
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """1 + (scale - 1)(1 - cos(pi (k/K)^power)) / 2, step k of K (RAR's power-cosine; power 1 is the plain cosine)."""
+
+    scale: float
+    power: float = 1.0
+
+    def __call__(self, progress: Progress) -> float:
+        u = (progress.step / progress.steps) ** self.power
+        return 1 + (self.scale - 1) * (1 - math.cos(math.pi * u)) / 2
+
+
+@dataclass(frozen=True)
+class Interval:
+    """scale while low <= share of steps done <= high, 1 outside (Kynkaanniemi et al., arXiv 2404.07724; GigaTok)."""
+
+    scale: float
+    low: float = 0.0
+    high: float = 1.0
+
+    def __call__(self, progress: Progress) -> float:
+        return self.scale if self.low <= progress.ramp <= self.high else 1.0
+
+
+SCHEDULES = {"constant": Constant, "linear": Linear, "cosine": Cosine, "interval": Interval}
+
+
+def guidance(scale: float, schedule: str = "constant", **options: float) -> Unguided | ClassifierFree:
+    """Guidance by name. scale 1 with the schedules here means off at every step: no null row is run.
+
+    Raises ValueError for an unknown schedule or option.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"guidance schedule {schedule!r}: choose {', '.join(SCHEDULES)}")
+    try:
+        chosen = SCHEDULES[schedule](scale, **options)
+    except TypeError as error:
+        raise ValueError(f"guidance schedule {schedule}: {str(error).split('.__init__() ')[-1]}") from None
+    off = scale == 1 and options.get("start", 1) == 1
+    return Unguided() if off else ClassifierFree(chosen)

@@ -1,0 +1,105 @@
+"""Heads: from the trunk's hidden state to tokens. Guidance, logit processing and the draw happen inside.
+
+Order of operations, everywhere: guidance, temperature, processors, top-k, top-p, draw. The draw is a Gumbel race on
+keyed noise (vtok/noise.py), so equal seeds give equal tokens on any batch; temperature 0 or top_k 1 is the argmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vgen.guidance import Guidance, Progress
+from vtok.noise import SampleNoise
+
+Processor = Callable[[Tensor, Progress], Tensor]
+
+
+@dataclass(frozen=True)
+class DrawRule:
+    """How a categorical token is drawn.
+
+    temperature: 0 = argmax. top_k: 0 = off. top_p: 1 = off; a token is kept while the mass before it is < top_p.
+    processors: functions of guided, tempered logits [B, n, V] and the progress.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    processors: tuple[Processor, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            got = f"{self.temperature}, {self.top_k}, {self.top_p}"
+            raise ValueError(f"temperature must be >= 0, top_k >= 0 and 0 < top_p <= 1, got {got}")
+
+
+def survivors(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """The logits that top-k, then top-p, leave, and their ids: both [.., k], best first, dropped ones at -inf."""
+    size = logits.shape[-1]
+    count = min(top_k, size) if top_k else size
+    values, ids = logits.topk(count, dim=-1) if count < size else logits.sort(dim=-1, descending=True)
+    if top_p < 1:
+        before = values.softmax(-1).cumsum(-1).roll(1, -1)
+        before[..., 0] = 0  # the best token always stays
+        values = values.masked_fill(before >= top_p, -math.inf)
+    return values, ids
+
+
+def draw_ids(logits: Tensor, rule: DrawRule, noise: SampleNoise, position: Tensor, progress: Progress, stream: int = 0):
+    """Ids int64 [B, n] from guided logits float32 [B, n, V]; position int64 [n] or [B, n] keys the noise."""
+    if rule.temperature not in (0, 1):
+        logits = logits / rule.temperature
+    for process in rule.processors:
+        logits = process(logits, progress)
+    if rule.temperature == 0 or rule.top_k == 1:
+        return logits.argmax(-1)
+    if rule.top_k == 0 and rule.top_p == 1:
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        return (logits + noise.gumbel(position, ids, stream)).argmax(-1)
+    kept, ids = survivors(logits, rule.top_k, rule.top_p)
+    winner = (kept + noise.gumbel(position, ids, stream)).argmax(-1, keepdim=True)
+    return ids.gather(-1, winner).squeeze(-1)
+
+
+class CategoricalHead(nn.Module):
+    """One softmax over the vocabulary. Logits and losses are float32: bf16 loses ties and small probabilities."""
+
+    def __init__(self, *, dim: int, vocab_size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.linear = nn.Linear(dim, vocab_size, bias=bias)
+
+    def logits(self, h: Tensor) -> tuple[Tensor]:
+        """A tuple with one entry a factor: float32 [.., V] of h [.., D]."""
+        with torch.autocast(h.device.type, enabled=False):
+            bias = None if self.linear.bias is None else self.linear.bias.float()
+            return (F.linear(h.float(), self.linear.weight.float(), bias),)
+
+    def loss(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Cross-entropy in nats, float32 [B, n], of h [B, n, D] and ids [B, n]."""
+        return F.cross_entropy(self.logits(h)[0].transpose(1, 2), target, reduction="none")
+
+    def log_prob(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
+        """log p(target), float32 [B, n]."""
+        return -self.loss(h, target, sizes)
+
+    def draw(
+        self,
+        h: Tensor,
+        sizes: Sequence[int],
+        *,
+        guide: Guidance,
+        noise: SampleNoise,
+        position: Tensor,
+        rule: DrawRule,
+        progress: Progress,
+    ) -> Tensor:
+        """Ids int64 [B, n] from h [S * B, n, D], stream-major."""
+        logits = guide(self.logits(h)[0].unflatten(0, (guide.streams, -1)), progress)
+        return draw_ids(logits, rule, noise, position, progress)

@@ -1,0 +1,155 @@
+"""VAR: next-scale prediction over residual token maps (Tian et al., arXiv 2404.02905).
+
+Step k writes the whole map of scale k. The input at a cell of scale k is that cell of the reconstruction accumulated
+from scales < k, resampled to scale k; nothing is shifted. Attention sees all cells of this and earlier scales. The
+accumulation needs the tokenizer's codebook and phi convolutions, which the generator keeps (frozen), not its decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vgen.conditioning import ClassConditioner, Cond
+from vgen.generator import Canvas, Generator
+from vgen.heads import CategoricalHead
+from vtok.config import build, describe
+from vtok.layers.trunk import Inputs, Trunk
+from vtok.models import FAMILIES
+from vtok.tokenizer import Tokenizer, TokenSpec
+
+
+class VAR(Generator):
+    """Published sizes: depth D in 16, 20, 24, 30 (256 px) with width 64 D, D heads, drop_path 0.1 D / 24; d36 (512 px)
+    with shared modulation.
+
+    spec: residual tokens on growing square maps; its `quantizer` is rebuilt here. l2_attention: q and k normalised,
+    with a learned temperature a head; without it the softmax scale is 0.25 / sqrt(E). gate_init: factor on the gate
+    rows of the modulation at the start (1e-3 for d16, d20; 1e-4 d24; 1e-5 larger).
+    """
+
+    def __init__(
+        self,
+        spec: TokenSpec | Mapping[str, Any],
+        num_classes: int,
+        *,
+        depth: int,
+        width: int | None = None,
+        heads: int | None = None,
+        modulation: Literal["own", "shared"] = "own",
+        l2_attention: bool = True,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float | None = None,
+        label_drop: float = 0.1,
+        gate_init: float = 1e-3,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        spec = TokenSpec.from_config(spec)
+        self.accepts(spec)
+        width, heads = width or 64 * depth, heads or depth
+        self.spec, self.num_classes, self.label_drop, self.layout = spec, num_classes, label_drop, spec.layout
+        self.quantizer = build(spec.quantizer, FAMILIES).requires_grad_(False)
+        part = spec.parts[0]
+        self.conditioner = ClassConditioner(num_classes=num_classes, dim=width, vector=True)
+        self.map_embedding = nn.Linear(part.channels, width)
+        self.level_embedding = nn.Embedding(self.layout.steps, width)
+        self.position = nn.Parameter(torch.empty(1, self.layout.length, width))
+        self.start = nn.Parameter(torch.empty(1, 1, width))
+        self.trunk = Trunk(
+            dim=width,
+            depth=depth,
+            heads=heads,
+            hidden=4 * width,
+            norm="layer",
+            eps=1e-6,
+            ffn="gelu",
+            bias="qv",
+            qk_norm="l2" if l2_attention else "none",
+            attention_scale=None if l2_attention else 0.25 / math.sqrt(width // heads),
+            modulation=modulation,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            drop_path=0.1 * depth / 24 if drop_path is None else drop_path,
+            checkpointing=checkpointing,
+        )
+        self.head = CategoricalHead(dim=width, vocab_size=part.vocab_size, bias=True)
+        self.register_buffer("levels", self.layout.steps_of_tokens(), persistent=False)
+        self._init(gate_init)
+
+    @classmethod
+    def accepts(cls, spec: TokenSpec) -> None:
+        if not spec.discrete or len(spec.parts) != 1:
+            raise ValueError("VAR predicts ids of one vocabulary; choose a tokenizer with one codebook")
+        if spec.quantizer is None or spec.quantizer["family"] != "MultiScaleVQ":
+            have = "none" if spec.quantizer is None else spec.quantizer["family"]
+            raise ValueError(
+                f"VAR builds its inputs from residual scales, but the tokens come from quantizer {have}; "
+                "choose a multi-scale residual tokenizer (tokenizer=var_*) or model=llamagen*"
+            )
+        if spec.layout.sizes[0] != 1:
+            raise ValueError(f"VAR starts from a 1 x 1 map, but the first scale has {spec.layout.sizes[0]} tokens")
+
+    def _init(self, gate_init: float) -> None:
+        std = math.sqrt(1 / self.trunk.dim / 3)
+        for name, module in self.named_modules():
+            if name.startswith("quantizer"):
+                continue
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for parameter in (self.position, self.start):
+            nn.init.trunc_normal_(parameter, std=std)
+        with torch.no_grad():
+            self.head.linear.weight.mul_(0.02)
+            self.trunk.final.weight.mul_(0.5)
+            gates = 2 * self.trunk.dim
+            for block in self.trunk.blocks:
+                block.attention.out.weight.div_(math.sqrt(2 * len(self.trunk.blocks)))
+                block.ffn.down.weight.div_(math.sqrt(2 * len(self.trunk.blocks)))
+                if block.modulation is not None:
+                    block.modulation.weight[:gates].mul_(gate_init)
+                    block.modulation.weight[gates:].mul_(0.5)
+                else:
+                    block.offset[:, :, :2].mul_(gate_init)
+                    block.offset[:, :, 2:].mul_(0.5)
+
+    def adopt(self, tokenizer: Tokenizer) -> None:
+        """Copy codebook and phi convolutions. Raises ValueError where the tokenizer's quantizer is another one."""
+        own, given = self.quantizer.arguments, getattr(tokenizer.quantizer, "arguments", None)
+        if describe(tokenizer.quantizer) != describe(self.quantizer):
+            raise ValueError(f"the tokenizer's quantizer {given} is not the one the model was built for, {own}")
+        self.quantizer.load_state_dict(tokenizer.quantizer.state_dict())
+
+    def train(self, mode: bool = True) -> VAR:
+        super().train(mode)
+        self.quantizer.eval()  # frozen: no codebook statistics may move
+        return self
+
+    def inputs(self, canvas: Canvas, cond: Cond, start: int, stop: int) -> Inputs:
+        a, b = canvas.layout.written(start, stop)
+        parts = [cond.start + self.start] if start == 0 else []
+        if stop > 1:
+            parts.append(self.embed_maps(canvas, max(start, 1), stop))
+        x = torch.cat(parts, dim=1) + self.level_embedding(self.levels[a:b]) + self.position[:, a:b]
+        return Inputs(
+            x=x,
+            rank=canvas.layout.ranks(start, stop, device=x.device),
+            pattern=canvas.layout.pattern(start, stop),
+            vector=cond.vector,
+            at=cond.at,
+        )
+
+    def embed_maps(self, canvas: Canvas, start: int, stop: int) -> Tensor:
+        """Embedded input maps [R, n, D] of steps start..stop-1, from the tokens of earlier steps."""
+        given = canvas.tokens[:, : canvas.layout.written(0, stop - 1)[1]]
+        with torch.autocast(given.device.type, enabled=False):  # float32: what the codes were fitted with
+            codes = given if given.is_floating_point() else self.quantizer.lookup(given)
+            maps = self.quantizer.maps(codes.float(), start, stop)
+            return nn.functional.linear(maps, self.map_embedding.weight.float(), self.map_embedding.bias.float())

@@ -1,0 +1,154 @@
+"""From labels and seeds to pictures: a generator with the tokenizer that decodes it.
+
+Computation runs in chunks of one recorded shape, the last one padded, and image i is always in chunk i // chunk: the
+same device type gives the same bytes for any number of images, any world size, and after any restart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vgen.conditioning import Cond
+from vgen.generator import Canvas, Generator
+from vgen.guidance import Guidance, Progress, guidance
+from vgen.heads import DrawRule
+from vgen.models import FAMILIES
+from vgen.samplers.ancestral import ancestral
+from vtok.checkpoint import (
+    CheckpointError,
+    Weights,
+    find_checkpoint,
+    is_folder,
+    load_module,
+    read_checkpoint,
+    read_config,
+)
+from vtok.noise import SampleNoise
+from vtok.tokenizer import Tokenizer
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images [-1, 1] NCHW to uint8 NHWC: clamped and rounded to the nearest level (truncation darkens by half one)."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class Pipeline:
+    """generator and tokenizer in eval mode on one device. chunk: images computed at once.
+
+    class_names: names for the picture's labels, where the run knew them.
+    """
+
+    def __init__(
+        self, generator: Generator, tokenizer: Tokenizer, *, chunk: int = 64, class_names: list[str] | None = None
+    ) -> None:
+        if chunk < 1:
+            raise ValueError(f"chunk={chunk}: at least one image is computed at once")
+        if tokenizer.spec.layout.length != generator.spec.layout.length or tokenizer.spec.parts != generator.spec.parts:
+            raise ValueError(
+                f"the tokenizer emits {tokenizer.spec.parts}, the generator was trained on {generator.spec.parts}; "
+                "pass the tokenizer of that run (tokenizer=)"
+            )
+        self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
+        self.chunk, self.class_names = chunk, class_names or []
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        weights: Weights = "ema",
+        tokenizer: str | os.PathLike | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        chunk: int = 64,
+    ) -> Pipeline:
+        """From a run directory, a .ckpt in it, or an exported folder.
+
+        tokenizer: another place of the tokenizer than the folder `tokenizer` beside the generator. dtype: of the trunk;
+        embeddings, logits and the decoder stay float32.
+        """
+        generator = load_module(path, FAMILIES, weights)
+        if not isinstance(generator, Generator):
+            raise CheckpointError(f"{path} holds a tokenizer ({type(generator).__name__}): give a generator's run")
+        if is_folder(path):
+            home, described = Path(path), read_config(path)
+        else:
+            file = find_checkpoint(path)
+            home, described = file.parent.parent, read_checkpoint(file)["module"]
+        place = home / "tokenizer" if tokenizer is None else Path(tokenizer)
+        if tokenizer is None and not is_folder(place):
+            raise CheckpointError(f"{place} is missing: pass tokenizer=<run or folder of the tokenizer>")
+        decoder = load_module(place, FAMILIES, "ema")
+        if not isinstance(decoder, Tokenizer):
+            raise CheckpointError(f"{place} holds a {type(decoder).__name__}, expected a tokenizer")
+        generator.trunk.to(dtype)
+        names = list(described.get("class_names") or [])
+        return cls(generator.to(device), decoder.to(device), chunk=chunk, class_names=names)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.generator.parameters()).device
+
+    @torch.no_grad()
+    def tokens(
+        self,
+        labels: Tensor,
+        seeds: Tensor,
+        *,
+        guide: Guidance,
+        rule: DrawRule | Callable[[Progress], DrawRule],
+        on_step: Callable[[Canvas, Progress], None] | None = None,
+    ) -> Tensor:
+        """Tokens in the tokenizer's order, [B, L], of labels and seeds [B], in one batch."""
+        generator = self.generator
+        labels, seeds = labels.to(self.device), seeds.to(self.device)
+        streams = [generator.conditioner(labels)]
+        streams += [generator.conditioner.null(len(labels)) for _ in range(guide.streams - 1)]
+        canvas = ancestral(
+            generator, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, on_step=on_step
+        )
+        return generator.restore(canvas)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: Tensor,
+        seeds: Tensor,
+        *,
+        guidance: Guidance | float = 1.0,
+        rule: DrawRule | Callable[[Progress], DrawRule] = DrawRule(),  # noqa: B008 (frozen)
+        on_chunk: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """uint8 images [N, H, W, 3] of labels and seeds int64 [N].
+
+        labels: 0..num_classes - 1, or num_classes for "no class". guidance: a scale for all steps, or a Guidance.
+        on_chunk: called with the first index and the images of every finished chunk.
+        """
+        if len(labels) != len(seeds) or labels.dim() != 1 or len(labels) == 0:
+            shapes = f"{tuple(labels.shape)}, {tuple(seeds.shape)}"
+            raise ValueError(f"labels and seeds must be [N] with N >= 1, got {shapes}")
+        low, high, known = int(labels.min()), int(labels.max()), self.generator.num_classes
+        if low < 0 or high > known:
+            raise ValueError(f"classes span {low}..{high}, but the model knows 0..{known - 1} (and {known} for none)")
+        guide = _guide(guidance)
+        if guide.streams > 1 and known == 0:
+            raise ValueError("guidance needs classes, and this model is unconditional: pass guidance=1")
+        done = []
+        for start in range(0, len(labels), self.chunk):
+            stop = min(start + self.chunk, len(labels))
+            index = torch.arange(start, start + self.chunk).clamp(max=stop - 1)  # padding repeats the last image
+            tokens = self.tokens(labels[index], seeds[index], guide=guide, rule=rule)
+            images = to_uint8(self.tokenizer.decode(tokens))[: stop - start].cpu()
+            done.append(images)
+            if on_chunk is not None:
+                on_chunk(start, images)
+        return torch.cat(done)
+
+
+def _guide(value: Guidance | float) -> Guidance:
+    return guidance(float(value)) if isinstance(value, (int, float)) else value

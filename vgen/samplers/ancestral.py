@@ -1,0 +1,54 @@
+"""Ancestral sampling: draw the tokens of one step after another, each given all earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vgen.conditioning import Cond
+from vgen.generator import Canvas, Generator
+from vgen.guidance import Guidance, Progress, Unguided
+from vgen.heads import DrawRule
+from vtok.noise import SampleNoise
+
+PLAIN, UNGUIDED = DrawRule(), Unguided()
+
+
+@torch.no_grad()
+def ancestral(
+    generator: Generator,
+    cond: Cond,
+    *,
+    noise: SampleNoise,
+    guide: Guidance = UNGUIDED,
+    rule: DrawRule | Callable[[Progress], DrawRule] = PLAIN,
+    canvas: Canvas | None = None,
+    stop: int | None = None,
+    on_step: Callable[[Canvas, Progress], None] | None = None,
+    cached: bool = True,
+) -> Canvas:
+    """Write a canvas of B = len(noise.seeds) samples.
+
+    cond: guide.streams * B rows, stream-major. rule: one for all steps, or a function of the progress. canvas: tokens
+    to start from; where `known` is true they are kept. stop: write only the steps before it. on_step: called after
+    each step with the canvas so far. cached=False recomputes every prefix (slow; the same tokens).
+    """
+    rows = len(noise.seeds)
+    if len(cond.start) != guide.streams * rows:
+        raise ValueError(f"cond has {len(cond.start)} rows, expected {guide.streams} streams x {rows} samples")
+    canvas = generator.blank(rows) if canvas is None else canvas
+    layout = canvas.layout
+    prefix = 0 if cond.prefix is None else cond.prefix.shape[1]
+    cache = generator.cache(guide.streams * rows, prefix=prefix) if cached else None
+    for k in range(layout.steps if stop is None else stop):
+        a, b = layout.written(k, k + 1)
+        progress = Progress(k, layout.steps, a / layout.length, b / layout.length)
+        chosen = rule if isinstance(rule, DrawRule) else rule(progress)
+        tokens = generator.draw(canvas, cond, k, cache=cache, noise=noise, guide=guide, rule=chosen)
+        if canvas.known is not None:
+            tokens = torch.where(canvas.known[:, a:b], canvas.tokens[:, a:b], tokens)
+        canvas.tokens[:, a:b] = tokens
+        if on_step is not None:
+            on_step(canvas, progress)
+    return canvas

@@ -1,0 +1,184 @@
+"""The sampling command: which images to draw, drawing them chunk by chunk, and writing them with how they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from vgen.guidance import guidance
+from vgen.heads import DrawRule
+from vgen.pipeline import Pipeline
+from vtok.checkpoint import find_checkpoint, is_folder, write_atomic, write_json
+from vtok.noise import sample_seeds
+
+GRID_CLASSES = 10
+
+
+def sample(config: Mapping[str, Any]) -> Path:
+    """Run the command of configs/sample.yaml; returns the file or folder written."""
+    out = Path(config["out"])
+    if out.exists() and not config["overwrite"]:
+        raise ValueError(f"{out} exists; pass overwrite=true or another out=")
+    device = resolve_device(config["device"])
+    rule = DrawRule(float(config["temperature"]), int(config["top_k"]), float(config["top_p"]))
+    guide = guidance(float(config["guidance"]), config["schedule"], **config["schedule_options"])
+    pipeline = Pipeline.load(
+        config["from"],
+        weights=config["weights"],
+        tokenizer=config["tokenizer"],
+        device=device,
+        dtype=resolve_dtype(config["dtype"]),
+        chunk=int(config["chunk"]),
+    )
+    known, names = pipeline.generator.num_classes, pipeline.class_names
+    labels = plan(config["classes"], config["per_class"], config["num_images"], known, names, grid=out.suffix == ".png")
+    seeds = sample_seeds(int(config["seed"]), 0, len(labels))
+    with progress_bar(len(labels)) as advance:
+        images = pipeline(
+            labels, seeds, guidance=guide, rule=rule, on_chunk=lambda start, part: advance(len(part))
+        ).numpy()
+    record = {
+        "command": "python sample.py " + " ".join(sys.argv[1:]),
+        "from": str(config["from"]),
+        "checkpoint_sha256": checkpoint_hash(config["from"]),
+        "weights": config["weights"],
+        "num_images": len(labels),
+        "classes": labels.tolist(),
+        "seed": int(config["seed"]),
+        "seeds": "vtok.noise.sample_seeds(seed, 0, num_images)",
+        **{k: config[k] for k in ("guidance", "schedule", "temperature", "top_k", "top_p", "dtype", "chunk")},
+        "schedule_options": dict(config["schedule_options"]),
+        "device": device.type,
+        "torch": torch.__version__,
+    }
+    write(out, images, labels, names, record)
+    print(f"wrote {len(images)} images to {out}")
+    return out
+
+
+def plan(
+    classes: Sequence[int | str] | int | str | None,
+    per_class: int,
+    num_images: int | None,
+    known: int,
+    names: Sequence[str],
+    *,
+    grid: bool,
+) -> Tensor:
+    """Labels int64 [N] in the order they are drawn: class by class, or balanced round-robin with num_images."""
+    if per_class < 1 or (num_images is not None and num_images < 1):
+        raise ValueError(f"per_class={per_class}, num_images={num_images}: at least one image is drawn")
+    if known == 0:
+        if classes is not None:
+            raise ValueError("this model is unconditional: leave out classes=")
+        return torch.zeros(num_images or per_class, dtype=torch.int64)
+    if classes is None:
+        chosen = list(range(known if not grid or num_images else min(known, GRID_CLASSES)))
+    else:
+        listed = [classes] if isinstance(classes, (int, str)) else list(classes)
+        chosen = [_class_index(c, known, names) for c in listed]
+    if not chosen:
+        raise ValueError("classes=[] names no class; leave it out for all")
+    if num_images is not None:
+        return torch.tensor(chosen).repeat(-(-num_images // len(chosen)))[:num_images]
+    return torch.tensor(chosen).repeat_interleave(per_class)
+
+
+def _class_index(value: int | str, known: int, names: Sequence[str]) -> int:
+    if isinstance(value, str) and value in names:
+        return list(names).index(value)
+    if isinstance(value, int) and 0 <= value < known:
+        return value
+    shown = f" or a name ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else ""
+    raise ValueError(f"unknown class {value!r}: choose 0..{known - 1}{shown}")
+
+
+def write(out: Path, images: np.ndarray, labels: Tensor, names: Sequence[str], record: Mapping[str, Any]) -> None:
+    """Images uint8 [N, H, W, 3] as the ending of `out` says, with the record beside them."""
+    if out.suffix == ".png":
+        picture = labelled_grid(images, labels.tolist(), names)
+        write_atomic(out, lambda file: picture.save(file, "PNG"))
+    elif out.suffix == ".npz":
+        write_atomic(out, lambda file: np.savez_compressed(file, arr_0=images, arr_1=labels.numpy()))
+    elif out.suffix:
+        raise ValueError(f"out={out}: the ending must be .png, .npz, or none for a folder")
+    else:
+        for i, (image, label) in enumerate(zip(images, labels.tolist())):
+            picture = Image.fromarray(image)
+            write_atomic(out / f"{i:06d}_class{label:04d}.png", lambda file, p=picture: p.save(file, "PNG"))
+        write_json(out / "metadata.json", record)
+        return
+    write_json(out.with_suffix(".metadata.json"), record)
+
+
+def labelled_grid(
+    images: np.ndarray, labels: Sequence[int], names: Sequence[str] = (), columns: int = 8
+) -> Image.Image:
+    """One row a class (or several, of `columns` images), the class's name on the left. images: uint8 [N, H, W, 3]."""
+    rows: list[tuple[int, list[np.ndarray]]] = []
+    for image, label in zip(images, labels):
+        if not rows or rows[-1][0] != label or len(rows[-1][1]) == columns:
+            rows.append((label, []))
+        rows[-1][1].append(image)
+    height, width = images.shape[1:3]
+    zoom = max(1, 64 // height)
+    cell_h, cell_w, gap = height * zoom, width * zoom, 2
+    texts = [f"{names[label]}" if names and label < len(names) else f"{label}" for label, _ in rows]
+    margin = 12 + 6 * max(len(text) for text in texts)
+    wide = max(len(row) for _, row in rows)
+    canvas = Image.new("RGB", (margin + wide * (cell_w + gap), len(rows) * (cell_h + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for r, ((_, row), text) in enumerate(zip(rows, texts)):
+        pen.text((6, r * (cell_h + gap) + cell_h // 2 - 6), text, fill="black")
+        for c, image in enumerate(row):
+            tile = Image.fromarray(image).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            canvas.paste(tile, (margin + c * (cell_w + gap), r * (cell_h + gap)))
+    return canvas
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto picks cuda, then mps, then cpu; a device that is not there is an error."""
+    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device("cuda" if have["cuda"] else "mps" if have["mps"] else "cpu")
+    kind = str(name).split(":")[0]
+    if kind not in have:
+        raise ValueError(f"device={name!r}: choose auto, cpu, cuda or mps")
+    if not have[kind]:
+        raise ValueError(f"device={name}: torch sees no {kind} device here; choose device=cpu or auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in kinds:
+        raise ValueError(f"dtype={name!r}: choose {' or '.join(kinds)}")
+    return kinds[name]
+
+
+def checkpoint_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of the weight file that `path` means."""
+    file = Path(path) / "model.safetensors" if is_folder(path) else find_checkpoint(path)
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, silence otherwise; yields advance(n)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task("drawing", total=total)
+        yield lambda n: progress.advance(task, n)

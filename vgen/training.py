@@ -1,0 +1,248 @@
+"""The training command: from the configuration of train.py to a run directory with checkpoints and pictures.
+
+`model` null trains the tokenizer of `tokenizer` on images; otherwise the generator of `model` on the tokens of a frozen
+tokenizer. All mistakes in the configuration come up here, before the first step.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from vgen.callbacks import Samples
+from vgen.lit import LitGenerator
+from vgen.models import FAMILIES
+from vtok import run as runs
+from vtok.callbacks import Progress, Reconstructions
+from vtok.checkpoint import is_folder, save_folder
+from vtok.config import describe, instantiate
+from vtok.data.codes import Codes, OnlineTokens
+from vtok.data.module import StepData, micro_batch_size
+from vtok.lit import Lit, LitTokenizer
+from vtok.noise import key
+from vtok.optim import Recipe, memory
+from vtok.resume import AtomicCheckpointIO, Checkpoints, Preempted, ResumeState
+from vtok.rng import seed_all
+from vtok.warmstart import warm_start
+
+
+def train(config: DictConfig) -> float | None:
+    """Run the command of configs/train.yaml; returns the monitored value, which a sweep compares."""
+    config = settle(config)
+    folder = Path(config.run_dir)
+    resumed = runs.resume_from(folder, config.resume, config.ckpt_path, config.overwrite)
+    trust = tuple(config.trust)
+    seed_all(key(config.seed))
+    data = build_data(config, trust)
+    lit = build_module(config, data, trust)
+    step = runs.check_same(resumed, lit.kind, describe(lit.module)) if resumed else 0
+    warm = None
+    if config.init_from and resumed is None:
+        warm = warm_start(lit.module, config.init_from, FAMILIES, class_names=data.class_names)
+        if isinstance(lit, LitGenerator):
+            lit.module.adopt(data.tokenizer)  # the codebook of the data, not that of the earlier run
+        if lit.ema is not None:
+            lit.ema.load_state_dict(lit.module.state_dict())
+    main = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("RANK", "0")) == 0
+    if main:
+        runs.prepare(
+            folder,
+            config=OmegaConf.to_yaml(config, resolve=True),
+            overrides=_overrides(),
+            resumed=resumed,
+            step=step,
+            overwrite=config.overwrite,
+        )
+        if isinstance(lit, LitGenerator) and not is_folder(folder / "tokenizer"):
+            save_folder(data.tokenizer, folder / "tokenizer")
+    trainer = build_trainer(config, folder, lit, trust)
+    batch = micro_batch_size(config.batch_size, config.accumulate, trainer.world_size)
+    if main:
+        if warm is not None:
+            print(warm.table(), flush=True)
+        print(summary(config, lit, data, trainer, batch, step), flush=True)
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**OmegaConf.to_container(config, resolve=True), "versions": runs.versions()})
+    try:
+        trainer.fit(lit, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)  # of a process that Lightning spawned
+        if code:
+            raise Preempted(code) from None
+        raise
+    if main:
+        print(f"checkpoints: {folder / 'checkpoints'}\npictures:    {folder / 'pictures'}", flush=True)
+    value = trainer.callback_metrics.get(config.monitor)
+    return None if value is None else float(value)
+
+
+def settle(config: DictConfig) -> DictConfig:
+    """The configuration with the run directory decided, types checked, and `auto` values filled in."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    config = config.copy()
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        config.run_dir = HydraConfig.get().runtime.output_dir  # every job of a sweep has its own
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"{missing[0]} has no default: pass {missing[0]}=<value>")
+    runs.check_numbers(config)
+    if config.model is None and config.tokenizer is None:
+        raise ValueError("nothing to train: choose tokenizer=<name> (a tokenizer) or model=<name> (a generator)")
+    if config.precision == "auto":
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and config.trainer.accelerator != "cpu"
+        config.precision = "bf16-mixed" if fast else "32-true"
+    if config.precision not in ("32-true", "bf16-mixed", "bf16-true", "64-true"):
+        # fp16 needs a loss scaler around both optimizers of a GAN; bf16 needs none
+        raise ValueError(f"precision={config.precision}: choose auto, 32-true, bf16-mixed, bf16-true or 64-true")
+    return config
+
+
+def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
+    """The data module: images for a tokenizer, tokens with their frozen tokenizer for a generator."""
+    if config.model is None:
+        data = instantiate(config.data, trust=trust, _convert_="all")
+        if not isinstance(data, StepData) or isinstance(data, Codes):
+            raise ValueError("a tokenizer trains on images: choose data=digits, cifar10, imagefolder, ...")
+        data.setup()
+        return data
+    source = config.tokenizer_from
+    if str(config.data.get("_target_", "")) == "vtok.data.codes.Codes":
+        section = OmegaConf.merge(config.data, {"tokenizer": source}) if source else config.data
+        return instantiate(section, trust=trust, _convert_="all")
+    if not source:
+        raise ValueError("a generator needs tokens: pass tokenizer_from=<run or folder of a tokenizer>, or data=codes")
+    data = OnlineTokens(data=instantiate(config.data, trust=trust, _convert_="all"), tokenizer=source)
+    data.setup()
+    return data
+
+
+def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
+    """The Lightning module around a new tokenizer or generator."""
+    plain = {k: OmegaConf.to_container(config[k], resolve=True) for k in ("optimizer", "schedule")}
+    recipe = Recipe(
+        steps=config.steps,
+        accumulate=config.accumulate,
+        clip=config.clip,
+        ema=config.ema,
+        log_every=config.log_every,
+        on_nan=config.on_nan,
+        **plain,
+    )
+    if config.model is None:
+        module = instantiate(config.tokenizer, trust=trust, _convert_="all")
+        if module.spec.image_size != data.image_size:
+            raise ValueError(
+                f"the tokenizer is built for {module.spec.image_size} px, the data have {data.image_size} px; "
+                "change tokenizer.image_size or data.image_size"
+            )
+        objective = instantiate(config.objective, trust=trust, _convert_="all")
+        adversary = OmegaConf.to_container(config.discriminator_optimizer, resolve=True)
+        return LitTokenizer(module, objective, recipe, discriminator_optimizer=adversary)
+    make = instantiate(config.model, trust=trust, _convert_="all", _partial_=True)
+    make.func.accepts(data.spec)
+    module = make(spec=data.spec, num_classes=data.num_classes)
+    module.adopt(data.tokenizer)
+    return LitGenerator(module, recipe, class_names=data.class_names)
+
+
+def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, ...]) -> L.Trainer:
+    """Lightning's Trainer, counting steps, with our callbacks in the order in which they must run."""
+    stop = min(config.steps, config.stop_after or config.steps)
+    callbacks: list[L.Callback] = [
+        ResumeState(seed=config.seed),
+        Progress(batch_size=config.batch_size, stop=stop, every=config.log_every, bar=config.bar),
+    ]
+    if config.picture_every:
+        options = OmegaConf.to_container(config.pictures, resolve=True)
+        kind = "samples" if isinstance(lit, LitGenerator) else "reconstructions"
+        picture = Samples if kind == "samples" else Reconstructions
+        callbacks.append(picture(folder / "pictures", every=config.picture_every, **options[kind]))
+    callbacks += [instantiate(c, trust=trust, _convert_="all") for c in (config.callbacks or {}).values()]
+    if config.save:
+        callbacks.append(
+            Checkpoints(
+                folder / "checkpoints",
+                every=config.save_every,
+                minutes=config.save_minutes,
+                monitor=config.monitor,
+                mode=config.monitor_mode,
+            )
+        )
+    make = instantiate(config.trainer, trust=trust, _convert_="all", _partial_=True)
+    return make(
+        max_steps=stop,
+        max_epochs=-1,
+        precision=config.precision,
+        val_check_interval=config.val_every * config.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=config.val_batches,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the data module slices the global batch itself
+        enable_checkpointing=False,  # Checkpoints above
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        callbacks=callbacks,
+        logger=build_loggers(config, folder, trust),
+        plugins=[AtomicCheckpointIO()],
+    )
+
+
+def build_loggers(config: DictConfig, folder: Path, trust: tuple[str, ...]) -> list[Any]:
+    loggers = []
+    for section in (config.logger or {}).values():
+        section = section.copy()
+        if str(section._target_).endswith("WandbLogger") and not section.get("id"):
+            section.id = _wandb_id(folder)
+        loggers.append(instantiate(section, trust=trust, _convert_="all"))
+    return loggers
+
+
+def _wandb_id(folder: Path) -> str:
+    """The run's id at W&B, kept in the run directory, so that a resumed run goes on in the same plot."""
+    file = folder / "wandb_id.txt"
+    if not file.is_file():
+        file.write_text(os.urandom(4).hex() + "\n")
+    return file.read_text().strip()
+
+
+def _overrides() -> list[str]:
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def summary(config: DictConfig, lit: Lit, data: Any, trainer: L.Trainer, batch: int, step: int) -> str:
+    """The block printed before training."""
+    modules = {"module": lit.module, "ema": lit.ema, "discriminator": getattr(lit, "discriminator", None)}
+    need = memory(modules, trained=lit.trained)
+    count = sum(p.numel() for p in lit.module.parameters())
+    trainable = sum(p.numel() for p in lit.module.parameters() if p.requires_grad)
+    spec = data.spec if isinstance(lit, LitGenerator) else lit.module.spec
+    vocabularies = ", ".join("continuous" if p.vocab_size is None else str(p.vocab_size) for p in spec.parts)
+    parts = ", ".join(f"{k} {_size(v)}" for k, v in need.items() if v)
+    lines = {
+        "run directory": config.run_dir,
+        "trains": f"{type(lit.module).__name__} ({lit.kind}), {count:,} parameters, {trainable:,} trainable",
+        "tokens": f"{spec.layout.length} in {spec.layout.steps} steps, vocabulary {vocabularies}, {spec.bits:.0f} bits "
+        f"an image of {spec.image_size} px",
+        "data": f"{data.train_size:,} training, {data.val_size:,} held out, {data.num_classes} classes",
+        "global batch": f"{config.batch_size} = {batch} x {trainer.world_size} devices x {config.accumulate} accumulated",
+        "steps": f"{config.steps:,} = {config.steps * config.batch_size / data.train_size:.1f} epochs"
+        + (f", stops after {trainer.max_steps:,}" if trainer.max_steps < config.steps else "")
+        + (f", goes on from step {step:,}" if step else ""),
+        "memory": f"{_size(sum(need.values()))} and activations ({parts})",
+        "device": f"{trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}, precision {config.precision}",
+    }
+    return "\n".join(f"{name:>14}  {text}" for name, text in lines.items())
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,1 @@
+"""Visual tokenizers: images to tokens and back."""

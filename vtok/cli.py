@@ -1,0 +1,55 @@
+"""One door for every command: Hydra's main, with a user's mistake reported in at most three lines and exit code 2.
+
+A mistake is an error that names what to change (ValueError, a missing file, a wrong key). Anything else is a bug of
+ours and keeps its traceback. Heavy imports belong inside the task, so that --help and --cfg answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EXIT_MISTAKE = 2
+
+
+def entry(config_name: str, configs: Path) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
+    """Decorator that turns `task(config)` into the main function of a command.
+
+    config_name: file in the folder `configs` without its ending.
+    """
+
+    def decorate(task: Callable[[Any], Any]) -> Callable[[], None]:
+        def main() -> None:
+            import hydra
+            from hydra.errors import HydraException
+            from omegaconf.errors import OmegaConfBaseException
+
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its exceptions on instead of printing them
+            command = hydra.main(version_base="1.3", config_path=str(configs), config_name=config_name)(task)
+            try:
+                command()
+            except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+                if os.environ.get("VTOK_TRACEBACK"):
+                    raise
+                sys.exit(report(error))
+
+        main.__doc__ = task.__doc__
+        return main
+
+    return decorate
+
+
+def report(error: BaseException) -> int:
+    """Print a mistake in at most three lines on stderr; return the exit code."""
+    parts: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None and len(parts) < 8:
+        parts += [line.strip() for line in str(seen).splitlines() if line.strip()]
+        seen = seen.__cause__
+    noise = ("full_key:", "object_type=", "reference_type=", "Set the environment variable", "In '")
+    lines = [line for line in dict.fromkeys(parts) if not line.startswith(noise)] or [type(error).__name__]
+    print("error: " + "\n  ".join(line[:400] for line in lines[:3]), file=sys.stderr)
+    return EXIT_MISTAKE

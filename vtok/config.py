@@ -1,0 +1,114 @@
+"""From plain data to objects: recorded constructor arguments, family names, and the only call of Hydra's instantiate.
+
+Two doors. `describe` and `build` serve shared folders and checkpoints: a family name from a table of ours plus plain
+constructor arguments, so a downloaded config cannot name code. `instantiate` serves the user's own Hydra configs and
+refuses targets outside an allow-list (Hydra's instantiate on untrusted configs is CVE-2026-68508).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+ALLOWED_MODULES = ("vtok.", "vgen.", "eval.")
+ALLOWED_TARGETS = (
+    "torch.optim.AdamW",
+    "torch.optim.Adam",
+    "lightning.Trainer",
+    "lightning.pytorch.loggers.CSVLogger",
+    "lightning.pytorch.loggers.TensorBoardLogger",
+    "lightning.pytorch.loggers.WandbLogger",
+    "lightning.pytorch.profilers.SimpleProfiler",
+    "lightning.pytorch.callbacks.LearningRateMonitor",
+    "lightning.pytorch.strategies.DDPStrategy",
+)
+
+
+class Configured:
+    """Records the arguments of the outermost constructor call in `self.arguments`, so that a module can be rebuilt."""
+
+    arguments: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in cls.__dict__:
+            return
+        original = cls.__init__
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            if "arguments" not in self.__dict__:
+                bound = signature.bind(self, *args, **kwargs)
+                bound.apply_defaults()
+                self.__dict__["arguments"] = {k: v for k, v in list(bound.arguments.items())[1:]}
+            original(self, *args, **kwargs)
+
+        cls.__init__ = init
+
+
+def describe(module: Configured) -> dict:
+    """Plain data from which `build` makes the same module (weights apart): {"family", "arguments"}."""
+    return {"family": type(module).__name__, "arguments": {k: _plain(v) for k, v in module.arguments.items()}}
+
+
+def build(description: Mapping, families: Mapping[str, str]) -> Any:
+    """Make the module of a description. `families` maps a family name to "module:Class"."""
+    if not isinstance(description, Mapping) or set(description) != {"family", "arguments"}:
+        raise ValueError(f"a module's description holds `family` and `arguments`, got {description!r:.200}")
+    name = description["family"]
+    if name not in families:
+        raise ValueError(f"unknown family {name!r}; known are {', '.join(sorted(families))}")
+    module, _, attribute = families[name].partition(":")
+    cls = getattr(importlib.import_module(module), attribute)
+    arguments = {k: _built(v, families) for k, v in description["arguments"].items()}
+    unknown = set(arguments) - set(inspect.signature(cls.__init__).parameters)
+    if unknown:
+        raise ValueError(f"{name} has no argument {', '.join(sorted(unknown))}")
+    return cls(**arguments)
+
+
+def instantiate(config: Any, *args: Any, trust: tuple[str, ...] = (), **kwargs: Any) -> Any:
+    """Hydra's instantiate, for targets of this toolkit, a few of torch's and Lightning's, and modules in `trust`."""
+    from hydra.utils import instantiate as hydra_instantiate
+
+    for target in _targets(config):
+        if target not in ALLOWED_TARGETS and not target.startswith(ALLOWED_MODULES + tuple(t + "." for t in trust)):
+            raise ValueError(
+                f"_target_ {target!r} is not allowed; to trust its module pass trust=[{target.split('.')[0]}]"
+            )
+    return hydra_instantiate(config, *args, **kwargs)
+
+
+def _targets(config: Any) -> list[str]:
+    if isinstance(config, Mapping) or hasattr(config, "items"):
+        found = [str(config["_target_"])] if "_target_" in config else []
+        return found + [t for value in config.values() for t in _targets(value)]
+    if isinstance(config, (list, tuple)) or type(config).__name__ == "ListConfig":
+        return [t for value in config for t in _targets(value)]
+    return []
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Configured):
+        return describe(value)
+    if hasattr(value, "to_config"):
+        return value.to_config()
+    if isinstance(value, Mapping) or type(value).__name__ == "DictConfig":
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)) or type(value).__name__ == "ListConfig":
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a constructor argument of type {type(value).__name__} cannot be written to a config file")
+
+
+def _built(value: Any, families: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {"family", "arguments"}:
+            return build(value, families)
+        return {k: _built(v, families) for k, v in value.items()}
+    return [_built(v, families) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,137 @@
+"""One door to attention, and the attention layer of every trunk.
+
+`attend` picks the kernel: SDPA everywhere; FlexAttention for a block mask (block-causal training on CUDA, Dong et al.,
+arXiv 2412.05496); a naive softmax that the tests compare with. Nothing falls back silently: a block mask on the CPU,
+where FlexAttention has no backward pass, is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok.layers.cache import KVCache
+from vtok.layers.rope import rotate
+
+Mask = Tensor | Literal["causal"] | Any | None  # bool [.., q, k], "causal", a BlockMask, or None: every key is seen
+QKNorm = Literal["none", "l2", "rms", "layer"]
+MAX_LOG_SCALE = math.log(100)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float | None = None, dropout: float = 0.0):
+    """softmax(q k^T * scale) v for q [R, N, q, E], k and v [R, N, k, E]; returns [R, N, q, E].
+
+    mask: None, "causal" (query i sees keys 0..i; as many queries as keys), bool with true = seen, or a BlockMask.
+    scale: 1/sqrt(E) where None. dropout: on the weights; not with a BlockMask.
+    """
+    if mask is None or isinstance(mask, (str, Tensor)):
+        causal = isinstance(mask, str)
+        if causal and q.shape[-2] != k.shape[-2]:
+            raise ValueError(f"a causal mask needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}")
+        bias = None if causal else mask
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=causal, scale=scale)
+    if dropout:
+        raise ValueError("FlexAttention has no dropout on the weights; set attention dropout to 0 or mask=bool")
+    if not q.is_cuda:
+        raise ValueError("a BlockMask needs CUDA: FlexAttention on the CPU has no backward pass")
+    return _flex()(q, k, v, block_mask=mask, scale=scale)
+
+
+def attend_naive(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float | None = None) -> Tensor:
+    """The same by definition, without a fused kernel: the oracle of the tests."""
+    logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if isinstance(mask, str):
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    return logits.softmax(-1) @ v
+
+
+@functools.cache
+def _flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def block_mask(rank: Tensor) -> Any:
+    """FlexAttention's block mask of the rule rank(query) >= rank(key), for rank int64 [l] on CUDA."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length = len(rank)
+    return create_block_mask(lambda b, h, q, k: rank[q] >= rank[k], None, None, length, length, device=rank.device)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv projection (order q, k, v; heads contiguous inside each).
+
+    bias: "none"; "qkv"; "qv": k's bias is fixed at zero, as in VAR. qk_norm: "l2" normalises q and k and multiplies q
+    by a learned scale per head, exp(min(s, ln 100)), s starting at ln 4 (Liu et al., Swin v2, arXiv 2111.09883; VAR),
+    with softmax scale 1; "rms" and "layer" are affine norms over the head's channels.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        bias: Literal["none", "qkv", "qv"] = "none",
+        out_bias: bool = False,
+        qk_norm: QKNorm = "none",
+        eps: float = 1e-6,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} is not a multiple of heads {heads}")
+        self.heads, self.scale, self.dropout, self.qk_norm = heads, scale, dropout, qk_norm
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias == "qkv")
+        self.out = nn.Linear(dim, dim, bias=out_bias)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
+        if qk_norm == "l2":
+            self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0)))
+            self.scale = 1.0
+        elif qk_norm in ("rms", "layer"):
+            make = nn.RMSNorm if qk_norm == "rms" else nn.LayerNorm
+            self.q_norm, self.k_norm = make(dim // heads, eps=eps), make(dim // heads, eps=eps)
+        elif qk_norm != "none":
+            raise ValueError(f"qk_norm={qk_norm!r}: choose none, l2, rms or layer")
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        position: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        mask: Mask = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """x [R, l, D] to [R, l, D]; position: (cos, sin, added to q and k) of the l positions; see Inputs."""
+        rows, length, dim = x.shape
+        bias = self.qkv.bias
+        if self.q_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias).view(rows, length, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.qk_norm == "l2":
+            q = F.normalize(q, dim=-1) * self.log_scale.clamp_max(MAX_LOG_SCALE).exp().to(q.dtype)
+            k = F.normalize(k, dim=-1)
+        elif self.qk_norm != "none":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if position is not None:
+            cos, sin, added = position
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if added is not None:
+                added = added.view(*added.shape[:-1], self.heads, -1).transpose(-2, -3)
+                q, k = q + added, k + added
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        y = attend(q, k, v, mask=mask, scale=self.scale, dropout=self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(rows, length, dim))

@@ -1,0 +1,127 @@
+"""The transformer block: pre-norm attention and feed-forward, optionally modulated by a condition vector.
+
+Modulation is adaptive layer norm with gates (adaLN, Peebles & Xie, arXiv 2212.09748) in VAR's slot order: gate of
+attention, gate of feed-forward, scale 1, scale 2, shift 1, shift 2. Converters of other orders permute rows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok.layers.attention import Attention, Mask, QKNorm
+from vtok.layers.cache import KVCache
+
+Norm = Literal["rms", "layer"]
+Modulation = Literal["none", "own", "shared"]
+
+
+def make_norm(kind: Norm, dim: int, eps: float, affine: bool = True) -> nn.Module:
+    """RMSNorm or LayerNorm over the last dimension; statistics are float32 inside either."""
+    if kind == "rms":
+        return nn.RMSNorm(dim, eps=eps, elementwise_affine=affine)
+    if kind == "layer":
+        return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine)
+    raise ValueError(f"norm={kind!r}: choose rms or layer")
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202), down(silu(gate) * value) with one fused projection; or GELU (tanh)."""
+
+    def __init__(self, *, dim: int, hidden: int, kind: Literal["swiglu", "gelu"], bias: bool) -> None:
+        super().__init__()
+        if kind not in ("swiglu", "gelu"):
+            raise ValueError(f"ffn={kind!r}: choose swiglu or gelu")
+        self.gated = kind == "swiglu"
+        self.up = nn.Linear(dim, 2 * hidden if self.gated else hidden, bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.gated:
+            gate, value = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.gelu(x, approximate="tanh"))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., arXiv 1603.09382): drops a residual branch per row, rescaling what is kept."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.rate
+        return x * kept.to(x.dtype) / (1 - self.rate)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)); see Trunk for the options."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        hidden: int,
+        norm: Norm,
+        eps: float,
+        ffn: Literal["swiglu", "gelu"],
+        bias: Literal["none", "qkv", "qv"],
+        qk_norm: QKNorm,
+        attention_scale: float | None,
+        modulation: Modulation,
+        dropout: float,
+        attention_dropout: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        plain = modulation == "none"
+        biased = bias != "none"
+        self.norm1, self.norm2 = make_norm(norm, dim, eps, plain), make_norm(norm, dim, eps, plain)
+        self.attention = Attention(
+            dim=dim,
+            heads=heads,
+            bias=bias,
+            out_bias=biased,
+            qk_norm=qk_norm,
+            eps=eps,
+            scale=attention_scale,
+            dropout=attention_dropout,
+        )
+        self.ffn = FeedForward(dim=dim, hidden=hidden, kind=ffn, bias=biased)
+        self.modulation = nn.Linear(dim, 6 * dim) if modulation == "own" else None
+        self.offset = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if modulation == "shared" else None
+        self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        vector: Tensor | None,
+        position: tuple[Tensor, Tensor, Tensor | None] | None,
+        mask: Mask,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        """x [R, l, D]; vector: SiLU of the condition [R, v, D], or its shared projection [R, v, 6, D]; v is 1 or l."""
+        if vector is None:
+            attended = self.attention(self.norm1(x), position=position, mask=mask, cache=cache, layer=layer)
+            x = x + self.drop_path(self.dropout(attended))
+            return x + self.drop_path(self.dropout(self.ffn(self.norm2(x))))
+        if self.modulation is not None:
+            slots = self.modulation(vector).unflatten(-1, (6, -1))
+        else:
+            slots = vector + self.offset
+        gate1, gate2, scale1, scale2, shift1, shift2 = slots.unbind(-2)
+        h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
+        attended = self.attention(h, position=position, mask=mask, cache=cache, layer=layer)
+        x = x + self.drop_path(self.dropout(attended) * gate1)
+        h = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
+        return x + self.drop_path(self.dropout(self.ffn(h)) * gate2)

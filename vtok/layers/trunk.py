@@ -1,0 +1,148 @@
+"""The transformer trunk that every generator runs, and the one tensor structure that goes into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vtok.layers.attention import Mask, QKNorm, block_mask
+from vtok.layers.block import Block, Modulation, Norm, make_norm
+from vtok.layers.cache import KVCache
+from vtok.layout import Pattern, visible
+
+
+@dataclass
+class Inputs:
+    """Everything the trunk needs for l positions of R rows.
+
+    x [R, l, D]; rank int64 [l] or [R, l]; pattern: what the ranks say about the positions among themselves, known on
+    the host; position: (cos, sin, added to q and k or None), tables [l, E/2] or [R, l, E/2]; vector [R, v, D], v = 1 or
+    l; read: index of the positions that predict (None = all); mask: bool [.., l, keys] where ranks cannot tell; at:
+    block -> edit of h [R, l, D] on entry to that block.
+    """
+
+    x: Tensor
+    rank: Tensor
+    pattern: Pattern = "ranks"
+    position: tuple[Tensor, Tensor, Tensor | None] | None = None
+    vector: Tensor | None = None
+    read: Tensor | None = None
+    mask: Mask = None
+    at: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def window(self, index: Tensor) -> Inputs:
+        """The positions index [R, w] of every row, for ragged rows."""
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        width = self.x.shape[1]
+
+        def pick(table: Tensor | None) -> Tensor | None:
+            if table is None:
+                return None
+            return table[index] if table.dim() == 2 else table[rows, index]
+
+        position = None if self.position is None else tuple(pick(table) for table in self.position)
+        vector = self.vector
+        if vector is not None and vector.shape[1] == width and width > 1:
+            vector = vector[rows, index]
+        rank = self.rank[index] if self.rank.dim() == 1 else self.rank.gather(1, index)
+        return Inputs(self.x[rows, index], rank, "ranks", position, vector, None, None, self.at)
+
+
+class Trunk(nn.Module):
+    """`depth` blocks and a final norm, float32-accurate norms, one mask for all of them.
+
+    norm, eps: of every norm. ffn, hidden: feed-forward kind and width. bias: of attention ("qv" as VAR) and, unless
+    "none", of the feed-forward. modulation: "none" (affine norms), "own" (each block projects the vector), "shared"
+    (one projection plus a learned offset a block, VAR-d36). dropout: after attention and feed-forward. drop_path: rate
+    of the last block, rising linearly from 0. checkpointing: recompute blocks in the backward pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        hidden: int,
+        norm: Norm = "rms",
+        eps: float = 1e-5,
+        ffn: Literal["swiglu", "gelu"] = "swiglu",
+        bias: Literal["none", "qkv", "qv"] = "none",
+        qk_norm: QKNorm = "none",
+        attention_scale: float | None = None,
+        modulation: Modulation = "none",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth={depth}: a trunk has at least one block")
+        self.dim, self.heads, self.checkpointing = dim, heads, checkpointing
+        self.attention_dropout = attention_dropout
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=dim,
+                heads=heads,
+                hidden=hidden,
+                norm=norm,
+                eps=eps,
+                ffn=ffn,
+                bias=bias,
+                qk_norm=qk_norm,
+                attention_scale=attention_scale,
+                modulation=modulation,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                drop_path=drop_path * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
+        self.shared = nn.Linear(dim, 6 * dim) if modulation == "shared" else None
+        self.norm = make_norm(norm, dim, eps, affine=modulation == "none")
+        self.final = nn.Linear(dim, 2 * dim) if modulation != "none" else None  # scale, shift
+
+    def cache(self, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str) -> KVCache:
+        """An empty cache that fits this trunk."""
+        return KVCache(len(self.blocks), rows, self.heads, capacity, self.dim // self.heads, dtype=dtype, device=device)
+
+    def mask(self, inputs: Inputs, cache: KVCache | None) -> Mask:
+        """The attention mask of these positions, in the cheapest form that says the same."""
+        if inputs.mask is not None:
+            return inputs.mask
+        fresh = cache is None or (cache.bound == 0 and not cache.ragged)
+        if inputs.pattern == "full":
+            return None if fresh else cache.mask(None, inputs.x.shape[1])
+        if fresh and inputs.pattern == "causal":
+            return "causal"
+        if fresh and inputs.x.is_cuda and self.training and inputs.rank.dim() == 1 and not self.attention_dropout:
+            return block_mask(inputs.rank)
+        seen = visible(inputs.rank, inputs.rank)
+        seen = seen if fresh else cache.mask(seen, inputs.x.shape[1])
+        return seen.unsqueeze(1) if seen.dim() == 3 else seen
+
+    def forward(self, inputs: Inputs, cache: KVCache | None = None) -> Tensor:
+        """h [R, l, D] after the final norm. Writes the cache provisionally; the caller commits."""
+        # weights in bf16 mean a bf16 residual stream; under autocast the weights are float32 and x stays float32
+        x, mask = inputs.x.to(self.blocks[0].attention.qkv.weight.dtype), self.mask(inputs, cache)
+        vector = None if inputs.vector is None else F.silu(inputs.vector.to(x.dtype))
+        slots = vector if self.shared is None or vector is None else self.shared(vector).unflatten(-1, (6, -1))
+        settings: dict[str, Any] = {"vector": slots, "position": inputs.position, "mask": mask, "cache": cache}
+        for i, block in enumerate(self.blocks):
+            if i in inputs.at:
+                x = inputs.at[i](x)
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, layer=i, use_reentrant=False, **settings)
+            else:
+                x = block(x, layer=i, **settings)
+        if self.final is None:
+            return self.norm(x)
+        scale, shift = self.final(vector).chunk(2, dim=-1)
+        return torch.addcmul(shift, self.norm(x), 1 + scale)

@@ -1,0 +1,94 @@
+"""Randomness as a pure function of (seed of the sample, position, code, stream): the same on any batch, GPU or restart.
+
+Counter-based generation after Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), with the
+splitmix64 finaliser (Steele, Lea, Flood, OOPSLA 2014) as the mixing function. Categorical draws are the Gumbel race
+argmax(logits - log(-log1p(-u))): a small change of the logits rarely changes the winner (inverse-CDF draws would).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_STREAM = 0xD1B54A32D192ED03
+_MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the int64 that torch stores."""
+    value &= _MASK64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's shift is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, elementwise; multiplication wraps."""
+    x = (x ^ _shift(x, 30)) * _signed(_MIX1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX2)
+    return x ^ _shift(x, 31)
+
+
+def key(*numbers: int) -> int:
+    """One non-negative 63-bit key of some integers, order-sensitive: hash(seed, epoch, index) of the data pipeline."""
+    h = 0
+    for number in numbers:
+        h = (h + _GOLDEN + (int(number) & _MASK64)) & _MASK64
+        h = ((h ^ (h >> 30)) * _MIX1) & _MASK64
+        h = ((h ^ (h >> 27)) * _MIX2) & _MASK64
+        h ^= h >> 31
+    return h >> 1
+
+
+def sample_seeds(seed: int, start: int, stop: int) -> Tensor:
+    """Seeds int64 [stop - start] of the images start..stop-1 of a run: independent of batch, rank and restart."""
+    return torch.tensor([key(seed, i) for i in range(start, stop)], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class SampleNoise:
+    """Noise for B samples. `position` is int64 [n] or [B, n]; `stream` separates draws that share a position."""
+
+    seeds: Tensor  # int64 [B]
+
+    def to(self, device: torch.device | str) -> SampleNoise:
+        return SampleNoise(self.seeds.to(device))
+
+    def rows(self, index: Tensor | slice) -> SampleNoise:
+        return SampleNoise(self.seeds[index])
+
+    def _base(self, position: Tensor, stream: int) -> Tensor:
+        """[B, n] well-mixed words, one per sample, position and stream."""
+        position = position if position.dim() == 2 else position.unsqueeze(0)
+        root = mix(self.seeds + _signed(_STREAM * (stream + 1))).unsqueeze(1)
+        return mix(root + (position + 1) * _signed(_GOLDEN))
+
+    @staticmethod
+    def _unit(word: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """40 bits to (0, 1): never 0; in float32 it may round to 1, which the race below survives."""
+        return (_shift(word, 24).to(torch.float64).add_(0.5) * 2.0**-40).to(dtype)
+
+    def uniform(self, position: Tensor, stream: int = 0) -> Tensor:
+        """float32 [B, n] in (0, 1]."""
+        return self._unit(self._base(position, stream))
+
+    def gumbel(self, position: Tensor, ids: Tensor, stream: int = 0) -> Tensor:
+        """Standard Gumbel noise, float32 [B, n, v], of codes `ids`: int64 [v] or [B, n, v]."""
+        word = mix(self._base(position, stream).unsqueeze(-1) + (ids + 1) * _signed(_GOLDEN))
+        return -torch.log(-torch.log1p(-self._unit(word)))
+
+    def normal(self, position: Tensor, channels: int, stream: int = 0) -> Tensor:
+        """Standard normal noise, float32 [B, n, channels] (Box-Muller, computed in float64)."""
+        index = torch.arange(channels, device=self.seeds.device)
+        word = self._base(position, stream).unsqueeze(-1) + (index + 1) * _signed(_GOLDEN)
+        radius = torch.sqrt(-2 * torch.log(self._unit(mix(word), torch.float64)))
+        angle = 2 * math.pi * self._unit(mix(word ^ _signed(_STREAM)), torch.float64)
+        return (radius * torch.cos(angle)).float()

@@ -1,0 +1,208 @@
+"""What a tokenizer is: images to tokens and back, and the specification that a generator builds on.
+
+Conventions: images are float [-1, 1] NCHW; tokens are one flat tensor in the tokenizer's order, int64 ids [B, L] or
+continuous latents [B, L, C]; channels come last inside tokens. Straight-through estimates are written
+`q + (z - z.detach())`, which is bitwise q (`z + (q - z).detach()` is not), so `lookup(ids)` equals the codes bitwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.config import Configured, describe
+from vtok.layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of tokens with one vocabulary. Ids are local to the part.
+
+    count: tokens; vocab_size: number of codes, None for continuous latents; channels: width of a code or latent.
+    """
+
+    count: int
+    vocab_size: int | None
+    channels: int
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """What a tokenizer emits: order, vocabularies, image size, and the quantizer where a generator needs it.
+
+    quantizer: plain description (family and arguments) of the quantizer that maps ids to codes and codes to a latent
+    map; next-scale generators rebuild it, and copy its weights, to form their inputs.
+    """
+
+    layout: SequenceLayout
+    parts: tuple[Part, ...]
+    image_size: int
+    quantizer: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        counted = sum(part.count for part in self.parts)
+        if counted != self.layout.length:
+            raise ValueError(f"parts hold {counted} tokens, the layout {self.layout.length}")
+
+    @property
+    def discrete(self) -> bool:
+        return all(part.vocab_size is not None for part in self.parts)
+
+    @property
+    def bits(self) -> float:
+        """Bits that the ids of one image take; infinite for continuous tokens."""
+        if not self.discrete:
+            return math.inf
+        return sum(part.count * math.log2(part.vocab_size) for part in self.parts)
+
+    def check(self, tokens: Tensor) -> None:
+        """Raise ValueError unless `tokens` has this spec's shape, dtype and range."""
+        length = self.layout.length
+        if not self.discrete:
+            want = (length, self.parts[0].channels)
+            if tuple(tokens.shape[1:]) != want or not tokens.is_floating_point():
+                raise ValueError(
+                    f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected float [B, {want[0]}, {want[1]}]"
+                )
+            return
+        if tokens.dim() != 2 or tokens.shape[1] != length or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected int64 [B, {length}]")
+        start = 0
+        for part in self.parts:
+            ids = tokens[:, start : start + part.count]
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < part.vocab_size:
+                raise ValueError(f"ids span {int(ids.min())}..{int(ids.max())}, expected 0..{part.vocab_size - 1}")
+            start += part.count
+
+    def to_config(self) -> dict:
+        parts = [[p.count, p.vocab_size, p.channels] for p in self.parts]
+        return {
+            "layout": self.layout.to_config(),
+            "parts": parts,
+            "image_size": self.image_size,
+            "quantizer": self.quantizer,
+        }
+
+    @classmethod
+    def from_config(cls, data: Mapping | TokenSpec) -> TokenSpec:
+        """Inverse of `to_config`; a TokenSpec passes through."""
+        if isinstance(data, TokenSpec):
+            return data
+        missing = {"layout", "parts", "image_size"} - set(data)
+        if missing:
+            raise ValueError(f"a token spec lacks {', '.join(sorted(missing))}")
+        parts = tuple(Part(int(n), None if v is None else int(v), int(c)) for n, v, c in data["parts"])
+        quantizer = data.get("quantizer")
+        if isinstance(quantizer, Configured):  # `build` has made a module of it on the way
+            quantizer = describe(quantizer)
+        return cls(SequenceLayout.from_config(data["layout"]), parts, int(data["image_size"]), quantizer)
+
+
+@dataclass
+class Quantized:
+    """z [.., C] what the decoder gets; codes [B, L, C] one per id; ids [B, L]; weighted losses; stats for logs."""
+
+    z: Tensor
+    codes: Tensor
+    ids: Tensor
+    loss: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Reconstruction:
+    """images [B, 3, H, W] in about [-1, 1]; tokens; losses of the bottleneck, weighted; stats for logs."""
+
+    images: Tensor
+    tokens: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Quantizer(Configured, nn.Module):
+    """Maps vectors to codes. Runs in float32 whatever the surrounding precision: nearest codes are decided by small
+    differences of large distances.
+
+    `forward(z)` takes [B, L, C] or a map [B, h, w, C]; multi-scale quantizers need the map.
+    """
+
+    vocab_size: int
+    channels: int
+
+    def forward(self, z: Tensor) -> Quantized:
+        raise NotImplementedError
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Codes [.., C] of ids [..], bitwise those that `forward` returns."""
+        raise NotImplementedError
+
+    def assemble(self, codes: Tensor, keep: int | None = None) -> Tensor:
+        """The decoder's z from codes [B, L, C]: the codes themselves, or a residual sum over the first `keep`."""
+        return codes if keep is None else codes[:, :keep]
+
+
+class Tokenizer(Configured, nn.Module):
+    """Images to tokens and back. One subclass per architecture family, in vtok/models.
+
+    `quantizer` is the bottleneck; `spec` describes the tokens at the trained image size; images may have any size that
+    is a multiple of `stride`, and then `encode` returns tokens of another layout (`spec_for(size)`).
+    """
+
+    spec: TokenSpec
+    stride: int
+    quantizer: nn.Module
+
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        layout: SequenceLayout | None = None,
+        prefix: Tensor | None = None,
+        noise: Any | None = None,
+    ) -> Tensor:
+        """Tokens of images [B, 3, H, W] in [-1, 1]: ids int64 [B, L] or latents [B, L, C].
+
+        layout: another order or set of scales, where the family allows one. prefix: ids that are already fixed, for
+        families that re-encode after them. noise: a vtok.noise.SampleNoise, for stochastic encoders.
+        """
+        raise NotImplementedError
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Codes [B, L, C] of tokens; continuous tokens pass through."""
+        return self.quantizer.lookup(tokens)
+
+    def decode(
+        self,
+        tokens: Tensor,
+        *,
+        keep: int | Tensor | None = None,
+        size: int | None = None,
+        noise: Any | None = None,
+    ) -> Tensor:
+        """Images [B, 3, H, W] in about [-1, 1] (not clamped) of tokens.
+
+        keep: use only the first `keep` tokens (int, or int64 [B]), for families that decode prefixes. size: image side,
+        where it is not the trained one. noise: for stochastic decoders.
+        """
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Encode, quantize and decode with gradients: what training runs."""
+        raise NotImplementedError
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the last decoder layer: the adaptive GAN weight compares gradients there."""
+        raise NotImplementedError
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise ValueError unless images are float [B, 3, H, W] with sides that the stride divides."""
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images are {tuple(images.shape)} {images.dtype}, expected float [B, 3, H, W] in [-1, 1]")
+        if images.shape[2] % self.stride or images.shape[3] % self.stride:
+            raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the stride {self.stride}")
