@@ -1,0 +1,460 @@
+"""Cached tokens: stored is what the tokenizer says, restarts change nothing, the wrong tokenizer is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from vtok.checkpoint import CheckpointError, save_folder, weights_hash
+from vtok.data.codes import Codes, OnlineTokens
+from vtok.data.extract import CROPS, extract, task_from_environment
+from vtok.data.fake import Fake
+from vtok.data.shards import dtype_of, id_of, open_split, pack, unpack_row
+from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
+from vtok.layout import SequenceLayout
+from vtok.models.cnn import CNNTokenizer
+from vtok.noise import SampleNoise, key
+from vtok.quantize.vq import VQ
+from vtok.tokenizer import Part, Tokenizer, TokenSpec
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the process that is killed: the number of threads may change the order of a sum."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tokenizer(seed: int = 0, vocab_size: int = 32) -> CNNTokenizer:
+    torch.manual_seed(seed)
+    quantizer = VQ(vocab_size=vocab_size, channels=4)
+    return CNNTokenizer(
+        image_size=16, quantizer=quantizer, channels=8, multipliers=(1, 1), blocks=1, z_channels=8, groups=4
+    ).eval()
+
+
+class Means(Tokenizer):
+    """Continuous toy: the mean colour of each quarter, plus keyed noise where it is given."""
+
+    stride = 8
+
+    def __init__(self, *, sigma: float = 0.0) -> None:
+        super().__init__()
+        self.sigma, self.scale = sigma, torch.nn.Parameter(torch.ones(3))
+        self.spec = TokenSpec(SequenceLayout.raster(2, 2), (Part(4, None, 3),), 16)
+
+    def encode(self, images, *, layout=None, prefix=None, noise=None):
+        means = torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2) * self.scale
+        return means + self.sigma * noise.normal(torch.arange(4), 3) if self.sigma else means
+
+
+def data(**changes) -> Fake:
+    arguments = {"image_size": 16, "batch_size": 4, "train_images": 25, "val_images": 7, "num_classes": 3}
+    return Fake(**(arguments | changes))
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def write(out: Path, model=None, **changes) -> bool:
+    options = {"crops": "none", "batch": 4, "shard_size": 10, "say": silent}
+    return extract(changes.pop("source", None) or data(), model or tokenizer(), out, **(options | changes))
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+# --- round trip ---
+
+
+@pytest.mark.parametrize("crops", ["none", "flip", "ten"])
+def test_shards_hold_the_tokens_of_every_crop(tmp_path, crops):
+    model, source = tokenizer(), data()
+    assert write(tmp_path, model, crops=crops, shard_size=10)
+    shards = open_split(tmp_path / "train", verify=True)
+    count = CROPS[crops]["count"]
+    assert (len(shards), shards.crops) == (25, count)
+    assert [np.load(p).shape for p in sorted((tmp_path / "train").glob("codes-*"))] == [
+        (10, count, 64),
+        (10, count, 64),
+        (5, count, 64),
+    ]
+    assert np.load(tmp_path / "train" / "codes-00000.npy").dtype == np.uint16
+    for i in (0, 9, 10, 24):
+        picture, label = source.sources.train[i]
+        picture = to_rgb(picture)
+        centre = center_crop(picture, 16)
+        images = {"none": [centre], "flip": [centre, mirror(centre)], "ten": ten_crop(picture, 16)}[crops]
+        for crop, image in enumerate(images):
+            expected = model.encode(to_float(np.asarray(image))[None])[0]
+            # a batch of another size may round a distance differently: near ties only
+            assert (shards.row(i, crop) == expected).float().mean() > 0.98
+        assert shards.labels[i] == label == i % 3
+    assert np.load(tmp_path / "train" / "ids.npy").tolist() == [id_of(f"train/{i}") for i in range(25)]
+    assert open_split(tmp_path / "val").crops == 1 and len(open_split(tmp_path / "val")) == 7
+
+
+def test_codes_equal_online_tokens(tmp_path):
+    model = tokenizer()
+    write(tmp_path, model, shard_size=100, batch=4)
+    cached = Codes(folder=str(tmp_path), tokenizer=model, batch_size=4, seed=3)
+    online = OnlineTokens(data=data(seed=3), tokenizer=model)
+    assert cached.spec == online.spec == model.spec
+    for field in ("num_classes", "class_names", "image_size", "train_size", "val_size", "batch_size", "accumulate"):
+        assert getattr(cached, field) == getattr(online, field)
+    for loader, batches in (("train_dataloader", 9), ("val_dataloader", 2)):
+        pairs = list(itertools.islice(zip(getattr(cached, loader)(), getattr(online, loader)()), batches))
+        assert len(pairs) == batches
+        for a, b in pairs:
+            b = online.on_after_batch_transfer(b, 0)
+            assert a.keys() == b.keys() == {"tokens", "label", "key", "index"}
+            assert all(torch.equal(a[k], b[k]) for k in ("label", "key", "index")) and a["tokens"].dtype == torch.int64
+            assert (a["tokens"] == b["tokens"]).float().mean() > 0.98  # batches differ: near ties only
+
+
+def test_crop_is_drawn_by_key(tmp_path):
+    write(tmp_path, crops="ten")
+    codes = Codes(folder=str(tmp_path), batch_size=5, seed=1)
+    shards, dataset = codes.train, codes.train_dataset()
+    drawn = np.zeros(10, int)
+    for epoch in range(200):
+        item = dataset[(epoch, 7)]
+        crop = key(key(1, epoch, 7), 1) % 10
+        assert torch.equal(item["tokens"], shards.row(7, crop)) and item["key"] == key(1, epoch, 7)
+        drawn[crop] += 1
+    assert drawn.min() > 5
+    again = Codes(folder=str(tmp_path), batch_size=5, seed=1, workers=2)
+    for a, b in itertools.islice(zip(codes.train_dataloader(), again.train_dataloader()), 8):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    plain = data().sources.val
+    for i in range(7):
+        expected = tokenizer().encode(to_float(plain[i][0])[None])[0]
+        assert (codes.val_dataset()[(4, i)]["tokens"] == expected).float().mean() > 0.98
+
+
+def test_ten_crop_centre_is_the_place_that_the_manifest_names():
+    picture = to_rgb(data().sources.train[3][0])
+    wide = np.asarray(center_crop(picture, 17))
+    expected = wide[round(0.5) : round(0.5) + 16, round(0.5) : round(0.5) + 16]
+    assert np.array_equal(np.asarray(ten_crop(picture, 16)[CROPS["ten"]["centre"]]), expected)
+
+
+def test_large_vocabularies_and_latents(tmp_path):
+    spec = {k: TokenSpec(SequenceLayout.line(2), (Part(2, k, 4),), 16) for k in (65536, 65537, None)}
+    assert [dtype_of(s) for s in spec.values()] == ["uint16", "uint32", "float16"]
+    with pytest.raises(ValueError, match="dtype=uint16"):
+        dtype_of(spec[65537], "uint16")
+    ids = torch.tensor([0, 65535, 65536, 2**31])
+    assert torch.equal(unpack_row(pack(ids, "uint32"), "uint32"), ids)
+    assert torch.equal(unpack_row(pack(ids[:2], "uint16"), "uint16"), ids[:2])
+    values = torch.randn(5, 3)
+    assert torch.equal(unpack_row(pack(values, "bfloat16"), "bfloat16"), values.bfloat16().float())
+    assert torch.equal(unpack_row(pack(values, "float16"), "float16"), values.half().float())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_continuous_tokens_and_keyed_encoders(tmp_path, dtype):
+    model = Means(sigma=0.1)
+    write(tmp_path, model, dtype=dtype, source=data(seed=5))
+    codes = Codes(folder=str(tmp_path), tokenizer=model, batch_size=5)
+    picture = to_float(data().sources.train[11][0])[None]
+    noise = SampleNoise(torch.tensor([key(5, 0, 11, 0)]))
+    found = codes.train_dataset()[(0, 11)]["tokens"]
+    assert found.dtype == torch.float32 and found.shape == (4, 3)
+    rounded = model.encode(picture, noise=noise)[0].detach().to(getattr(torch, dtype)).float()
+    assert torch.allclose(found, rounded, atol=1e-2) and (found == rounded).float().mean() > 0.9
+
+
+def test_online_tokens_keep_images_and_gradients_apart():
+    online = OnlineTokens(data=data(), tokenizer=tokenizer(), keep_images=True)
+    batch = online.encode(next(iter(online.train_dataloader())))
+    assert batch["image"].shape == (4, 3, 16, 16) and not batch["tokens"].requires_grad
+    assert not any(p.requires_grad for p in online.tokenizer.parameters()) and not online.tokenizer.training
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = online.encode(next(iter(online.train_dataloader())))
+    assert torch.equal(mixed["tokens"], batch["tokens"])
+
+
+class Recorder(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((batch["index"].tolist(), batch["tokens"].tolist()))
+        return self.weight.square()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["online", "cached"])
+def test_resuming_under_lightning_continues_the_tokens(tmp_path, kind):
+    write(tmp_path, crops="flip")
+
+    def fit(steps: int, resume: str | None = None) -> tuple[L.Trainer, list]:
+        images = data(flip=True)
+        tokens = (
+            OnlineTokens(data=images, tokenizer=tokenizer())
+            if kind == "online"
+            else Codes(folder=str(tmp_path), batch_size=4)
+        )
+        trainer = L.Trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        module = Recorder()
+        trainer.fit(module, tokens, ckpt_path=resume)
+        return trainer, module.seen
+
+    whole = fit(10)[1]
+    trainer, first = fit(4)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert first + fit(10, str(tmp_path / "a.ckpt"))[1] == whole and len(whole) == 10
+
+
+# --- restarts and tasks ---
+
+
+def test_interrupted_extraction_ends_in_the_same_files(tmp_path):
+    write(tmp_path / "whole", crops="flip", shard_size=4)
+
+    class Stop(Exception):
+        pass
+
+    failures = 0
+
+    def fail(line: str) -> None:  # called after the codes of a shard are computed, before they are written
+        nonlocal failures
+        encoded = "images/s" in line
+        if encoded and failures % 2 == 0:
+            failures += 1
+            raise Stop
+        failures += encoded
+
+    for _ in range(20):
+        try:
+            write(tmp_path / "parts", crops="flip", shard_size=4, say=fail)
+            break
+        except Stop:
+            continue
+    assert failures == 18 and content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_damaged_and_unfinished_shards_are_made_again(tmp_path):
+    write(tmp_path, shard_size=4)
+    expected = content(tmp_path)
+    train = tmp_path / "train"
+    (train / "codes-00000.npy").write_bytes(b"torn")
+    altered = bytearray((train / "codes-00001.npy").read_bytes())
+    altered[-1] ^= 1
+    (train / "codes-00001.npy").write_bytes(altered)
+    (train / "parts" / "00002.json").unlink()
+    (train / "parts" / "00003.npy").unlink()
+    (train / "manifest.json").unlink()
+    said: list[str] = []
+    write(tmp_path, shard_size=4, say=said.append)
+    assert content(tmp_path) == expected
+    assert sum("finished earlier" in line for line in said) == 7 - 4 + 2
+
+
+def test_tasks_share_the_shards(tmp_path):
+    write(tmp_path / "one", shard_size=3)
+    done = [write(tmp_path / "three", shard_size=3, task=(t, 3)) for t in (2, 0, 1)]
+    assert done == [False, False, True]
+    assert content(tmp_path / "three") == content(tmp_path / "one")
+
+
+def test_task_from_environment():
+    assert task_from_environment(None, None, {}) == (0, 1)
+    assert task_from_environment(1, 4, {"RANK": "0", "WORLD_SIZE": "2"}) == (1, 4)
+    assert task_from_environment(None, None, {"RANK": "1", "WORLD_SIZE": "2"}) == (1, 2)
+    array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_MAX": "8"}
+    assert task_from_environment(None, None, array | {"SLURM_ARRAY_TASK_COUNT": "4"}) == (2, 4)
+    stepped = {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "6"}
+    assert task_from_environment(None, None, stepped | {"SLURM_ARRAY_TASK_STEP": "2"}) == (2, 4)
+    for bad in ((0, None, {}), (3, 3, {}), (None, None, array | {"SLURM_ARRAY_TASK_COUNT": "3"})):
+        with pytest.raises(ValueError, match="task"):
+            task_from_environment(*bad)
+
+
+OPTIONS = ("data=fake", "data.image_size=16", "shard_size=8", "batch_size=8")
+
+
+def command(monkeypatch, capsys, *overrides: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the command in this process."""
+    loaded = importlib.util.spec_from_file_location("cache_codes", ROOT / "scripts" / "cache_codes.py")
+    script = importlib.util.module_from_spec(loaded)
+    loaded.loader.exec_module(script)
+    monkeypatch.setattr(sys, "argv", ["cache_codes.py", *OPTIONS, *overrides])
+    try:
+        script.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_killed_command_goes_on_to_identical_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_folder(tokenizer(), "tok")
+    options = ("from=tok", "data.train_images=400", "data.val_images=20", "crops=flip")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "cache_codes.py"), *OPTIONS, *options, "out=killed"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(list(Path("killed").glob("train/codes-*.npy"))) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert not Path("killed/train/manifest.json").exists()
+    for out in ("killed", "whole"):
+        code, output, errors = command(monkeypatch, capsys, *options, f"out={out}")
+        assert code == 0, errors
+        assert f"codes are in {out}" in output and ("finished earlier" in output) == (out == "killed")
+    left = {k: v for k, v in content(Path("killed")).items() if ".tmp." not in k}
+    assert left == content(Path("whole"))
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (("from=none", "out=o"), "none does not exist"),
+        (("from=tok", "out=o", "crops=five"), "choose none, flip or ten"),
+        (("from=tok", "out=o", "task_id=2", "num_tasks=2"), "task_id=2"),
+        (("from=tok", "out=o", "data.image_size=17"), "multiple of the stride"),
+        (("from=tok", "out=o", "data=imagefolder", "data.folder=nothing"), "does not exist"),
+        (("from=tok", "out=o", "cropz=ten"), "cropz"),
+        (("from=tok",), "out"),
+    ],
+)
+def test_command_mistakes_end_in_exit_code_2(tmp_path, monkeypatch, capsys, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    save_folder(tokenizer(), "tok")
+    code, _, errors = command(monkeypatch, capsys, *overrides)
+    assert code == 2 and message in errors and "Traceback" not in errors, errors
+    assert not Path("o").exists()
+
+
+# --- refusals ---
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    write(tmp_path / "codes", tokenizer(0))
+    other = tokenizer(1)
+    with pytest.raises(CheckpointError) as caught:
+        Codes(folder=str(tmp_path / "codes"), tokenizer=other)
+    for part in (weights_hash(tokenizer(0).state_dict())[:16], weights_hash(other.state_dict())[:16], "data.tokenizer"):
+        assert part in str(caught.value)
+    save_folder(other, tmp_path / "other")
+    with pytest.raises(CheckpointError, match=str(tmp_path / "other")):
+        Codes(folder=str(tmp_path / "codes"), tokenizer=str(tmp_path / "other"))
+    own = Codes(folder=str(tmp_path / "codes"))
+    assert weights_hash(own.tokenizer.state_dict()) == weights_hash(tokenizer(0).state_dict())
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"model": tokenizer(1)}, "tokenizer="),
+        ({"crops": "ten"}, "crops=none, asked for ten"),
+        ({"shard_size": 9}, "shard_size=10, asked for 9"),
+        ({"source": data(train_images=26)}, "data="),
+        ({"source": data(num_classes=4)}, "class_names="),
+    ],
+)
+def test_a_folder_of_another_recipe_is_left_alone(tmp_path, change, name):
+    write(tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match=name):
+        write(tmp_path, **change)
+    assert content(tmp_path) == before
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    write(tmp_path)
+    train = tmp_path / "train"
+    good = content(tmp_path)
+
+    def restore() -> None:
+        for name, data in good.items():
+            (tmp_path / name).write_bytes(data)
+
+    def edit(**changes) -> None:
+        manifest = json.loads(good["train/manifest.json"])
+        (train / "manifest.json").write_text(json.dumps(manifest | changes))
+
+    shard = train / "codes-00001.npy"
+    notes = json.loads(good["train/manifest.json"])["shards"]
+    cases = [
+        (lambda: shard.write_bytes(shard.read_bytes()[:-2]), "codes-00001.npy has .* truncated"),
+        (lambda: shard.write_bytes(b"x" * 200), "no array"),
+        (lambda: np.save(shard, np.zeros((10, 1, 63), np.uint16)), "expected uint16 .10, 1, 64."),
+        (lambda: np.save(shard, np.zeros((10, 1, 64), np.int16)), "int16"),
+        (shard.unlink, "codes-00001.npy is missing"),
+        ((train / "labels.npy").unlink, "labels.npy is missing"),
+        ((train / "manifest.json").unlink, "run the extraction again"),
+        (lambda: (train / "manifest.json").write_text("{"), "not valid JSON"),
+        (lambda: (train / "manifest.json").write_text("{}"), "lacks"),
+        (lambda: edit(format="vtok-shards/v9"), "v9"),
+        (lambda: edit(dtype="object"), "dtype 'object'"),
+        (lambda: edit(rows=24), "labels.npy is int32"),
+        (lambda: edit(shards=notes[:2]), "hold 20 rows"),
+        (lambda: edit(shards=[notes[0] | {"file": "../val/codes-00000.npy"}]), "no file of the folder"),
+        (lambda: edit(class_names=["a"]), "differ in class_names"),
+    ]
+    for damage, message in cases:
+        damage()
+        with pytest.raises(CheckpointError, match=message):
+            Codes(folder=str(tmp_path))
+        restore()
+    flipped = bytearray(shard.read_bytes())
+    flipped[-1] ^= 1
+    shard.write_bytes(flipped)
+    Codes(folder=str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"codes-00001\.npy was altered"):
+        Codes(folder=str(tmp_path), verify=True)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Codes(folder=str(tmp_path / "none"))
+
+
+def test_ten_crop_needs_whole_images(tmp_path):
+    source = data()
+    source.sources.train.native = False
+    with pytest.raises(ValueError, match=r"data\.cache=false"):
+        write(tmp_path, crops="ten", source=source)
+
+
+def test_limits_are_spread_like_those_of_images(tmp_path):
+    write(tmp_path)
+    codes, images = Codes(folder=str(tmp_path), limit_train=6, limit_val=3), data(limit_train=6, limit_val=3)
+    assert (codes.train_size, codes.val_size) == (images.train_size, images.val_size) == (6, 3)
+    labels = [codes.train_dataset()[(0, i)]["label"] for i in range(6)]
+    assert labels == [images.sources.train[i][1] for i in range(6)]

@@ -1,0 +1,211 @@
+"""What a generator trains on: tokens of a frozen tokenizer, encoded on the fly or read from shards.
+
+Both modules carry the tokenizer, its spec and the classes, so a generator's run needs nothing else. Codes are refused
+when the tokenizer that was asked for is not, byte for byte, the one that made them: a generator trained on one codebook
+and decoded with another gives noise, and no loss shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vtok.checkpoint import CheckpointError, Weights, load_module, weights_hash
+from vtok.data.module import ImageData, Position, StepData
+from vtok.data.shards import Shards, open_split
+from vtok.noise import SampleNoise, key
+from vtok.tokenizer import Tokenizer, TokenSpec
+
+_CROP = 1  # separates the draw of the crop from the model's own use of the sample's key
+
+
+def frozen(tokenizer: str | Path | Tokenizer, weights: Weights = "ema") -> Tokenizer:
+    """The tokenizer of a run, checkpoint or folder (or the given one) in eval mode, without gradients."""
+    if not isinstance(tokenizer, torch.nn.Module):
+        from vtok.models import FAMILIES
+
+        tokenizer = load_module(tokenizer, FAMILIES, weights)
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer={type(tokenizer).__name__} is not a tokenizer; give a tokenizer's run or folder")
+    return tokenizer.requires_grad_(False).eval()
+
+
+def spec_at(tokenizer: Tokenizer, image_size: int) -> TokenSpec:
+    """The tokenizer's spec for images of that side."""
+    if tokenizer.spec.image_size == image_size:
+        return tokenizer.spec
+    if not hasattr(tokenizer, "spec_for"):
+        raise ValueError(
+            f"the tokenizer works at {tokenizer.spec.image_size} px, data.image_size={image_size}; make them equal"
+        )
+    return tokenizer.spec_for(image_size)
+
+
+class OnlineTokens(LightningDataModule):
+    """An image data module whose batches are encoded on the device.
+
+    data: an ImageData. tokenizer: run directory, .ckpt, shared folder, or a Tokenizer. keep_images: leave "image" in
+    the batch beside "tokens".
+    """
+
+    def __init__(
+        self,
+        *,
+        data: ImageData,
+        tokenizer: str | Tokenizer,
+        weights: Weights = "ema",
+        keep_images: bool = False,
+    ) -> None:
+        super().__init__()
+        self.data, self.keep_images = data, keep_images
+        self.tokenizer = frozen(tokenizer, weights)
+        self.spec = spec_at(self.tokenizer, data.image_size)
+
+    @property
+    def image_size(self) -> int:
+        return self.data.image_size
+
+    @property
+    def batch_size(self) -> int:
+        return self.data.batch_size
+
+    @property
+    def accumulate(self) -> int:
+        return self.data.accumulate
+
+    @property
+    def num_classes(self) -> int:
+        return self.data.num_classes
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.data.class_names
+
+    @property
+    def train_size(self) -> int:
+        return self.data.train_size
+
+    @property
+    def val_size(self) -> int:
+        return self.data.val_size
+
+    def prepare_data(self) -> None:
+        self.data.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        self.data.setup(stage)
+
+    def train_dataloader(self) -> DataLoader:
+        self.data.trainer = self.trainer
+        return self.data.train_dataloader()
+
+    def val_dataloader(self) -> DataLoader:
+        self.data.trainer = self.trainer
+        return self.data.val_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.encode(batch) if isinstance(batch, Mapping) and "image" in batch else batch
+
+    @torch.no_grad()
+    def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{"image", "label", "key", "index"} to {"tokens", "label", "key", "index"}, on the images' device."""
+        images = batch["image"]
+        if next(self.tokenizer.parameters()).device != images.device:
+            self.tokenizer.to(images.device)
+        noise = SampleNoise(batch["key"])
+        # autocast off: the ids must not depend on the precision in which the generator trains
+        with torch.autocast(images.device.type, enabled=False):
+            tokens = self.tokenizer.encode(images.float(), noise=noise)
+        kept = {k: v for k, v in batch.items() if k != "image" or self.keep_images}
+        return {"tokens": tokens, **kept}
+
+
+class Codes(StepData):
+    """Cached tokens of scripts/cache_codes.py: folder/train and folder/val.
+
+    tokenizer: run directory, .ckpt, shared folder or Tokenizer that must be the one of the shards; null takes the copy
+    that lies beside them. verify: compute every shard's CRC first. A training item's crop is drawn by (seed, epoch,
+    index); held-out items are the centre crop.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        tokenizer: str | Tokenizer | None = None,
+        weights: Weights = "ema",
+        batch_size: int = 64,
+        accumulate: int = 1,
+        workers: int = 0,
+        seed: int = 0,
+        verify: bool = False,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, accumulate=accumulate, workers=workers, seed=seed)
+        if not Path(folder).is_dir():
+            raise CheckpointError(
+                f"data.folder={folder} does not exist; make it with scripts/cache_codes.py out={folder}"
+            )
+        self.train, self.val = (open_split(Path(folder) / split, verify=verify) for split in ("train", "val"))
+        for name in ("tokenizer", "spec", "class_names", "image_size"):
+            if self.train.manifest[name] != self.val.manifest[name]:
+                raise CheckpointError(f"{folder}: train/ and val/ differ in {name}; extract both again")
+        source = Path(folder) / "tokenizer" if tokenizer is None else tokenizer
+        self.tokenizer = frozen(source, weights)
+        check_hash(self.train.manifest, self.tokenizer, folder, source)
+        self.image_size = int(self.train.manifest["image_size"])
+        self.spec = spec_at(self.tokenizer, self.image_size)
+        self.class_names = list(self.train.manifest["class_names"])
+        self.limit_train, self.limit_val = limit_train, limit_val
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def train_dataset(self) -> KeyedCodes:
+        return KeyedCodes(self.train, seed=self.seed, augment=True, limit=self.limit_train)
+
+    def val_dataset(self) -> KeyedCodes:
+        return KeyedCodes(self.val, seed=self.seed, augment=False, limit=self.limit_val)
+
+
+class KeyedCodes(Dataset):
+    """Shards indexed by (epoch, index): {"tokens" int64 [L] or float [L, C], "label", "key", "index"}.
+
+    The centre crop is crop 0 of `none` and `flip`, and crop 4 of `ten`; `ten` holds two sets of five.
+    """
+
+    def __init__(self, shards: Shards, *, seed: int, augment: bool, limit: int | None = None) -> None:
+        self.shards, self.seed, self.augment = shards, seed, augment
+        self.size = len(shards) if limit is None else min(limit, len(shards))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, position: Position) -> dict[str, Any]:
+        epoch, index = position
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        row = index * len(self.shards) // self.size
+        sample_key = key(self.seed, epoch, index)
+        crop = key(sample_key, _CROP) % self.shards.crops if self.augment else self.shards.manifest["crops"]["centre"]
+        tokens = self.shards.row(row, crop)
+        return {"tokens": tokens, "label": int(self.shards.labels[row]), "key": sample_key, "index": index}
+
+
+def check_hash(manifest: Mapping, tokenizer: Tokenizer, folder: str | Path, source: Any) -> None:
+    """Raise CheckpointError unless the weights are those that made the codes."""
+    made_by, found = manifest["tokenizer"]["sha256"], weights_hash(tokenizer.state_dict())
+    if made_by != found:
+        name = source if isinstance(source, (str, Path)) else "the given tokenizer"
+        raise CheckpointError(
+            f"codes in {folder} were made by the tokenizer {made_by[:16]}, but {name} is {found[:16]}: "
+            "give data.tokenizer=null to use the copy beside the codes, or extract them again with this one"
+        )

@@ -1,0 +1,215 @@
+"""Encode a data set once: the driver behind scripts/cache_codes.py.
+
+The work is a list of shards; process t of n takes every n-th one, skips those that are finished and intact, and
+never talks to the others. Whoever finds a split complete writes its manifest; doing so twice writes the same bytes. A
+batch never spans two shards, so a restart computes exactly what the killed run would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from vtok.checkpoint import is_folder, read_config, save_folder, weights_hash, write_json
+from vtok.config import describe
+from vtok.data.codes import spec_at
+from vtok.data.module import ImageData
+from vtok.data.shards import dtype_of, finished, id_of, pack, write_manifest, write_shard
+from vtok.data.sources import Source
+from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
+from vtok.noise import SampleNoise, key
+from vtok.tokenizer import Tokenizer, TokenSpec
+
+Crops = Literal["none", "flip", "ten"]
+# count: crops per image; centre: which one is the plain centre crop; wide: side before cropping over image side
+CROPS: dict[str, dict] = {
+    "none": {"name": "none", "count": 1, "centre": 0, "wide": 1.0},
+    "flip": {"name": "flip", "count": 2, "centre": 0, "wide": 1.0},
+    "ten": {"name": "ten", "count": 10, "centre": 4, "wide": 1.1},
+}
+
+
+def task_from_environment(task_id: int | None, num_tasks: int | None, env: Mapping[str, str]) -> tuple[int, int]:
+    """(task, tasks) from the flags, else torchrun, else a SLURM array (whose ids need not start at 0), else (0, 1)."""
+    if (task_id is None) != (num_tasks is None):
+        raise ValueError("give task_id and num_tasks together, or neither")
+    if task_id is not None:
+        task, tasks = task_id, num_tasks
+    elif "RANK" in env and "WORLD_SIZE" in env:
+        task, tasks = int(env["RANK"]), int(env["WORLD_SIZE"])
+    elif "SLURM_ARRAY_TASK_ID" in env:
+        first, last = (int(env.get(f"SLURM_ARRAY_TASK_{k}", env["SLURM_ARRAY_TASK_ID"])) for k in ("MIN", "MAX"))
+        step = int(env.get("SLURM_ARRAY_TASK_STEP", 1))
+        task, tasks = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step, (last - first) // step + 1
+        if tasks != int(env.get("SLURM_ARRAY_TASK_COUNT", tasks)):
+            raise ValueError("the SLURM array has gaps; submit it as a range, or pass task_id and num_tasks")
+    else:
+        task, tasks = 0, 1
+    if not 0 <= task < tasks:
+        raise ValueError(f"task_id={task} must lie in 0..{tasks - 1} (num_tasks={tasks})")
+    return task, tasks
+
+
+def extract(
+    data: ImageData,
+    tokenizer: Tokenizer,
+    out: str | os.PathLike,
+    *,
+    crops: Crops = "none",
+    batch: int = 32,
+    shard_size: int = 16384,
+    device: str | torch.device = "cpu",
+    dtype: str | None = None,
+    task: tuple[int, int] = (0, 1),
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Write the codes of both splits of `data` to `out`; the held-out split gets the centre crop only.
+
+    batch: images encoded at once (times the crops). task: (this one, of how many). Returns whether all shards of all
+    tasks are there now. Raises ValueError where `out` holds codes of another recipe.
+    """
+    if crops not in CROPS:
+        raise ValueError(f"crops={crops!r}: choose none, flip or ten")
+    if batch < 1 or shard_size < 1:
+        raise ValueError(f"batch={batch} and shard_size={shard_size} must be at least 1")
+    if crops == "ten" and not data.sources.train.native:
+        raise ValueError("crops=ten needs whole images, but the cache holds centre crops: set data.cache=false")
+    out, spec = Path(out), spec_at(tokenizer, data.image_size)
+    sources = {"train": (data.sources.train, CROPS[crops]), "val": (data.sources.val, CROPS["none"])}
+    identity = {"description": describe(tokenizer), "sha256": weights_hash(tokenizer.state_dict())}
+    common = {
+        "tokenizer": identity,
+        "spec": spec.to_config(),
+        "image_size": data.image_size,
+        "dtype": dtype_of(spec, dtype),
+        "class_names": data.class_names,
+    }
+    _claim(
+        out,
+        common | {"crops": crops, "shard_size": shard_size, "data": {s: _names_hash(v[0]) for s, v in sources.items()}},
+    )
+    if not is_folder(out / "tokenizer") or read_config(out / "tokenizer").get("hash") != identity["sha256"]:
+        save_folder(tokenizer, out / "tokenizer", kind="tokenizer")
+    tokenizer.to(device)
+
+    number, complete = 0, True
+    for split, (source, recipe) in sources.items():
+        folder, count = out / split, -(-len(source) // shard_size)
+        for index in range(count):
+            rows = range(index * shard_size, min(len(source), (index + 1) * shard_size))
+            mine, number = number % task[1] == task[0], number + 1
+            if not mine:
+                continue
+            title = f"{split} shard {index + 1}/{count}"
+            if finished(folder, index, len(rows)):
+                say(f"{title}: finished earlier")
+                continue
+            dataset = Subset(CropDataset(source, data.image_size, recipe["name"], data.seed), rows)
+            codes, labels = _encode(dataset, tokenizer, spec, batch, data.workers, device, common["dtype"], title, say)
+            write_shard(folder, index, codes, labels, np.array([id_of(source.name(i)) for i in rows], np.int64))
+        sizes = [min(shard_size, len(source) - i * shard_size) for i in range(count)]
+        notes = [finished(folder, i, n, verify=False) for i, n in enumerate(sizes)]
+        if all(notes):
+            write_manifest(folder, notes, **common, crops=recipe, split=split, versions=_versions())
+        else:
+            complete = False
+            say(f"{split}: {notes.count(None)} of {count} shards are left to other tasks")
+    return complete
+
+
+class CropDataset(Dataset):
+    """All crops of image i as {"image" float [crops, 3, S, S], "label", "key"}."""
+
+    def __init__(self, source: Source, size: int, crops: Crops, seed: int) -> None:
+        self.source, self.size, self.crops, self.seed = source, size, crops, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label = self.source[index]
+        image = to_rgb(image)
+        if self.crops == "ten":
+            images = ten_crop(image, self.size, CROPS["ten"]["wide"])
+        else:
+            centre = center_crop(image, self.size)
+            images = [centre, mirror(centre)][: CROPS[self.crops]["count"]]
+        keys = [key(self.seed, 0, index, crop) for crop in range(len(images))]
+        stacked = np.stack([np.asarray(i) for i in images])
+        return {"image": to_float(stacked), "label": label, "key": torch.tensor(keys)}
+
+
+@torch.no_grad()
+def _encode(
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    spec: TokenSpec,
+    batch: int,
+    workers: int,
+    device: str | torch.device,
+    dtype: str,
+    title: str,
+    say: Callable[[str], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [n, crops, L(, C)] as stored, labels [n]."""
+    loader = DataLoader(dataset, batch_size=batch, num_workers=workers, generator=torch.Generator())
+    codes, labels, start, last = [], [], time.monotonic(), time.monotonic()
+    for item in loader:
+        images = item["image"].to(device)
+        rows, crops = images.shape[:2]
+        noise = SampleNoise(item["key"].flatten().to(device))
+        tokens = tokenizer.encode(images.flatten(0, 1), noise=noise)
+        spec.check(tokens)
+        codes.append(pack(tokens.unflatten(0, (rows, crops)), dtype))
+        labels.append(item["label"].numpy())
+        done, now = sum(map(len, labels)), time.monotonic()
+        if now - last > 10 or done == len(dataset):
+            last, rate = now, done / max(now - start, 1e-9)
+            say(
+                f"{title}: {done}/{len(dataset)} images, {rate:.0f} images/s, {(len(dataset) - done) / rate:.0f} s left"
+            )
+    return np.concatenate(codes), np.concatenate(labels)
+
+
+def _claim(out: Path, recipe: dict) -> None:
+    """Write recipe.json, or raise ValueError where the folder was begun with another one."""
+    path, recipe = out / "recipe.json", json.loads(json.dumps(recipe, default=str))
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}); choose another out=") from None
+        different = [k for k in recipe if found.get(k) != recipe[k]]
+        if different:
+            name = different[0]
+            shown = [str(r.get(name))[:80] for r in (found, recipe)]
+            if name == "tokenizer":
+                shown = [str(r.get(name, {}).get("sha256"))[:16] for r in (found, recipe)]
+            raise ValueError(f"out={out} holds codes with {name}={shown[0]}, asked for {shown[1]}; choose another out=")
+    write_json(path, recipe)
+
+
+def _names_hash(source: Source) -> str:
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        digest.update(source.name(i).encode("utf8", "replace") + b"\n")
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str | None]:
+    try:
+        own = importlib.metadata.version("vtok-vgen")
+    except importlib.metadata.PackageNotFoundError:
+        own = None
+    return {"vtok": own, "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}

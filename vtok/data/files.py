@@ -1,0 +1,236 @@
+"""Image files in folders: finding them, reading them safely, and a decoded copy of small ones on disk.
+
+Facts behind it. A Python list of a million paths is copied into every worker page by page (reference counts), so names
+are one byte string. Damaged JPEGs raise a dozen kinds of errors in the decoder; all become one that names the file.
+torchvision's DataLoader errors carry the worker's traceback; `BadImage` keeps only the sentence that a user needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import struct
+import time
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from vtok.data.sources import ArraySource, Mapped
+from vtok.data.transforms import center_crop, to_rgb
+
+log = logging.getLogger("vtok.data")
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+OnBadImage = Literal["error", "skip"]
+# What Pillow's decoders were seen to raise on damaged files; OSError includes UnidentifiedImageError and missing files.
+DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+class BadImage(ValueError):
+    """A file that is no readable image; the message names it and what to change."""
+
+    def __init__(self, message: str) -> None:
+        # A loader's worker process re-raises with its whole traceback as the message: keep the last sentence.
+        super().__init__(message.rpartition("BadImage: ")[2].strip())
+
+
+class Names(Sequence[str]):
+    """Relative paths in one byte string, shared by worker processes without copies."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self.data = np.frombuffer(b"".join(encoded), np.uint8)
+        self.ends = np.cumsum([len(e) for e in encoded], dtype=np.int64) if encoded else np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self.ends):
+            raise IndexError(index)
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.data[start : self.ends[index]].tobytes())
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def list_images(folder: Path) -> list[str]:
+    """Sorted relative paths (with /) of the image files below `folder`; hidden files and folders are left out."""
+    if not folder.is_dir():
+        raise ValueError(f"folder {folder} does not exist; change data.folder")
+    found, seen = [], set()
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(directory)
+        if place in seen:  # a link to a folder above: walking on would never end
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        prefix = Path(directory).relative_to(folder).as_posix()
+        prefix = "" if prefix == "." else prefix + "/"
+        found += [prefix + f for f in files if f.lower().endswith(ENDINGS) and not f.startswith(".")]
+    return sorted(found)
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """A decoded 8-bit RGB image. Raises BadImage naming the file where it cannot be read whole."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(_loaded(image))
+    except DAMAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadImage(
+            f"cannot read image {path} ({reason:.120}); replace or remove it, or set data.on_bad_image=skip"
+        ) from None
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    image.load()
+    return image
+
+
+def _header_fault(path: Path) -> bool:
+    try:
+        with Image.open(path):
+            return False
+    except DAMAGE:
+        return True
+
+
+def _decode_fault(path: Path) -> bool:
+    try:
+        read_image(path)
+    except BadImage:
+        return True
+    return False
+
+
+class FileSource:
+    """Image files below a folder with labels. on_bad_image=skip takes the next readable file in order instead."""
+
+    native = True
+
+    def __init__(
+        self, folder: Path, names: Sequence[str], labels: Sequence[int], *, on_bad_image: OnBadImage = "error"
+    ) -> None:
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"data.on_bad_image={on_bad_image!r}: choose error or skip")
+        self.folder, self.names, self.labels = Path(folder), Names(names), np.asarray(labels, np.int64)
+        self.on_bad_image, self.bad = on_bad_image, set()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def path(self, index: int) -> Path:
+        return self.folder / self.names[index]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for candidate in ((index + i) % len(self) for i in range(len(self))):
+            if candidate in self.bad:
+                continue
+            try:
+                return read_image(self.path(candidate)), int(self.labels[candidate])
+            except BadImage:
+                if self.on_bad_image == "error":
+                    raise
+                self.bad.add(candidate)
+                log.warning("skipped unreadable image %s", self.path(candidate))
+        raise ValueError(f"none of the {len(self)} images in {self.folder} can be read; change data.folder")
+
+    def scan(self, kind: Literal["full", "headers"]) -> list[str]:
+        """Open every file (and decode it, if full). Raises BadImage for the first damaged one, or under
+        on_bad_image=skip logs and returns their names."""
+        fault = _decode_fault if kind == "full" else _header_fault
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = [i for i, bad in enumerate(pool.map(fault, map(self.path, range(len(self))))) if bad]
+        if found and self.on_bad_image == "error":
+            read_image(self.path(found[0]))
+            raise BadImage(f"cannot read image {self.path(found[0])}; it changed while it was read")
+        self.bad.update(found)
+        names = [self.names[i] for i in found]
+        if names:
+            shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+            log.warning("skipping %d of %d unreadable images in %s: %s", len(names), len(self), self.folder, shown)
+        return names
+
+    def fingerprint(self) -> str:
+        """Hash of names, sizes and times of change: equal when nothing in the list changed."""
+        digest = hashlib.sha256(self.on_bad_image.encode())
+        for i in range(len(self)):
+            stat = self.path(i).stat()
+            digest.update(
+                f"{self.names[i]}|{stat.st_size}|{stat.st_mtime_ns}|{self.labels[i]}\n".encode("utf8", "replace")
+            )
+        return digest.hexdigest()
+
+
+# --- decoded once ----------------------------------------------------------------------------------------------------
+
+
+def cached(source: FileSource, size: int, cache_dir: Path) -> ArraySource:
+    """The source decoded, centre-cropped and kept as one uint8 array on disk, memory-mapped.
+
+    The file's name is a hash of the list of files and the size, so a changed folder is decoded anew.
+    """
+    stem = f"images-{size}-{source.fingerprint()[:24]}"
+    images, labels = cache_dir / f"{stem}.npy", cache_dir / f"{stem}-labels.npy"
+    if not _complete(images, (len(source), size, size, 3)) or not labels.is_file():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        for stale in cache_dir.glob(f"{stem}*.tmp.*"):
+            if time.time() - stale.stat().st_mtime > 3600:  # left by a killed run; a live one writes all the time
+                stale.unlink(missing_ok=True)
+        _decode(source, size, images, labels)
+    table = np.load(labels, allow_pickle=False)
+    return ArraySource(Mapped(images), table[0], source.names, native=bool(table[1].all()))
+
+
+def _decode(source: FileSource, size: int, images: Path, labels: Path) -> None:
+    """Labels are written too (a skipped image takes its substitute's), with a row that tells untouched images."""
+    parts = [path.with_name(f"{path.name}.tmp.{os.getpid()}") for path in (images, labels)]
+    table = np.zeros((2, len(source)), np.int64)
+    try:
+        array = np.lib.format.open_memmap(parts[0], mode="w+", dtype=np.uint8, shape=(len(source), size, size, 3))
+
+        def decode(index: int) -> None:
+            image, label = source[index]
+            table[:, index] = label, image.size == (size, size)
+            array[index] = np.asarray(center_crop(image, size))
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            blocks = [range(a, min(len(source), a + 1024)) for a in range(0, len(source), 1024)]
+            for block in track(blocks, f"decoding {source.folder} once", console=Console(stderr=True), transient=True):
+                list(pool.map(decode, block))  # block by block: an error stops it soon
+        array.flush()
+        with open(parts[1], "wb") as file:
+            np.save(file, table)
+        os.replace(parts[1], labels)
+        os.replace(parts[0], images)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _complete(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether an .npy of that shape is there in full."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).shape == shape
+    except (OSError, ValueError, EOFError):
+        return False

@@ -1,0 +1,278 @@
+"""Data modules whose batches are a pure function of (seed, step): the exact-resume recipe.
+
+Lightning's own resume replays data. Here the sampler counts steps, not epochs: global batch b holds the items at places
+b * batch_size .. (b + 1) * batch_size - 1 of an endless stream of epochs (a batch may span two), each epoch permuted by
+its own generator. The a-th accumulation slice and the r-th rank slice are cut out of that batch, so every world size
+sees the same global batches. A sample's augmentation is keyed by (seed, epoch, index): no state of a loader or worker
+exists that a checkpoint would have to hold. On resume the loader starts at the trainer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vtok.data.sources import Limited, Source, Sources
+from vtok.data.transforms import CROPS, Crop, Draws, ImageTransform, to_float
+from vtok.noise import key
+
+Position = tuple[int, int]  # (epoch, index in the split)
+
+
+class StepBatches(Sampler[list[Position]]):
+    """Endless micro batches of (epoch, index); it has no length on purpose.
+
+    size: items in the training set. batch_size: global, per optimizer step. start: first micro batch that `iter` gives.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        batch_size: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int,
+        start: int = 0,
+    ) -> None:
+        self.size, self.batch_size, self.accumulate = size, batch_size, accumulate
+        self.rank, self.world, self.seed, self.start = rank, world, seed, start
+        self.micro = micro_batch_size(batch_size, accumulate, world)
+        if size < 1:
+            raise ValueError("the training set is empty")
+        self._order: dict[int, torch.Tensor] = {}
+
+    def __iter__(self) -> Iterator[list[Position]]:
+        micro = self.start
+        while True:
+            yield self.batch(micro)
+            micro += 1
+
+    def batch(self, micro: int) -> list[Position]:
+        """This rank's part of micro batch `micro`."""
+        step, part = divmod(micro, self.accumulate)
+        first = step * self.batch_size + (part * self.world + self.rank) * self.micro
+        return [self.place(p) for p in range(first, first + self.micro)]
+
+    def place(self, position: int) -> Position:
+        """The item at a place of the endless stream."""
+        epoch, offset = divmod(position, self.size)
+        if epoch not in self._order:
+            generator = torch.Generator().manual_seed(key(self.seed, epoch))
+            self._order = {e: o for e, o in self._order.items() if abs(e - epoch) < 2}  # a batch may span two epochs
+            self._order[epoch] = torch.randperm(self.size, generator=generator)
+        return epoch, int(self._order[epoch][offset])
+
+
+class EvaluationBatches(Sampler[list[Position]]):
+    """Every item once over all ranks, in order: rank r takes r, r + world, ...; nothing is padded or repeated."""
+
+    def __init__(self, *, size: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.indices, self.batch_size = range(rank, size, world), batch_size
+
+    def __iter__(self) -> Iterator[list[Position]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, i) for i in self.indices[start : start + self.batch_size]]
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+
+def micro_batch_size(batch_size: int, accumulate: int, world: int) -> int:
+    """batch_size / (accumulate * world), or ValueError where that is no whole number."""
+    if batch_size < 1 or accumulate < 1:
+        raise ValueError(f"batch_size={batch_size} and accumulate={accumulate} must be at least 1")
+    micro, rest = divmod(batch_size, accumulate * world)
+    if rest or not micro:
+        raise ValueError(
+            f"batch_size={batch_size} (global) must be a multiple of devices ({world}) x accumulate ({accumulate}): "
+            "change one of them"
+        )
+    return micro
+
+
+class StepData(LightningDataModule):
+    """Loaders over a training and a held-out dataset that are indexed by (epoch, index) and give dicts."""
+
+    def __init__(self, *, batch_size: int, accumulate: int = 1, workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        micro_batch_size(batch_size, accumulate, 1)
+        if workers < 0:
+            raise ValueError(f"data.workers={workers} must be 0 or more")
+        self.batch_size, self.accumulate, self.workers, self.seed = batch_size, accumulate, workers, seed
+
+    def train_dataset(self) -> Dataset:
+        raise NotImplementedError
+
+    def val_dataset(self) -> Dataset:
+        raise NotImplementedError
+
+    @property
+    def train_size(self) -> int:
+        return len(self.train_dataset())
+
+    @property
+    def val_size(self) -> int:
+        return len(self.val_dataset())
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(rank, world size) of the attached trainer, (0, 1) without one."""
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+    def start_step(self) -> int:
+        """Optimizer steps already done, 0 without a trainer. Lightning adds up the steps of all optimizers that it
+        wraps, so a module must wrap one only (vtok.lit does)."""
+        return 0 if self.trainer is None else int(self.trainer.global_step)
+
+    def train_dataloader(self, start: int | None = None) -> DataLoader:
+        """Endless loader. start: first optimizer step; by default where the trainer stands."""
+        self._check_trainer()
+        dataset, (rank, world) = self.train_dataset(), self.place
+        step = self.start_step() if start is None else start
+        batches = StepBatches(
+            size=len(dataset),
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            rank=rank,
+            world=world,
+            seed=self.seed,
+            start=step * self.accumulate,
+        )
+        return self._loader(dataset, batches)
+
+    def val_dataloader(self) -> DataLoader:
+        """The held-out set, unaugmented, every item exactly once over all ranks."""
+        self._check_trainer()
+        dataset, (rank, world) = self.val_dataset(), self.place
+        micro = max(1, self.batch_size // (self.accumulate * world))
+        return self._loader(dataset, EvaluationBatches(size=len(dataset), batch_size=micro, rank=rank, world=world))
+
+    def _loader(self, dataset: Dataset, batches: Sampler) -> DataLoader:
+        # Creating an iterator draws from the loader's generator; the global one would then differ after a resume.
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(key(self.seed)),
+        )
+
+    def _check_trainer(self) -> None:
+        trainer = self.trainer
+        if trainer is None:
+            return
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError("batches are already split over the devices: set trainer.use_distributed_sampler=false")
+        module = trainer.lightning_module
+        automatic = module is not None and module.automatic_optimization
+        if automatic and trainer.accumulate_grad_batches != self.accumulate:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, but "
+                f"data.accumulate={self.accumulate}; make them equal"
+            )
+
+
+class KeyedImages(Dataset):
+    """A source under a transform, indexed by (epoch, index).
+
+    Gives {"image" float [3, H, W] in [-1, 1], "label", "key" = noise.key(seed, epoch, index), "index"}.
+    """
+
+    def __init__(self, source: Source, transform: ImageTransform, *, seed: int, augment: bool) -> None:
+        self.source, self.transform, self.seed, self.augment = source, transform, seed, augment
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, position: Position) -> dict[str, Any]:
+        epoch, index = position
+        sample_key = key(self.seed, epoch, index)
+        image, label = self.source[index]
+        array = self.transform(image, Draws(sample_key) if self.augment else None)
+        return {"image": to_float(array), "label": label, "key": sample_key, "index": index}
+
+
+class ImageData(StepData):
+    """Base of the image data modules: a subclass implements `prepare`.
+
+    image_size: side in pixels. batch_size: global, per optimizer step. crop, flip, shift: see ImageTransform; the
+    held-out set is never augmented. limit_train, limit_val: use only so many images, evenly spaced.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        batch_size: int,
+        accumulate: int = 1,
+        workers: int = 0,
+        seed: int = 0,
+        crop: Crop = "center",
+        flip: bool = False,
+        shift: int = 0,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, accumulate=accumulate, workers=workers, seed=seed)
+        if image_size < 1:
+            raise ValueError(f"data.image_size={image_size} must be positive")
+        if crop not in CROPS:
+            raise ValueError(f"data.crop={crop!r}: choose one of {', '.join(CROPS)}")
+        if not 0 <= shift < image_size:
+            raise ValueError(f"data.shift={shift} must lie in 0..{image_size - 1}")
+        for name, limit in (("limit_train", limit_train), ("limit_val", limit_val)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"data.{name}={limit} must be at least 1, or null for all images")
+        self.image_size = image_size
+        self.transform = ImageTransform(size=image_size, crop=crop, flip=flip, shift=shift)
+        self.limit_train, self.limit_val = limit_train, limit_val
+        self._sources: Sources | None = None
+
+    def prepare(self) -> Sources:
+        """Find (or fetch) the images: training source, held-out source, class names. Called once, by `setup`."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        """Lightning runs this on one process first, so downloads and caches are made once."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Idempotent; the properties below call it, so no trainer is needed."""
+        if self._sources is not None:
+            return
+        sources = self.prepare()
+        for name, source in (("training", sources.train), ("held-out", sources.val)):
+            if not len(source):
+                raise ValueError(f"{type(self).__name__}: the {name} set is empty; check data.folder")
+        train = sources.train if self.limit_train is None else Limited(sources.train, self.limit_train)
+        val = sources.val if self.limit_val is None else Limited(sources.val, self.limit_val)
+        self._sources = Sources(train, val, sources.class_names)
+
+    @property
+    def sources(self) -> Sources:
+        """Images before the transform."""
+        self.setup()
+        return self._sources
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.sources.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """0 where there are no classes; labels are 0 then."""
+        return len(self.class_names)
+
+    def train_dataset(self) -> KeyedImages:
+        return KeyedImages(self.sources.train, self.transform, seed=self.seed, augment=True)
+
+    def val_dataset(self) -> KeyedImages:
+        return KeyedImages(self.sources.val, self.transform, seed=self.seed, augment=False)

@@ -1,0 +1,93 @@
+"""Where images come from before any transform: map-style sources of (image, label), and a decoded copy on disk.
+
+A source has a length, gives (PIL image or uint8 array, label) for an index, and names each image with a string that
+does not depend on the machine (the relative path, where there is one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Source(Protocol):
+    """native: whether images come as stored, so that a wider crop than the training one can still be taken."""
+
+    native: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+
+    def name(self, index: int) -> str: ...
+
+
+@dataclass
+class Sources:
+    """What a data module's `prepare` returns. class_names is empty where there are no classes; labels are 0 then."""
+
+    train: Source
+    val: Source
+    class_names: list[str] = field(default_factory=list)
+
+
+class Mapped:
+    """A memory-mapped .npy that each process opens for itself: pickling it to a worker sends the path, not the data."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._array: np.ndarray | None = None
+
+    @property
+    def array(self) -> np.ndarray:
+        if self._array is None:
+            self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return self._array
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "_array": None}
+
+
+class ArraySource:
+    """Images uint8 [N, H, W, 3] (an array or a Mapped one) with int labels [N]."""
+
+    def __init__(
+        self, images: np.ndarray | Mapped, labels: np.ndarray, names: Sequence[str] | str, *, native: bool = True
+    ) -> None:
+        """names: one name per image, or a prefix to which the index is added."""
+        self.images, self.labels, self.names, self.native = images, labels, names, native
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        images = self.images.array if isinstance(self.images, Mapped) else self.images
+        return images[index], int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.names}/{index}" if isinstance(self.names, str) else self.names[index]
+
+
+class Limited:
+    """`count` items of a source, evenly spaced, so that a source sorted by class keeps its classes."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        self.source, self.count, self.native = source, min(count, len(source)), source.native
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _index(self, index: int) -> int:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return index * len(self.source) // self.count
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.source[self._index(index)]
+
+    def name(self, index: int) -> str:
+        return self.source.name(self._index(index))
