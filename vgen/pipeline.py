@@ -51,7 +51,7 @@ class Pipeline:
         if tokenizer.spec.layout.length != generator.spec.layout.length or tokenizer.spec.parts != generator.spec.parts:
             raise ValueError(
                 f"the tokenizer emits {tokenizer.spec.parts}, the generator was trained on {generator.spec.parts}; "
-                "pass the tokenizer of that run (tokenizer=)"
+                "pass the tokenizer of that run (tokenizer_from=)"
             )
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
         self.chunk, self.class_names = chunk, class_names or []
@@ -82,7 +82,7 @@ class Pipeline:
             home, described = file.parent.parent, read_checkpoint(file)["module"]
         place = home / "tokenizer" if tokenizer is None else Path(tokenizer)
         if tokenizer is None and not is_folder(place):
-            raise CheckpointError(f"{place} is missing: pass tokenizer=<run or folder of the tokenizer>")
+            raise CheckpointError(f"{place} is missing: pass tokenizer_from=<run or folder of the tokenizer>")
         decoder = load_module(place, FAMILIES, "ema")
         if not isinstance(decoder, Tokenizer):
             raise CheckpointError(f"{place} holds a {type(decoder).__name__}, expected a tokenizer")

@@ -35,7 +35,7 @@ def sample(config: Mapping[str, Any]) -> Path:
     pipeline = Pipeline.load(
         config["from"],
         weights=config["weights"],
-        tokenizer=config["tokenizer"],
+        tokenizer=config["tokenizer_from"],
         device=device,
         dtype=resolve_dtype(config["dtype"]),
         chunk=int(config["chunk"]),

@@ -6,50 +6,76 @@ tokenizer. All mistakes in the configuration come up here, before the first step
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from vgen.callbacks import Samples
+from vgen.generator import Generator
 from vgen.lit import LitGenerator
 from vgen.models import FAMILIES
 from vtok import run as runs
-from vtok.callbacks import Progress, Reconstructions
-from vtok.checkpoint import is_folder, save_folder
+from vtok.callbacks import Progress, Reconstructions, quiet
+from vtok.ckpt_files import AtomicCheckpointIO
 from vtok.config import describe, instantiate
-from vtok.data.codes import Codes, OnlineTokens
-from vtok.data.module import StepData, micro_batch_size
+from vtok.data.codes import OnlineTokens
+from vtok.data.module import ImageData, micro_batch_size
 from vtok.lit import Lit, LitTokenizer
 from vtok.noise import key
 from vtok.optim import Recipe, memory
-from vtok.resume import AtomicCheckpointIO, Checkpoints, Preempted, ResumeState
+from vtok.resume import Checkpoints, Preempted, ResumeState
 from vtok.rng import seed_all
 from vtok.warmstart import warm_start
+
+# keys whose change makes a resumed run another one than it was
+PART_OF_THE_RUN = (
+    "seed",
+    "steps",
+    "batch_size",
+    "accumulate",
+    "optimizer",
+    "discriminator_optimizer",
+    "schedule",
+    "clip",
+)
+PART_OF_THE_RUN += ("ema", "precision", "data", "objective", "tokenizer_from")
+TRAINS_ON_IMAGES = "a tokenizer trains on images: choose data=digits, cifar10, imagefolder, ..."
 
 
 def train(config: DictConfig) -> float | None:
     """Run the command of configs/train.yaml; returns the monitored value, which a sweep compares."""
     config = settle(config)
-    folder = Path(config.run_dir)
-    resumed = runs.resume_from(folder, config.resume, config.ckpt_path, config.overwrite)
-    trust = tuple(config.trust)
+    quiet()
+    folder, trust = Path(config.run_dir), tuple(config.trust)
+    main = all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    say = functools.partial(print, flush=True) if main else lambda *_: None
+    resumed = runs.resume_from(folder, config.resume, config.ckpt_path, config.overwrite, say=say)
     seed_all(key(config.seed))
     data = build_data(config, trust)
     lit = build_module(config, data, trust)
     step = runs.check_same(resumed, lit.kind, describe(lit.module)) if resumed else 0
-    warm = None
     if config.init_from and resumed is None:
         warm = warm_start(lit.module, config.init_from, FAMILIES, class_names=data.class_names)
         if isinstance(lit, LitGenerator):
             lit.module.adopt(data.tokenizer)  # the codebook of the data, not that of the earlier run
         if lit.ema is not None:
             lit.ema.load_state_dict(lit.module.state_dict())
-    main = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("RANK", "0")) == 0
-    if main:
+        say(warm.table())
+    trainer = build_trainer(config, folder, lit, trust, fresh=resumed is None)
+    batch = micro_batch_size(config.batch_size, config.accumulate, trainer.world_size)
+    plain = OmegaConf.to_container(config, resolve=True)
+    if main:  # from here on the run directory changes
+        if isinstance(lit, LitGenerator):
+            runs.keep_tokenizer(data.tokenizer, folder, resumed=resumed is not None)
+        if resumed is not None:
+            for line in runs.changes(folder, plain, PART_OF_THE_RUN):
+                say(f"note: changed since this run was started, so it is not the run it would have been: {line}")
         runs.prepare(
             folder,
             config=OmegaConf.to_yaml(config, resolve=True),
@@ -58,16 +84,11 @@ def train(config: DictConfig) -> float | None:
             step=step,
             overwrite=config.overwrite,
         )
-        if isinstance(lit, LitGenerator) and not is_folder(folder / "tokenizer"):
-            save_folder(data.tokenizer, folder / "tokenizer")
-    trainer = build_trainer(config, folder, lit, trust)
-    batch = micro_batch_size(config.batch_size, config.accumulate, trainer.world_size)
-    if main:
-        if warm is not None:
-            print(warm.table(), flush=True)
-        print(summary(config, lit, data, trainer, batch, step), flush=True)
+    say(summary(config, lit, data, trainer, batch, step))
     for logger in trainer.loggers:
-        logger.log_hyperparams({**OmegaConf.to_container(config, resolve=True), "versions": runs.versions()})
+        logger.log_hyperparams({**plain, "versions": runs.versions()})
+    if step >= trainer.max_steps:
+        say(f"nothing to do: {resumed} already has {step} steps; raise steps")
     try:
         trainer.fit(lit, datamodule=data, ckpt_path=resumed, weights_only=True)
     except Exception as error:
@@ -75,10 +96,12 @@ def train(config: DictConfig) -> float | None:
         if code:
             raise Preempted(code) from None
         raise
-    if main:
-        print(f"checkpoints: {folder / 'checkpoints'}\npictures:    {folder / 'pictures'}", flush=True)
+    say(f"checkpoints: {folder / 'checkpoints'}\npictures:    {folder / 'pictures'}")
     value = trainer.callback_metrics.get(config.monitor)
-    return None if value is None else float(value)
+    if value is None:
+        return None
+    say(f"{config.monitor} = {float(value):.6g}")
+    return float(value)
 
 
 def settle(config: DictConfig) -> DictConfig:
@@ -89,11 +112,13 @@ def settle(config: DictConfig) -> DictConfig:
     config = config.copy()
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         config.run_dir = HydraConfig.get().runtime.output_dir  # every job of a sweep has its own
+    if config.get("model") is None and _cached(config):
+        raise ValueError(f"{TRAINS_ON_IMAGES} (data=codes trains a generator: pass model=<name>)")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no default: pass {missing[0]}=<value>")
     runs.check_numbers(config)
-    if config.model is None and config.tokenizer is None:
+    if config.get("model") is None and config.get("tokenizer") is None:
         raise ValueError("nothing to train: choose tokenizer=<name> (a tokenizer) or model=<name> (a generator)")
     if config.precision == "auto":
         fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and config.trainer.accelerator != "cpu"
@@ -104,21 +129,28 @@ def settle(config: DictConfig) -> DictConfig:
     return config
 
 
+def _cached(config: DictConfig) -> bool:
+    return str(config.data.get("_target_", "")) == "vtok.data.codes.Codes"
+
+
 def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
     """The data module: images for a tokenizer, tokens with their frozen tokenizer for a generator."""
-    if config.model is None:
+    if config.get("model") is None:
         data = instantiate(config.data, trust=trust, _convert_="all")
-        if not isinstance(data, StepData) or isinstance(data, Codes):
-            raise ValueError("a tokenizer trains on images: choose data=digits, cifar10, imagefolder, ...")
+        if not isinstance(data, ImageData):
+            raise ValueError(TRAINS_ON_IMAGES)
         data.setup()
         return data
     source = config.tokenizer_from
-    if str(config.data.get("_target_", "")) == "vtok.data.codes.Codes":
-        section = OmegaConf.merge(config.data, {"tokenizer": source}) if source else config.data
+    if _cached(config):
+        given = {"tokenizer": source, "weights": config.tokenizer_weights}
+        section = OmegaConf.merge(config.data, given) if source else config.data
         return instantiate(section, trust=trust, _convert_="all")
     if not source:
         raise ValueError("a generator needs tokens: pass tokenizer_from=<run or folder of a tokenizer>, or data=codes")
-    data = OnlineTokens(data=instantiate(config.data, trust=trust, _convert_="all"), tokenizer=source)
+    data = OnlineTokens(
+        data=instantiate(config.data, trust=trust, _convert_="all"), tokenizer=source, weights=config.tokenizer_weights
+    )
     data.setup()
     return data
 
@@ -135,7 +167,7 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
         on_nan=config.on_nan,
         **plain,
     )
-    if config.model is None:
+    if config.get("model") is None:
         module = instantiate(config.tokenizer, trust=trust, _convert_="all")
         if module.spec.image_size != data.image_size:
             raise ValueError(
@@ -146,13 +178,15 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
         adversary = OmegaConf.to_container(config.discriminator_optimizer, resolve=True)
         return LitTokenizer(module, objective, recipe, discriminator_optimizer=adversary)
     make = instantiate(config.model, trust=trust, _convert_="all", _partial_=True)
+    if not (isinstance(make.func, type) and issubclass(make.func, Generator)):
+        raise ValueError(f"model._target_={config.model._target_} is not a generator")
     make.func.accepts(data.spec)
     module = make(spec=data.spec, num_classes=data.num_classes)
     module.adopt(data.tokenizer)
     return LitGenerator(module, recipe, class_names=data.class_names)
 
 
-def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, ...]) -> L.Trainer:
+def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, ...], *, fresh: bool) -> L.Trainer:
     """Lightning's Trainer, counting steps, with our callbacks in the order in which they must run."""
     stop = min(config.steps, config.stop_after or config.steps)
     callbacks: list[L.Callback] = [
@@ -164,6 +198,9 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
         kind = "samples" if isinstance(lit, LitGenerator) else "reconstructions"
         picture = Samples if kind == "samples" else Reconstructions
         callbacks.append(picture(folder / "pictures", every=config.picture_every, **options[kind]))
+    if config.monitor.removeprefix("val/").removesuffix("_raw") not in lit.monitors or config.monitor[:4] != "val/":
+        known = ", ".join(f"val/{name}" for name in lit.monitors)
+        raise ValueError(f"monitor={config.monitor}: choose one of {known}")
     callbacks += [instantiate(c, trust=trust, _convert_="all") for c in (config.callbacks or {}).values()]
     if config.save:
         callbacks.append(
@@ -175,8 +212,12 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
                 mode=config.monitor_mode,
             )
         )
-    make = instantiate(config.trainer, trust=trust, _convert_="all", _partial_=True)
-    return make(
+    section = config.trainer.copy()
+    if OmegaConf.is_dict(section.strategy) and section.strategy.get("find_unused_parameters", True) is None:
+        # a GAN's two backward passes each leave the other network out
+        section.strategy.find_unused_parameters = isinstance(lit, LitTokenizer)
+    make = instantiate(section, trust=trust, _convert_="all", _partial_=True)
+    settings = dict(
         max_steps=stop,
         max_epochs=-1,
         precision=config.precision,
@@ -190,27 +231,38 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
         enable_model_summary=False,
         default_root_dir=str(folder),
         callbacks=callbacks,
-        logger=build_loggers(config, folder, trust),
+        logger=build_loggers(config, folder, trust, fresh=fresh),
         plugins=[AtomicCheckpointIO()],
     )
+    try:
+        return make(**settings)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer={_choice('trainer')} does not work here: {error}") from None
 
 
-def build_loggers(config: DictConfig, folder: Path, trust: tuple[str, ...]) -> list[Any]:
+def build_loggers(config: DictConfig, folder: Path, trust: tuple[str, ...], *, fresh: bool) -> list[Any]:
     loggers = []
     for section in (config.logger or {}).values():
         section = section.copy()
         if str(section._target_).endswith("WandbLogger") and not section.get("id"):
-            section.id = _wandb_id(folder)
+            section.id = _wandb_id(folder, fresh)
         loggers.append(instantiate(section, trust=trust, _convert_="all"))
     return loggers
 
 
-def _wandb_id(folder: Path) -> str:
+def _wandb_id(folder: Path, fresh: bool) -> str:
     """The run's id at W&B, kept in the run directory, so that a resumed run goes on in the same plot."""
     file = folder / "wandb_id.txt"
-    if not file.is_file():
+    if fresh or not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
         file.write_text(os.urandom(4).hex() + "\n")
     return file.read_text().strip()
+
+
+def _choice(group: str) -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    return str(HydraConfig.get().runtime.choices.get(group)) if HydraConfig.initialized() else "..."
 
 
 def _overrides() -> list[str]:
@@ -234,7 +286,7 @@ def summary(config: DictConfig, lit: Lit, data: Any, trainer: L.Trainer, batch: 
         "tokens": f"{spec.layout.length} in {spec.layout.steps} steps, vocabulary {vocabularies}, {spec.bits:.0f} bits "
         f"an image of {spec.image_size} px",
         "data": f"{data.train_size:,} training, {data.val_size:,} held out, {data.num_classes} classes",
-        "global batch": f"{config.batch_size} = {batch} x {trainer.world_size} devices x {config.accumulate} accumulated",
+        "global batch": f"{config.batch_size} = {batch} x {trainer.world_size} devices x {config.accumulate} batches",
         "steps": f"{config.steps:,} = {config.steps * config.batch_size / data.train_size:.1f} epochs"
         + (f", stops after {trainer.max_steps:,}" if trainer.max_steps < config.steps else "")
         + (f", goes on from step {step:,}" if step else ""),

@@ -6,7 +6,9 @@ ours and keeps its traceback. Heavy imports belong inside the task, so that --he
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,17 +24,24 @@ def entry(config_name: str, configs: Path) -> Callable[[Callable[[Any], Any]], C
     """
 
     def decorate(task: Callable[[Any], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def guarded(config: Any) -> Any:
+            try:
+                return task(config)
+            except Exception as error:
+                if not _mistake(error):
+                    raise
+                raise SystemExit(report(error)) from None  # Hydra would print a line of its own before handing it on
+
         def main() -> None:
             import hydra
-            from hydra.errors import HydraException
-            from omegaconf.errors import OmegaConfBaseException
 
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its exceptions on instead of printing them
-            command = hydra.main(version_base="1.3", config_path=str(configs), config_name=config_name)(task)
+            command = hydra.main(version_base="1.3", config_path=str(configs), config_name=config_name)(guarded)
             try:
                 command()
-            except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-                if os.environ.get("VTOK_TRACEBACK"):
+            except Exception as error:
+                if not _mistake(error):
                     raise
                 sys.exit(report(error))
 
@@ -42,14 +51,38 @@ def entry(config_name: str, configs: Path) -> Callable[[Callable[[Any], Any]], C
     return decorate
 
 
+def _root(error: BaseException) -> BaseException:
+    """What a constructor raised, where Hydra has wrapped it."""
+    while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _mistake(error: BaseException) -> bool:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if os.environ.get("VTOK_TRACEBACK"):
+        return False
+    root = _root(error)
+    wrong_argument = root is not error and isinstance(root, TypeError)  # a key that the constructor does not have
+    return wrong_argument or isinstance(root, (HydraException, OmegaConfBaseException, ValueError, OSError))
+
+
 def report(error: BaseException) -> int:
     """Print a mistake in at most three lines on stderr; return the exit code."""
     parts: list[str] = []
-    seen: BaseException | None = error
+    seen: BaseException | None = _root(error)
     while seen is not None and len(parts) < 8:
         parts += [line.strip() for line in str(seen).splitlines() if line.strip()]
         seen = seen.__cause__
-    noise = ("full_key:", "object_type=", "reference_type=", "Set the environment variable", "In '")
-    lines = [line for line in dict.fromkeys(parts) if not line.startswith(noise)] or [type(error).__name__]
+    noise = ("full_key:", "object_type=", "reference_type=", "Set the environment variable", "Config search path")
+    noise += ("provider=",)
+    lines = [re.sub(r"^In '[^']*': ", "", line) for line in dict.fromkeys(parts) if not line.startswith(noise)]
+    for i, line in enumerate(lines):
+        if line.startswith("Available options"):
+            lines[i:] = [f"{line} {', '.join(lines[i + 1 :])}"]
+            break
+    lines = lines or [type(error).__name__]
     print("error: " + "\n  ".join(line[:400] for line in lines[:3]), file=sys.stderr)
     return EXIT_MISTAKE

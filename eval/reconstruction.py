@@ -1,0 +1,216 @@
+"""`python -m eval.reconstruction`: what a tokenizer loses on held-out images, and how it uses its codebook.
+
+    python -m eval.reconstruction from=outputs/digits_tokenizer data=digits
+
+PSNR and SSIM on 8-bit images, rFID (or rFD[name]) between reconstructions and the same originals, codebook usage and
+perplexity over the whole set, bits per pixel, and the share of tokens that survive encode(decode(tokens)).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.features import Extractor, make_extractor
+from eval.fid import CONFIGS, progress_bar, statistics_hash
+from eval.moments import Moments, frechet_distance
+from eval.pixels import PixelErrors, codebook_use
+from eval.protocol import Protocol, library_versions, metric_name
+from eval.sources import from_data
+from vtok.checkpoint import write_atomic, write_json
+from vtok.cli import entry
+
+GRID = 64  # pairs in the picture
+
+
+@dataclass
+class Pass:
+    """Everything that one pass over the images collects. pairs: (original, copy) batches, if they are kept."""
+
+    errors: PixelErrors
+    counts: list[Tensor]  # per part of the tokens, [V]
+    originals: Moments
+    copies: Moments
+    survived: int
+    tokens: int
+    pairs: list[tuple[Tensor, Tensor]]
+
+
+@torch.inference_mode()
+def run_through(
+    tokenizer: Any, images: Any, extractor: Extractor | None, *, batch_size: int, keep: int, device: torch.device
+) -> Pass:
+    """Encode and decode every image once. keep: how many pairs to hold on to, evenly spaced over the set."""
+    from vtok.data.transforms import to_uint8
+
+    dim = extractor.dim if extractor else 1
+    parts = tokenizer.spec.parts if tokenizer.spec.discrete else ()
+    counts = [torch.zeros(part.vocab_size, dtype=torch.int64) for part in parts]
+    done = Pass(PixelErrors(), counts, Moments(dim), Moments(dim), 0, 0, [])
+    kept = np.linspace(0, images.count - 1, min(keep, images.count)).round().astype(int).tolist()
+    seen = 0
+    with progress_bar("reconstructing", images.count) as advance:
+        for batch in images.batches(batch_size):
+            x = (batch.to(device).permute(0, 3, 1, 2).float() / 127.5) - 1
+            tokens = tokenizer.encode(x)
+            decoded = tokenizer.decode(tokens)
+            copies = to_uint8(decoded).cpu()
+            done.errors.add(batch, copies)
+            if parts:
+                start = 0
+                for part, count in zip(parts, done.counts):
+                    ids = tokens[:, start : start + part.count].reshape(-1).cpu()
+                    count += torch.bincount(ids, minlength=part.vocab_size)
+                    start += part.count
+                done.survived += int((tokenizer.encode(decoded.clamp(-1, 1)) == tokens).sum())
+                done.tokens += tokens.numel()
+            if extractor is not None:
+                done.originals.add(extractor(batch).features)
+                done.copies.add(extractor(copies).features)
+            own = [i - seen for i in kept if seen <= i < seen + len(batch)]
+            if own:
+                done.pairs.append((batch[own], copies[own]))
+            seen += len(batch)
+            advance(len(batch))
+    return done
+
+
+def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
+    """The command: measures, prints, writes JSON (and pairs); returns what it wrote."""
+    from vgen.models import FAMILIES
+    from vgen.sampling import checkpoint_hash, resolve_device
+    from vtok.checkpoint import load_module
+    from vtok.tokenizer import Tokenizer
+
+    device = resolve_device(config["device"])
+    tokenizer = load_module(config["from"], FAMILIES, config["weights"])
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"from={config['from']} holds a {type(tokenizer).__name__}: give a tokenizer's run")
+    tokenizer = tokenizer.to(device).eval()
+    images = from_data(data, config["split"], config["images"])
+    if data.image_size != tokenizer.spec.image_size:
+        raise ValueError(
+            f"data.image_size={data.image_size}, but the tokenizer was trained at {tokenizer.spec.image_size}: "
+            f"pass data.image_size={tokenizer.spec.image_size}"
+        )
+    extractor = None
+    if config["extractor"] != "none":
+        extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)
+    keep = images.count if config["npz"] else GRID if config["grid"] else 0
+    done = run_through(tokenizer, images, extractor, batch_size=int(config["batch_size"]), keep=keep, device=device)
+    metrics = done.errors.result() | token_figures(tokenizer.spec, done)
+    identity: dict[str, Any] = {
+        "images": images.count,
+        "source": images.name,
+        "tokenizer": f"{config['from']} (sha256 {checkpoint_hash(config['from'])})",
+        "weights": config["weights"],
+        "ssim": "Gaussian window 11 x 11, sigma 1.5, range 1",
+        "rounding": "nearest",
+    }
+    if extractor is not None:
+        reference = done.originals.statistics()
+        metrics[metric_name("rFID", extractor.name)] = frechet_distance(done.copies.statistics(), reference)
+        identity = {**identity, "protocol": _protocol(config, images, extractor, reference, identity).to_json()}
+    for name, value in metrics.items():
+        print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+    print("\n".join(f"  {key}: {value}" for key, value in identity.items() if key != "protocol"))
+    result = {"metrics": metrics, **identity, "command": "python -m eval.reconstruction " + " ".join(sys.argv[1:])}
+    path = Path(config["from"])
+    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "reconstruction.json")
+    write_json(out, result)
+    print(f"wrote {out}")
+    write_pairs(done.pairs, config["npz"], config["grid"])
+    return result
+
+
+def token_figures(spec: Any, done: Pass) -> dict[str, float | int]:
+    """Usage, perplexity, bits and token match; nothing for continuous tokens."""
+    if not spec.discrete:
+        return {}
+    figures: dict[str, float | int] = {}
+    for i, counts in enumerate(done.counts):
+        suffix = f"_part{i}" if len(done.counts) > 1 else ""
+        figures |= {key + suffix: value for key, value in codebook_use(counts).items()}
+    return figures | {
+        "tokens_per_image": spec.layout.length,
+        "bits_per_image": spec.bits,
+        "bits_per_pixel": spec.bits / spec.image_size**2,
+        "token_match": done.survived / done.tokens,
+    }
+
+
+def _protocol(config: Mapping[str, Any], images: Any, extractor: Extractor, reference: Any, identity: dict) -> Protocol:
+    return Protocol(
+        name="reconstruction",
+        images=images.count,
+        source=identity["tokenizer"],
+        labels="given",
+        seed=None,
+        guidance=None,
+        rule=None,
+        weights=config["weights"],
+        rounding="nearest",
+        resize=extractor.resize,
+        file_format="direct",
+        reference=f"the originals of the same images ({images.name})",
+        reference_images=images.count,
+        reference_hash=statistics_hash(reference),
+        splits=1,
+        permutation=0,
+        extractor=extractor.name,
+        extractor_hash=extractor.hash,
+        batch_size=int(config["batch_size"]),
+        device=str(config["device"]),
+        versions=library_versions(),
+    )
+
+
+def write_pairs(pairs: list[tuple[Tensor, Tensor]], npz: str | None, grid: str | None) -> None:
+    """npz with `originals` and `reconstructions`; grid with originals above their reconstructions."""
+    if not pairs:
+        return
+    originals, copies = (torch.cat(side).numpy() for side in zip(*pairs))
+    if npz:
+        write_atomic(npz, lambda file: np.savez_compressed(file, originals=originals, reconstructions=copies))
+        print(f"wrote {npz}")
+    if grid:
+        picture = pair_grid(originals, copies)
+        write_atomic(grid, lambda file: picture.save(file, "PNG"))
+        print(f"wrote {grid}")
+
+
+def pair_grid(originals: np.ndarray, copies: np.ndarray, *, columns: int = 16):
+    """A PIL picture: bands of `columns` originals, each with its reconstruction right below; GRID pairs at most."""
+    from PIL import Image
+
+    count = min(len(originals), GRID)
+    chosen = np.linspace(0, len(originals) - 1, count).round().astype(int)
+    height, width = originals.shape[1:3]
+    zoom, gap = max(1, 64 // height), 4
+    h, w = height * zoom, width * zoom
+    bands = -(-count // columns)
+    picture = Image.new("RGB", (columns * (w + gap), bands * (2 * h + 2 * gap)), "white")
+    for k, i in enumerate(chosen):
+        band, column = divmod(k, columns)
+        for part, images in enumerate((originals, copies)):
+            tile = Image.fromarray(images[i]).resize((w, h), Image.Resampling.NEAREST)
+            picture.paste(tile, (column * (w + gap), band * (2 * h + 2 * gap) + part * h))
+    return picture
+
+
+@entry("eval_reconstruction", CONFIGS)
+def main(config: Any) -> None:
+    from vtok.config import instantiate
+
+    evaluate(config, instantiate(config.data))
+
+
+if __name__ == "__main__":
+    main()

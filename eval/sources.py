@@ -1,0 +1,242 @@
+"""Where images to be evaluated come from: an npz, a folder, or a data set, all as batches of uint8 [B, H, W, 3].
+
+Nothing holds a whole set in memory: a compressed npz is read as a stream, so 50,000 images cost one batch. Headers are
+checked against the size of the file before anything is allocated, and pickled arrays are refused.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Images:
+    """count images; read(batch) yields uint8 [B, H, W, 3] in a fixed order; labels int64 [count] or None.
+
+    file_format: npz, png, jpg ..., or "direct" for images that were never stored.
+    """
+
+    name: str
+    count: int
+    read: Callable[[int], Iterator[Tensor]]
+    labels: Tensor | None
+    file_format: str
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Batches of up to `size` images. Raises ValueError where another number arrives than was promised."""
+        seen = 0
+        for batch in self.read(size):
+            seen += len(batch)
+            yield batch
+        if seen != self.count:
+            raise ValueError(f"{self.name} gave {seen} images, expected {self.count}")
+
+    def first(self, count: int | None) -> Images:
+        """The first `count` images. Raises ValueError where there are fewer."""
+        if count is None or count == self.count:
+            return self
+        if count > self.count:
+            raise ValueError(f"{self.name} holds {self.count} images, fewer than images={count}")
+
+        def read(size: int) -> Iterator[Tensor]:
+            left = count
+            for batch in self.read(size):
+                yield batch[:left]
+                left -= min(left, len(batch))
+                if not left:
+                    return
+
+        labels = None if self.labels is None else self.labels[:count]
+        return Images(self.name, count, read, labels, self.file_format)
+
+
+# --- npz ------------------------------------------------------------------------------------------------------------
+
+
+def npz_names(path: str | Path) -> list[str]:
+    """Names of the arrays in an npz. ValueError where the file is missing or no npz."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path} is no npz file, or a truncated one ({error})") from None
+
+
+def from_npz(path: str | Path, images: str = "arr_0", labels: str = "arr_1") -> Images:
+    """Array `images` uint8 [N, H, W, 3] and, where present, `labels` [N], as sample.py and ADM write them."""
+    names = npz_names(path)
+    if images not in names:
+        raise ValueError(f"{path} holds {', '.join(names)}, but no {images} with images")
+    with zipfile.ZipFile(path) as archive, archive.open(f"{images}.npy") as file:
+        shape, dtype = _header(file, path, archive.getinfo(f"{images}.npy").file_size)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+        raise ValueError(f"{path}: {images} is {dtype} {shape}, expected uint8 [N, H, W, 3]")
+    answers = None
+    if labels in names:
+        with np.load(path, allow_pickle=False) as arrays:
+            answers = torch.from_numpy(np.asarray(arrays[labels], dtype=np.int64).reshape(-1))
+        if len(answers) != shape[0]:
+            raise ValueError(f"{path}: {shape[0]} images, but {len(answers)} labels in {labels}")
+
+    def read(size: int) -> Iterator[Tensor]:
+        pixels = shape[1] * shape[2] * shape[3]
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(f"{images}.npy") as file:
+                _header(file, path, archive.getinfo(f"{images}.npy").file_size)
+                for start in range(0, shape[0], size):
+                    count = min(size, shape[0] - start)
+                    data = bytearray(file.read(count * pixels))
+                    if len(data) < count * pixels:
+                        raise ValueError(f"{path} is truncated: {images} ends in image {start + len(data) // pixels}")
+                    yield torch.frombuffer(data, dtype=torch.uint8).view(count, *shape[1:])
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error})") from None
+
+    return Images(str(path), shape[0], read, answers, "npz")
+
+
+def _header(file: Any, path: str | Path, size: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of the .npy stream `file`, which must be `size` bytes long and in C order."""
+    try:
+        version = np.lib.format.read_magic(file)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = reader(file)
+    except ValueError as error:
+        raise ValueError(f"{path} holds an array that cannot be read ({error})") from None
+    if dtype.hasobject or (fortran and len(shape) > 1):
+        raise ValueError(f"{path} holds pickled objects or an array in Fortran order; write it with numpy.savez")
+    if size < int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+        raise ValueError(f"{path} is truncated: {size} bytes cannot hold {shape} {dtype}")
+    return shape, dtype
+
+
+# --- folder ---------------------------------------------------------------------------------------------------------
+
+
+def from_folder(folder: str | Path) -> Images:
+    """All images below `folder`, sorted by path, all of one size. Labels where every image lies in a class folder."""
+    from PIL import Image, UnidentifiedImageError
+
+    folder = Path(folder)
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+    if not paths:
+        raise ValueError(f"{folder} holds no images ({', '.join(ENDINGS)})")
+    parents = [p.relative_to(folder).parts[:-1] for p in paths]
+    labels = None
+    if all(len(parts) == 1 for parts in parents):
+        classes = {name: i for i, name in enumerate(sorted({parts[0] for parts in parents}))}
+        labels = torch.tensor([classes[parts[0]] for parts in parents])
+    formats = sorted({p.suffix.lower().lstrip(".").replace("jpeg", "jpg") for p in paths})
+
+    def read(size: int) -> Iterator[Tensor]:
+        shape = None
+        for start in range(0, len(paths), size):
+            arrays = []
+            for path in paths[start : start + size]:
+                try:
+                    with Image.open(path) as image:
+                        arrays.append(np.asarray(image.convert("RGB")))
+                except (UnidentifiedImageError, OSError) as error:
+                    raise ValueError(f"{path} cannot be read as an image ({error}); remove or replace it") from None
+                shape = shape or arrays[-1].shape
+                if arrays[-1].shape != shape:
+                    raise ValueError(
+                        f"{path} is {arrays[-1].shape[1]} x {arrays[-1].shape[0]}, others {shape[1]} x {shape[0]}; "
+                        "crop them to one size, or read them through a data config (reference=train or val, data=...)"
+                    )
+            yield torch.from_numpy(np.stack(arrays))
+
+    return Images(str(folder), len(paths), read, labels, "+".join(formats))
+
+
+# --- data sets ------------------------------------------------------------------------------------------------------
+
+
+def from_data(data: Any, split: str, count: int | None = None) -> Images:
+    """The unaugmented images of an ImageData module; split: train | val.
+
+    count: only so many, evenly spaced over the set, which is often sorted by class; null or more than there are = all.
+    """
+    from vtok.data.module import KeyedImages
+    from vtok.data.sources import Limited
+    from vtok.data.transforms import to_uint8
+
+    if split not in ("train", "val"):
+        raise ValueError(f"split {split!r}: choose train or val")
+    source = data.sources.train if split == "train" else data.sources.val
+    if count is not None and count < len(source):
+        source = Limited(source, count)
+    items = KeyedImages(source, data.transform, seed=data.seed, augment=False)
+
+    def read(size: int) -> Iterator[Tensor]:
+        for start in range(0, len(items), size):
+            stop = min(start + size, len(items))
+            yield to_uint8(torch.stack([items[0, i]["image"] for i in range(start, stop)]))
+
+    return Images(f"{type(data).__name__} {split}", len(items), read, _labels(source), "direct")
+
+
+def _labels(source: Any) -> Tensor | None:
+    """Labels int64 [N] of a source, where they can be had without decoding its images."""
+    from vtok.data.sources import Limited
+
+    if isinstance(source, Limited):
+        labels = _labels(source.source)
+        return None if labels is None else labels[[source._index(i) for i in range(len(source))]]
+    labels = getattr(source, "labels", None)
+    return None if labels is None else torch.from_numpy(np.asarray(labels, dtype=np.int64))
+
+
+def open_images(path: str | Path) -> Images:
+    """Images of an npz file or a folder."""
+    if Path(path).is_dir():
+        return from_folder(path)
+    return from_npz(path)
+
+
+# --- a generator ----------------------------------------------------------------------------------------------------
+
+
+def from_run(pipeline: Any, *, name: str, count: int, plan: str, seed: int, guidance: Any, rule: Any) -> Images:
+    """Images that a vgen Pipeline draws while they are read; nothing is stored.
+
+    plan: see `label_plan`. Image i has the same seed, label and chunk whatever `count` is.
+    """
+    from vtok.noise import sample_seeds
+
+    labels = label_plan(plan, count, pipeline.generator.num_classes, seed)
+    seeds = sample_seeds(seed, 0, count)
+
+    def read(size: int) -> Iterator[Tensor]:
+        for start in range(0, count, pipeline.chunk):
+            part = slice(start, start + pipeline.chunk)
+            yield from pipeline(labels[part], seeds[part], guidance=guidance, rule=rule).split(size)
+
+    return Images(name, count, read, labels if pipeline.generator.num_classes else None, "direct")
+
+
+def label_plan(plan: str, count: int, classes: int, seed: int) -> Tensor:
+    """Labels int64 [count]: "balanced" gives image i class i mod classes, "random" draws each uniformly.
+
+    Both are prefix-stable: the first n labels do not depend on `count`. classes 0: all zeros.
+    """
+    if plan not in ("balanced", "random"):
+        raise ValueError(f"labels={plan}: choose balanced or random")
+    if classes == 0:
+        return torch.zeros(count, dtype=torch.int64)
+    if plan == "balanced":
+        return torch.arange(count) % classes
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, classes, count))

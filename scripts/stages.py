@@ -1,0 +1,88 @@
+"""What the two walks through the product share: stages run as the commands a user would type, curves, and verdicts."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Stages:
+    """Runs the commands of one walk one after the other, numbered, and keeps their seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.seconds: dict[str, float] = {}
+        self.began = time.perf_counter()
+
+    def run(self, title: str, *command: str) -> float:
+        """Run `python <command>` in the clone, its output passed through; SystemExit with its code if it fails."""
+        self.done += 1
+        spent = time.perf_counter() - self.began
+        print(f"\n[{self.done}/{self.total}] {title}   ({spent:.0f} s so far)", flush=True)
+        print(f"$ python {shlex.join(command)}", flush=True)
+        start = time.perf_counter()
+        code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+        if code:
+            print(f"error: stage {title!r} failed with exit code {code}", file=sys.stderr)
+            raise SystemExit(code)
+        self.seconds[title] = time.perf_counter() - start
+        return self.seconds[title]
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+
+def overrides(section: Mapping[str, object]) -> list[str]:
+    """Hydra overrides `key=value` of a flat section; None is null."""
+    return [f"{key}={'null' if value is None else value}" for key, value in section.items()]
+
+
+def column(path: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one column of a metrics.csv; empty where the run did not log it."""
+    with open(path, newline="") as file:
+        rows = [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def curves(path: Path, panels: Sequence[tuple[str, Path, Sequence[str]]]) -> None:
+    """A PNG with one panel per (title, metrics.csv, columns)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
+    for axis, (title, source, names) in zip(axes[0], panels):
+        for name in names:
+            steps, values = column(source, name)
+            axis.plot(steps, values, label=name, marker="" if len(steps) > 30 else ".")
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def verdicts(figures: Mapping[str, float], wanted: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
+    """Print every wanted figure beside its range (low, high; None = open); return the names that miss it."""
+    missed = []
+    width = max(len(name) for name in wanted)
+    for name, (low, high) in wanted.items():
+        value = figures[name]
+        fine = (low is None or value >= low) and (high is None or value <= high)
+        span = f">= {low:g}" if high is None else f"<= {high:g}" if low is None else f"{low:g} .. {high:g}"
+        print(f"  {name:{width}}  {value:10.4f}   wanted {span:14}  {'ok' if fine else 'MISSED'}")
+        if not fine:
+            missed.append(name)
+    return missed

@@ -1,0 +1,290 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit: weights, averages, optimizers, losses, random numbers.
+
+The interrupted run is the second path; the negative test shows that the comparison would notice.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import LLAMAGEN, TOKENIZER, VAR, everything, losses, run, state, tokenizer_folder
+
+from vtok import ckpt_files, rng
+from vtok.checkpoint import CheckpointError, load_module
+from vtok.ckpt_files import AtomicCheckpointIO, file_hash, link, newest_whole, side, sweep, verify
+from vtok.lit import Lit
+from vtok.models import FAMILIES
+from vtok.resume import EXIT_PREEMPTED, ResumeState
+
+ROOT = Path(__file__).resolve().parents[1]
+# 2 loader workers, accumulation 2; dropout, augmentation, code restarts and the GAN are in TOKENIZER
+HARD = (*TOKENIZER, "accumulate=2", "data.workers=2", "steps=7", "save_every=2", "val_every=2")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """The hardest tokenizer run, without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(*HARD, f"run_dir={folder}")
+    return folder
+
+
+@pytest.mark.parametrize("stop", [3, 4])  # the GAN starts at 2, so once within its first steps, once at a validation
+def test_interrupted_equals_uninterrupted(straight, tmp_path, stop):
+    run(*HARD, f"run_dir={tmp_path}", f"stop_after={stop}")
+    assert state(tmp_path)["global_step"] == stop
+    run(*HARD, f"run_dir={tmp_path}", "resume=last")
+    assert everything(tmp_path) == everything(straight)
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_without_the_random_numbers_the_runs_differ(straight, tmp_path, monkeypatch):
+    run(*HARD, f"run_dir={tmp_path}", "stop_after=3")
+    monkeypatch.setattr(ResumeState, "load_state_dict", lambda self, state: None)
+    run(*HARD, f"run_dir={tmp_path}", "resume=last")
+    assert losses(tmp_path)[:4] == losses(straight)[:4]
+    assert losses(tmp_path) != losses(straight)
+    ours, theirs = everything(tmp_path), everything(straight)
+    assert any(ours[k] != theirs[k] for k in ours if k.startswith("module."))
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_a_generator_resumes_exactly(tmp_path, family):
+    tokenizer = tokenizer_folder(tmp_path / "tokenizer", family)
+    base = (*(LLAMAGEN if family == "llamagen" else VAR), f"tokenizer_from={tokenizer}", "steps=5", "accumulate=2")
+    run(*base, f"run_dir={tmp_path / 'a'}")
+    run(*base, f"run_dir={tmp_path / 'b'}", "stop_after=2")
+    run(*base, f"run_dir={tmp_path / 'b'}", f"ckpt_path={tmp_path / 'b/checkpoints/last.ckpt'}")
+    assert everything(tmp_path / "b") == everything(tmp_path / "a")
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
+def test_killed_at_once_and_resumed(straight, tmp_path):
+    """A real kill -9 in the middle of training, then resume=auto."""
+    command = [sys.executable, "train.py", *HARD, f"run_dir={tmp_path}", "save_every=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    late = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "step_3.ckpt").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < late
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state(tmp_path)["global_step"] < 7 or pytest.skip("the run was over before the kill")
+    run(*HARD, f"run_dir={tmp_path}", "save_every=1", "resume=auto")
+    assert everything(tmp_path) == everything(straight)
+    assert losses(tmp_path) == losses(straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_request_waits_for_the_end_of_the_step(straight, tmp_path, monkeypatch, number):
+    """The signal comes between the two batches of step 3: that step is finished and saved, the exit code is 85."""
+    original = Lit.training_step
+
+    def step(self, batch, batch_idx):
+        original(self, batch, batch_idx)
+        if self.global_step == 2 and not self.between_steps:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Lit, "training_step", step)
+        with pytest.raises(SystemExit) as stopped:
+            run(*HARD, f"run_dir={tmp_path}")
+    assert stopped.value.code == EXIT_PREEMPTED == 85
+    assert state(tmp_path)["global_step"] == 3
+    assert signal.getsignal(number) == before
+    run(*HARD, f"run_dir={tmp_path}", "resume=auto")
+    assert everything(tmp_path) == everything(straight)
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_auto_walks_back_to_a_whole_checkpoint(straight, tmp_path, capsys):
+    run(*HARD, f"run_dir={tmp_path}", "stop_after=5")
+    checkpoints = tmp_path / "checkpoints"
+    for name in ("last.ckpt", "step_5.ckpt"):
+        data = (checkpoints / name).read_bytes()
+        (checkpoints / name).unlink()  # last.ckpt and step_5.ckpt are one file
+        (checkpoints / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"damaged or truncated.*resume=auto"):
+        run(*HARD, f"run_dir={tmp_path}", "resume=last")
+    capsys.readouterr()
+    run(*HARD, f"run_dir={tmp_path}", "resume=auto")
+    said = capsys.readouterr().out
+    assert "last.ckpt differs from its SHA-256" in said and "from " + str(checkpoints / "step_4.ckpt") in said
+    assert everything(tmp_path) == everything(straight)
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_auto_starts_fresh_and_refuses_rubble(tmp_path, capsys):
+    run(*TOKENIZER, "steps=1", f"run_dir={tmp_path}", "resume=auto")
+    assert "nothing to resume, starting fresh" in capsys.readouterr().out
+    for path in (tmp_path / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(b"rubble")
+    with pytest.raises(CheckpointError, match="overwrite=true"):
+        run(*TOKENIZER, "steps=1", f"run_dir={tmp_path}", "resume=auto")
+
+
+def test_an_existing_run_is_not_overwritten_by_accident(tmp_path):
+    run(*TOKENIZER, "steps=2", f"run_dir={tmp_path}")
+    with pytest.raises(ValueError, match="resume=auto, overwrite=true"):
+        run(*TOKENIZER, "steps=1", f"run_dir={tmp_path}")
+    assert state(tmp_path)["global_step"] == 2
+    run(*TOKENIZER, "steps=1", f"run_dir={tmp_path}", "overwrite=true")
+    assert state(tmp_path)["global_step"] == 1 and not (tmp_path / "checkpoints" / "step_2.ckpt").exists()
+    assert {row["step"] for row in losses(tmp_path)} == {"1"}
+
+
+def test_a_resume_from_an_earlier_step_drops_the_later_ones(tmp_path, capsys):
+    run(*TOKENIZER, "steps=4", "save_every=2", f"run_dir={tmp_path}")
+    run(*TOKENIZER, "steps=4", "stop_after=3", f"run_dir={tmp_path}", f"resume={tmp_path / 'checkpoints/step_2.ckpt'}")
+    assert "removing step_4.ckpt" in capsys.readouterr().out
+    assert state(tmp_path)["global_step"] == 3
+    assert [row["step"] for row in losses(tmp_path)] == ["1", "2", "3"]
+
+
+def test_changed_settings_are_named(tmp_path, capsys):
+    run(*TOKENIZER, "steps=2", "stop_after=1", f"run_dir={tmp_path}")
+    run(*TOKENIZER, "steps=2", "seed=5", f"run_dir={tmp_path}", "resume=last")
+    assert "seed: 0 -> 5" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"dropout=0.2.*init_from"):
+        run(*TOKENIZER, "steps=3", "tokenizer.dropout=0.1", f"run_dir={tmp_path}", "resume=last")
+
+
+def test_checkpoints_load_without_their_configuration(straight):
+    saved = state(straight)
+    for weights, prefix in (("ema", "ema."), ("raw", "module.")):
+        module = load_module(straight, FAMILIES, weights)
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, saved["state_dict"][prefix + name])
+    assert saved["module"]["kind"] == "tokenizer"
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_random_state_round_trip():
+    rng.seed_all(7)
+    [torch.rand(1), np.random.standard_normal(), random.gauss(0, 1)]  # the odd normal of a pair stays in numpy's state
+    saved = rng.get_state()
+    first = (torch.rand(3), np.random.standard_normal(3), random.gauss(0, 1), random.random())
+    rng.set_state(saved)
+    again = (torch.rand(3), np.random.standard_normal(3), random.gauss(0, 1), random.random())
+    assert torch.equal(first[0], again[0]) and (first[1] == again[1]).all() and first[2:] == again[2:]
+    with rng.untouched(3):
+        inside = torch.rand(3)
+    with rng.untouched(3):
+        assert torch.equal(inside, torch.rand(3))
+    after = torch.rand(3)
+    rng.set_state(saved)
+    assert torch.equal(torch.rand(6)[3:], after)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path, io = tmp_path / "step_1.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"a": torch.ones(3)}, path)
+    save = torch.save
+
+    def torn(data, file):
+        save(data, file)
+        file.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        io.save_checkpoint({"a": torch.zeros(3)}, path)
+    assert verify(path) is None and io.load_checkpoint(path)["a"].sum() == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_1.ckpt", "step_1.ckpt.sha256"]
+
+
+def test_last_verifies_whenever_a_kill_comes(tmp_path, monkeypatch):
+    """Stop `link` after every possible number of renames: last.ckpt is the old file or the new one, and whole."""
+    old, new, last = (tmp_path / n for n in ("step_1.ckpt", "step_2.ckpt", "last.ckpt"))
+    for path, text in ((old, b"old"), (new, b"new")):
+        path.write_bytes(text)
+    replace = os.replace
+    seen = set()
+    for allowed in range(4):
+        link(old, last)
+        left = allowed
+
+        def limited(source, target):
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", limited)
+            try:
+                link(new, last)
+            except KeyboardInterrupt:
+                seen.add("stopped")
+        assert verify(last) is None
+        seen.add(last.read_bytes())
+    assert seen == {"stopped", b"old", b"new"}
+
+
+def test_a_full_disk_costs_the_oldest_generation(tmp_path, monkeypatch, capsys):
+    io = AtomicCheckpointIO()
+    for step in (1, 2):
+        io.save_checkpoint({"step": step}, tmp_path / f"step_{step}.ckpt")
+    link(tmp_path / "step_2.ckpt", tmp_path / "last.ckpt")
+    save, full = torch.save, [True]
+
+    def once_full(data, file):
+        if full.pop() if full else False:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(data, file)
+
+    monkeypatch.setattr(torch, "save", once_full)
+    io.save_checkpoint({"step": 3}, tmp_path / "step_3.ckpt")
+    assert "removing step_1.ckpt" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step_2.ckpt", "step_3.ckpt"]
+
+
+def test_stale_temporary_files_are_swept(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    gone, alive = int(done.stdout), os.getppid()
+    (tmp_path / f"last.ckpt.tmp.{gone}").write_bytes(b"x")
+    (tmp_path / f"last.ckpt.tmp.{alive}").write_bytes(b"x")
+    assert [p.name for p in sweep(tmp_path)] == [f"last.ckpt.tmp.{gone}"]
+    assert (tmp_path / f"last.ckpt.tmp.{alive}").exists()
+
+
+def test_verification_is_not_about_the_zip_alone(tmp_path):
+    """One flipped byte in the weights: torch would load it, the hash does not let it pass."""
+    path = tmp_path / "step_1.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(1000), "module": {}, "state_dict": {}}, path)
+    data = bytearray(path.read_bytes())
+    place = data.index(torch.ones(100).numpy().tobytes()) + 200
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+    assert not torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(1000))
+    assert "SHA-256" in verify(path)
+    assert newest_whole(tmp_path) == (None, [f"step_1.ckpt {verify(path)}"])
+    assert file_hash(path) not in side(path).read_text()
+
+
+def test_no_hard_links_no_problem(tmp_path, monkeypatch):
+    source, target = tmp_path / "step_1.ckpt", tmp_path / "last.ckpt"
+    source.write_bytes(b"weights")
+
+    def refused(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(ckpt_files.os, "link", refused)
+    link(source, target)
+    assert target.read_bytes() == b"weights" and verify(target) is None and target.stat().st_nlink == 1

@@ -1,0 +1,145 @@
+"""Checkpoint files that survive a kill at any moment, and finding the newest one that is whole.
+
+Files are written beside their target, flushed to disk and renamed (Lightning's own writer goes through $TMPDIR and was
+seen to tear when that is another file system), with a SHA-256 in a file beside them. The hash is written first: at
+every moment the side file knows the checkpoint that stands under the name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from vtok.checkpoint import CheckpointError, read_checkpoint, write_atomic
+
+PATTERN = "step_*.ckpt"
+
+
+def side(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(path: Path) -> str | None:
+    """Why a checkpoint must not be used, or None where it is whole."""
+    if not path.is_file():
+        return "does not exist"
+    if not side(path).is_file():
+        return f"has no {side(path).name} beside it"
+    known = [line.split()[0] for line in side(path).read_text().splitlines() if line.strip()]
+    if file_hash(path) not in known:
+        return "differs from its SHA-256, it is damaged or truncated"
+    return None
+
+
+def step_of(path: Path) -> int:
+    number = path.name.removeprefix("step_").removesuffix(".ckpt")
+    return int(number) if number.isdigit() else -1
+
+
+def generations(folder: Path) -> list[Path]:
+    """step_N.ckpt files, newest first."""
+    return sorted(folder.glob(PATTERN), key=step_of, reverse=True)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that verifies, and what was passed over on the way, for the user."""
+    passed: list[str] = []
+    for path in [folder / "last.ckpt", *generations(folder)]:
+        reason = verify(path)
+        if reason is None:
+            try:
+                read_checkpoint(path)
+                return path, passed
+            except CheckpointError as error:
+                reason = str(error)
+        if path.exists():
+            passed.append(f"{path.name} {reason}")
+    return None, passed
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what killed writers left (*.tmp.PID of processes that are gone); returns the removed paths."""
+    stale = [p for p in folder.glob("*.tmp.*") if not _alive(p.name.rpartition(".")[2])]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, atomically; a copy where the file system has no hard links."""
+    digest = file_hash(source)
+    old = side(target).read_text().split()[:1] if side(target).is_file() else []
+    # for a moment both hashes stand there: whichever file a kill leaves, it verifies
+    _write_side(target, [digest, *old])
+    temporary = target.with_name(f"{target.name}.tmp.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, target)
+    _write_side(target, [digest])
+
+
+def _write_side(path: Path, digests: list[str]) -> None:
+    text = "".join(f"{digest}  {path.name}\n" for digest in digests)
+    write_atomic(side(path), lambda file: file.write(text.encode()))
+
+
+def _alive(pid: str) -> bool:
+    if not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's file layer with atomic writes and a SHA-256 beside every checkpoint."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        try:
+            self._write(checkpoint, path)
+        except OSError as error:
+            # a full disk: give up the oldest generation, never the newest or the best
+            old = [p for p in generations(path.parent)[1:] if p.stat().st_nlink == 1]
+            if error.errno not in (errno.ENOSPC, errno.EFBIG) or not old:
+                raise
+            print(f"warning: no space left for {path}; removing {old[-1].name} and trying again", flush=True)
+            self.remove_checkpoint(old[-1])
+            self._write(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+        side(Path(path)).unlink(missing_ok=True)
+
+    @staticmethod
+    def _write(checkpoint: dict[str, Any], path: Path) -> None:
+        def write(file: Any) -> None:
+            torch.save(checkpoint, file)
+            file.flush()
+            _write_side(path, [file_hash(Path(file.name))])
+
+        write_atomic(path, write)

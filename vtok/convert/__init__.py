@@ -1,0 +1,30 @@
+"""Published tokenizers as ours: `convert(family, state, config)`.
+
+state: the original's state dict (of the right weights, without wrapper keys); config: the constructor arguments of the
+original's classes, {class: {argument: value}}. Sizes come from the shapes, the rest from config.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vtok.tokenizer import Tokenizer
+
+CONVERTERS: dict[str, str] = {
+    "llamagen": "vtok.convert.llamagen",
+    "var": "vtok.convert.var",
+}
+
+
+def convert(family: str, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tokenizer:
+    """Our module with the original's weights, in eval mode.
+
+    Raises ValueError for an unknown family, an unknown or missing key, and a config that does not fit the shapes.
+    """
+    if family not in CONVERTERS:
+        raise ValueError(f"unknown family {family!r}; known are {', '.join(sorted(CONVERTERS))}")
+    return importlib.import_module(CONVERTERS[family]).convert(state, config)

@@ -1,0 +1,308 @@
+"""Training under Lightning: the optimizer step that tokenizers and generators share, and the tokenizer's two losses.
+
+Optimization is manual because a GAN has two optimizers. Lightning counts every step of every optimizer that it wraps
+(its issue 17958), so only the generator's is wrapped and the discriminator's is stepped raw: `global_step` counts
+updates of the trained module, and everything (data order, learning rate, saving) is a function of it. Gradient
+accumulation, clipping, averaging and the guard against non-finite numbers live in one place, `Lit.training_step`.
+Order of a GAN step as in LlamaGen (arXiv 2406.06525): the tokenizer first, then the discriminator on the same images.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from vtok import rng
+from vtok.config import describe
+from vtok.optim import Recipe, average, check_arguments, check_optimizer, make_optimizer, rate, set_rate
+from vtok.quantize.statistics import perplexity, usage
+
+SKIPS_IN_A_ROW = 10  # with on_nan=skip: more non-finite steps than this are not bad luck
+
+
+class NotFinite(ValueError):
+    """The loss or its gradient became infinite or not a number; the message names the step."""
+
+
+class Lit(L.LightningModule):
+    """One optimizer step of `module`, its averaged copy `ema`, and validation of both.
+
+    Checkpoints hold `module.*`, `ema.*` and a plain description of the module under `module`, so that
+    vtok.checkpoint.load_module reads them without a configuration.
+    """
+
+    kind: str
+    monitors: tuple[str, ...] = ("loss",)  # metrics that can choose the best checkpoint
+    trained: tuple[str, ...] = ("module",)
+
+    def __init__(self, module: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.module, self.recipe = module, recipe
+        self.ema = copy.deepcopy(module).requires_grad_(False).eval() if recipe.ema is not None else None
+        self._micro = 0  # batches of the current optimizer step that are done; checkpoints are made only at 0
+        self._sums: dict[str, Tensor] = {}
+        self._skipped = 0
+        self._bad: Tensor | None = None
+        self._totals: dict[str, Tensor] = {}
+        self.latest: dict[str, float] = {}  # the newest value of every metric, for the progress line
+        self.began = 0.0
+
+    # --- what a subclass says ---------------------------------------------------------------------------------------
+
+    def losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """Loss of a batch, its logs, and whatever `after_backward` needs."""
+        raise NotImplementedError
+
+    def after_backward(self, batch: Mapping[str, Tensor], rest: Any) -> dict[str, Tensor]:
+        """Backward passes of further losses; returns logs."""
+        return {}
+
+    def validate_module(self, module: nn.Module, batch: Mapping[str, Tensor], suffix: str) -> dict[str, Tensor]:
+        """Sums over a batch by metric name; names that start with `count_` are histograms."""
+        raise NotImplementedError
+
+    def finish_validation(self, means: dict[str, Tensor], counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics without the prefix val/, from means over the images and summed histograms."""
+        return means
+
+    # --- one optimizer step -----------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Lit:
+        super().train(mode)
+        if self.ema is not None:
+            self.ema.eval()
+        return self
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [make_optimizer([self.module], **self.recipe.optimizer)]
+
+    def on_fit_start(self) -> None:
+        self._micro, self._sums, self._skipped, self._bad = 0, {}, 0, None
+
+    def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self.began = time.monotonic()
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether the next batch starts an optimizer step: the only moments at which a checkpoint is exact."""
+        return self._micro == 0
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        last = self._micro == self.recipe.accumulate - 1
+        strategy = self.trainer.strategy
+        waits = not last and hasattr(strategy, "block_backward_sync")
+        with strategy.block_backward_sync() if waits else nullcontext():
+            loss, logs, rest = self.losses(batch)
+            self.manual_backward(loss / self.recipe.accumulate)
+            logs |= self.after_backward(batch, rest)
+        for name, value in logs.items():
+            value = value.detach().float() / self.recipe.accumulate
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._micro = (self._micro + 1) % self.recipe.accumulate
+        if last:
+            self._update()
+            if self.global_step == self.recipe.steps:
+                self.trainer.should_stop = True  # Lightning then validates once more, whatever val_every is
+
+    def _update(self) -> None:
+        step = self.global_step
+        factor = rate(step, self.recipe.steps, **self.recipe.schedule)
+        wrapped = self.optimizers()
+        wrapped = wrapped[0] if isinstance(wrapped, list) else wrapped
+        norm = self._clip([self.module])
+        self._guard(step, torch.isfinite(norm) & torch.isfinite(self._sums["loss"]))
+        set_rate(wrapped.optimizer, self.recipe.optimizer["lr"] * factor)
+        wrapped.step()
+        wrapped.zero_grad(set_to_none=True)
+        others = self._update_others(factor)
+        if self.ema is not None:
+            average(self.ema, self.module, step + 1, self.recipe.ema)
+        sums, self._sums = self._sums, {}
+        if (step + 1) % self.recipe.log_every == 0 or step == 0:
+            self.check_finite()
+            lr = torch.tensor(self.recipe.optimizer["lr"] * factor)
+            found = sums | others | {"grad_norm": norm, "lr": lr}
+            self.record({f"train/{k}": v for k, v in found.items()}, reduce=True)
+
+    def _update_others(self, factor: float) -> dict[str, Tensor]:
+        """Step further optimizers; returns logs."""
+        return {}
+
+    def _clip(self, modules: list[nn.Module]) -> Tensor:
+        parameters = [p for m in modules for p in m.parameters() if p.grad is not None]
+        return nn.utils.clip_grad_norm_(parameters, self.recipe.clip or float("inf"))
+
+    def _guard(self, step: int, finite: Tensor) -> None:
+        """Stop, or drop the gradient. On a GPU the answer is awaited only every `log_every` steps and before saving."""
+        if self.recipe.on_nan == "skip":
+            if bool(finite):
+                self._skipped = 0
+                return
+            self._skipped += 1
+            if self._skipped <= SKIPS_IN_A_ROW:
+                for parameter in self.parameters():  # the discriminator's too: it saw the same images
+                    parameter.grad = None
+                return
+        bad = torch.where(finite, -1, step + 1)
+        self._bad = bad if self._bad is None else torch.where(self._bad > 0, self._bad, bad)
+        if finite.device.type == "cpu":
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise NotFinite if a step since the start was not finite."""
+        if self._bad is not None and int(self._bad) > 0:
+            raise NotFinite(
+                f"the loss or its gradient is not finite at step {int(self._bad)}: lower optimizer.lr, raise "
+                "schedule.warmup, use precision=32-true, or pass on_nan=skip; the last checkpoint is untouched"
+            )
+
+    def record(self, metrics: Mapping[str, Tensor | float], *, reduce: bool = False) -> None:
+        """Hand metrics to every logger under the number of finished optimizer steps.
+
+        reduce: average over the processes first. Lightning's own logging counts batches, not optimizer steps.
+        """
+        names = list(metrics)
+        values = torch.stack([torch.as_tensor(metrics[n], dtype=torch.float32).to(self.device) for n in names])
+        if reduce and self.trainer.world_size > 1:
+            values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        rounded = dict(zip(names, values.tolist()))
+        self.latest |= rounded
+        for logger in self.trainer.loggers:
+            logger.log_metrics(rounded, step=self.global_step)
+
+    # --- validation -------------------------------------------------------------------------------------------------
+
+    def variants(self) -> dict[str, nn.Module]:
+        """Metric suffix to module: the averaged weights have the plain names."""
+        return {"": self.module} if self.ema is None else {"": self.ema, "_raw": self.module}
+
+    def on_validation_start(self) -> None:
+        assert self._micro == 0, "validation within an accumulated step would drop its gradients"
+        # fixed draws make two validations comparable, and training must not notice that it was interrupted
+        self._rng = rng.get_state()
+        rng.seed_all(0)
+        self._totals = {}
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        rows = next(iter(batch.values())).shape[0]
+        found = {"rows": torch.tensor(float(rows), device=self.device)}
+        for suffix, module in self.variants().items():
+            was_training = module.training
+            module.eval()
+            found |= self.validate_module(module, batch, suffix)
+            module.train(was_training)
+        for name, value in found.items():
+            value = value.detach().double() if self.device.type != "mps" else value.detach()
+            self._totals[name] = self._totals[name] + value if name in self._totals else value
+
+    def on_validation_epoch_end(self) -> None:
+        totals = self._totals
+        if self.trainer.world_size > 1:
+            totals = {k: self.trainer.strategy.reduce(v, reduce_op="sum") for k, v in totals.items()}
+        rows = totals.pop("rows")
+        counts = {k: v for k, v in totals.items() if k.startswith("count_")}
+        means = {k: v / rows for k, v in totals.items() if k not in counts}
+        metrics = {f"val/{k}": v.float() for k, v in self.finish_validation(means, counts).items()}
+        # for monitors and the value that train.py returns; sync_dist changes nothing, all ranks have the same
+        self.log_dict(metrics, logger=False, sync_dist=self.trainer.world_size > 1)
+        self.record(metrics)
+
+    def on_validation_end(self) -> None:
+        rng.set_state(self._rng)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["module"] = {**describe(self.module), "kind": self.kind}
+        # Saved while a batch starts, its counter `ready` is one ahead, and a resumed Lightning would validate one batch
+        # too early: in the middle of an accumulated step, whose gradients it then drops.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for count in (progress["total"], progress["current"]):
+            count |= dict.fromkeys(("ready", "started", "processed"), count["completed"])
+
+
+class LitTokenizer(Lit):
+    """Trains a vtok.tokenizer.Tokenizer with an objective of vtok.losses.objective.
+
+    discriminator_optimizer: as `optimizer`, for the objective's discriminator.
+    """
+
+    kind = "tokenizer"
+    monitors = ("loss", "psnr", "pixel", "usage", "perplexity")
+
+    def __init__(
+        self, module: nn.Module, objective: nn.Module, recipe: Recipe, *, discriminator_optimizer: Mapping[str, Any]
+    ) -> None:
+        super().__init__(module, recipe)
+        self.objective = objective
+        check_arguments("discriminator_optimizer", check_optimizer, discriminator_optimizer)
+        self.discriminator_rates = dict(discriminator_optimizer)
+        if objective.discriminator is not None:
+            self.trained = ("module", "discriminator")
+
+    @property
+    def discriminator(self) -> nn.Module | None:
+        return self.objective.discriminator
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        optimizers = super().configure_optimizers()
+        if self.discriminator is not None:
+            optimizers.append(make_optimizer([self.discriminator], **self.discriminator_rates))
+        return optimizers
+
+    def losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Any]:
+        images = batch["image"]
+        recon = self.module(images)
+        last_layer = self.module.last_layer if self.discriminator is not None else None
+        loss, logs = self.objective.generator_loss(recon, images, last_layer, self.global_step)
+        stats = {k: v for k, v in recon.stats.items() if v.dim() == 0}
+        return loss, {**logs, **stats, "loss": loss.detach()}, recon.images.detach()
+
+    def after_backward(self, batch: Mapping[str, Tensor], rest: Tensor) -> dict[str, Tensor]:
+        if not self.objective.gan_active(self.global_step):
+            return {}
+        loss, logs = self.objective.discriminator_loss(batch["image"], rest, self.global_step)
+        self.manual_backward(loss / self.recipe.accumulate)
+        return logs
+
+    def _update_others(self, factor: float) -> dict[str, Tensor]:
+        # global_step has moved on by now: the gradients of this step tell whether the discriminator took part in it
+        if self.discriminator is None or all(p.grad is None for p in self.discriminator.parameters()):
+            return {}
+        norm = self._clip([self.discriminator])
+        optimizer = self.optimizers(use_pl_optimizer=False)[1]
+        set_rate(optimizer, self.discriminator_rates["lr"] * factor)
+        optimizer.step()  # raw: not counted as a global step
+        optimizer.zero_grad(set_to_none=True)
+        return {"discriminator_grad_norm": norm}
+
+    def validate_module(self, module: nn.Module, batch: Mapping[str, Tensor], suffix: str) -> dict[str, Tensor]:
+        images = batch["image"]
+        recon = module(images)
+        rows = images.shape[0]
+        found = {k + suffix: v.float() * rows for k, v in self.objective.validation(recon, images).items()}
+        error = (recon.images.float().clamp(-1, 1) - images.float()).square().flatten(1).mean(1)
+        found["psnr" + suffix] = (-10 * torch.log10((error / 4).clamp(min=1e-10))).sum()
+        if module.spec.discrete:
+            start = 0
+            for index, part in enumerate(module.spec.parts):
+                ids = recon.tokens[:, start : start + part.count].reshape(-1)
+                counted, one = torch.zeros(part.vocab_size, device=ids.device), torch.ones(len(ids), device=ids.device)
+                found[f"count_{index}{suffix}"] = counted.scatter_add_(0, ids, one)
+                start += part.count
+        return found
+
+    def finish_validation(self, means: dict[str, Tensor], counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, histogram in counts.items():
+            index, _, raw = name.removeprefix("count_").partition("_")
+            tail = ("" if len(counts) <= 2 and index == "0" else f"_{index}") + ("_raw" if raw else "")
+            means |= {f"usage{tail}": usage(histogram), f"perplexity{tail}": perplexity(histogram)}
+        return means

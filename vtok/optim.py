@@ -1,0 +1,152 @@
+"""What tokenizer and generator training share: AdamW with decay groups, the learning rate of a step, weight averaging.
+
+Learning rate and averaging are pure functions of the optimizer step, so a resumed run needs no state of them. The
+averaged weights follow Polyak and Juditsky (SIAM J. Control Optim. 1992) with the warm-up
+decay_s = min(decay, (1 + s) / (10 + s)) that lets early steps forget the initial weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Kind = Literal["constant", "cosine", "linear"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how a module is trained; the keys of configs/train.yaml.
+
+    optimizer: arguments of `make_optimizer`; schedule: of `rate`. steps: length of the schedule in optimizer steps.
+    accumulate: batches per step. clip: largest gradient norm, None for none. ema: decay of the averaged weights, None
+    for none. log_every: steps between two records. on_nan: stop, or skip a step whose gradient is not finite.
+    """
+
+    optimizer: Mapping[str, Any]
+    schedule: Mapping[str, Any]
+    steps: int
+    accumulate: int = 1
+    clip: float | None = 1.0
+    ema: float | None = 0.999
+    log_every: int = 20
+    on_nan: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        if self.on_nan not in ("stop", "skip"):
+            raise ValueError(f"on_nan={self.on_nan!r}: choose stop or skip")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema is a decay between 0 and 1, or null for none, got {self.ema}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip is a positive gradient norm, or null for none, got {self.clip}")
+        check_arguments("schedule", check_schedule, self.schedule)
+        check_arguments("optimizer", check_optimizer, self.optimizer)
+
+
+def check_arguments(name: str, check: Callable[..., None], given: Mapping[str, Any]) -> None:
+    """Call check(**given); a key that it does not have is a ValueError naming the configuration's key."""
+    known = list(inspect.signature(check).parameters)
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{name}.{key} is not known; {name} has {', '.join(known)}")
+    check(**given)
+
+
+def make_optimizer(
+    modules: Iterable[nn.Module],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.05,
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `modules`. Tensors with fewer than two dimensions (biases, norms) get no
+    weight decay, as in LlamaGen (arXiv 2406.06525). `lr` is the rate at the configured global batch: nothing is scaled.
+    """
+    check_optimizer(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps)
+
+
+def check_optimizer(
+    *, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.05, eps: float = 1e-8
+) -> None:
+    """Raise ValueError naming the key unless these are arguments of `make_optimizer`."""
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (name == "lr" and value == 0):
+            raise ValueError(
+                f"optimizer.{name} must be a {'positive number' if name == 'lr' else 'number >= 0'}, got {value!r}"
+            )
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {list(betas)}")
+
+
+def check_schedule(*, warmup: float = 0, kind: Kind = "cosine", final: float = 0.0) -> None:
+    """Raise ValueError naming the key unless these are arguments of `rate`."""
+    if kind not in ("constant", "cosine", "linear"):
+        raise ValueError(f"schedule.kind={kind!r}: choose constant, cosine or linear")
+    if warmup < 0:
+        raise ValueError(f"schedule.warmup must not be negative, got {warmup}")
+    if not 0 <= final <= 1:
+        raise ValueError(f"schedule.final is a share of optimizer.lr between 0 and 1, got {final}")
+
+
+def rate(step: int, steps: int, *, warmup: float = 0, kind: Kind = "cosine", final: float = 0.0) -> float:
+    """Factor of the learning rate in optimizer step `step` of `steps`, counted from 0.
+
+    warmup: steps of linear warm-up, or a share of `steps` where it is below 1; the first step has lr / warmup. After
+    it the factor falls from 1 to `final` at the last step, or stays (kind "constant").
+    """
+    rise = warmup * steps if warmup < 1 else warmup
+    if step < rise:
+        return min(1.0, (step + 1) / rise)
+    if kind == "constant":
+        return 1.0
+    share = min(1.0, (step - rise) / max(1.0, steps - 1 - rise))
+    fall = 0.5 * (1 + math.cos(math.pi * share)) if kind == "cosine" else 1 - share
+    return final + (1 - final) * fall
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def average(ema: nn.Module, module: nn.Module, step: int, decay: float) -> None:
+    """Move `ema` towards `module` after optimizer step number `step` (the first is 1); buffers are copied.
+
+    Buffers are copied, not averaged: counters are integers, and an averaged codebook or batch statistic already is one.
+    """
+    keep = min(decay, (1 + step) / (10 + step))
+    averaged, current = list(ema.parameters()), list(module.parameters())
+    if averaged:
+        torch._foreach_lerp_(averaged, [p.to(a.dtype) for a, p in zip(averaged, current)], 1 - keep)
+    for old, new in zip(ema.buffers(), module.buffers()):
+        old.copy_(new)
+
+
+def memory(modules: Mapping[str, nn.Module | None], *, trained: Iterable[str]) -> dict[str, int]:
+    """Estimated bytes that training keeps: weights of all modules; gradients and AdamW's two moments of the trained."""
+    trained = set(trained)
+    count = {
+        name: 0 if m is None else sum(p.numel() * p.element_size() for p in m.parameters())
+        for name, m in modules.items()
+    }
+    grads = sum(
+        p.numel() * p.element_size()
+        for name in trained
+        if (m := modules[name]) is not None
+        for p in m.parameters()
+        if p.requires_grad
+    )
+    return {**count, "gradients": grads, "optimizer": 2 * grads}

@@ -1,0 +1,196 @@
+"""A run directory: may it be used, from which checkpoint does it go on, and what is written into it before training.
+
+outputs/<name>/config.yaml overrides.txt versions.json metrics.csv checkpoints/ pictures/ tokenizer/
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from vtok.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    is_folder,
+    read_checkpoint,
+    read_config,
+    save_folder,
+    weights_hash,
+    write_atomic,
+    write_json,
+)
+from vtok.ckpt_files import generations, link, newest_whole, side, step_of, sweep, verify
+from vtok.config import Configured
+from vtok.loggers import trim_rows
+
+PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "timm", "numpy", "pillow", "safetensors")
+
+# key of configs/train.yaml -> (types, smallest value or None, whether null is allowed)
+NUMBERS: dict[str, tuple[tuple[type, ...], float | None, bool]] = {
+    "seed": ((int,), 0, False),
+    "steps": ((int,), 1, False),
+    "stop_after": ((int,), 1, True),
+    "batch_size": ((int,), 1, False),
+    "accumulate": ((int,), 1, False),
+    "clip": ((int, float), 0, True),
+    "ema": ((int, float), 0, True),
+    "log_every": ((int,), 1, False),
+    "val_every": ((int,), 1, False),
+    "val_batches": ((int,), 1, True),
+    "save_every": ((int,), 1, False),
+    "save_minutes": ((int, float), 0, True),
+    "picture_every": ((int,), 1, True),
+    "schedule.warmup": ((int, float), 0, False),
+    "schedule.final": ((int, float), 0, False),
+}
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a top-level value of the wrong type or below its smallest (Hydra checks neither)."""
+    for name, (types, least, optional) in NUMBERS.items():
+        value: Any = config
+        for part in name.split("."):
+            value = value[part]
+        if value is None and optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, types):
+            wanted = "a whole number" if types == (int,) else "a number"
+            raise ValueError(f"{name}={value!r} must be {wanted}{' or null' if optional else ''}")
+        if least is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def resume_from(
+    folder: Path, resume: str | None, ckpt_path: str | None, overwrite: bool, *, say: Callable[[str], None] = print
+) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start; `folder` is the run directory.
+
+    Raises ValueError where the run exists and nothing says what to do with it, CheckpointError where the named
+    checkpoint is missing or damaged.
+    """
+    if resume and ckpt_path and resume != ckpt_path:
+        raise ValueError(f"resume={resume} and ckpt_path={ckpt_path} mean the same: give one of them")
+    wanted = resume or ckpt_path
+    checkpoints = folder / "checkpoints"
+    present = sorted(checkpoints.glob("*.ckpt"))
+    if wanted and overwrite:
+        raise ValueError(f"resume={wanted} and overwrite=true exclude each other")
+    if not wanted:
+        if present and not overwrite:
+            raise ValueError(f"{folder} holds checkpoints: pass resume=auto, overwrite=true or another name=")
+        return None
+    if wanted == "auto":
+        found, passed = newest_whole(checkpoints)
+        for line in passed:
+            say(f"resume=auto: {line}; trying an older one")
+        if found is None and passed:
+            raise CheckpointError(f"no checkpoint in {checkpoints} is whole: pass overwrite=true to start again")
+        say(f"resume=auto: {'nothing to resume, starting fresh' if found is None else f'from {found}'}")
+        return found
+    found = find_checkpoint(folder if wanted == "last" else wanted)
+    reason = verify(found)
+    if reason is not None and side(found).is_file():
+        raise CheckpointError(f"{found} {reason}; resume=auto takes an older one of {checkpoints}")
+    return found
+
+
+def check_same(path: Path, kind: str, description: Mapping[str, Any]) -> int:
+    """Raise CheckpointError unless the checkpoint is of this module; returns its optimizer step."""
+    data = read_checkpoint(path)
+    found = data["module"]
+    if found.get("kind") != kind:
+        raise CheckpointError(f"{path} is of a {found.get('kind')}, this run trains a {kind}")
+    if found["family"] != description["family"]:
+        raise CheckpointError(f"{path} is of a {found['family']}, this run trains a {description['family']}")
+    ours, theirs = dict(description["arguments"]), dict(found["arguments"])
+    for name in sorted(set(ours) | set(theirs)):
+        if ours.get(name) != theirs.get(name):
+            raise CheckpointError(
+                f"{path} was made with {name}={theirs.get(name)!r:.120}, this run has {ours.get(name)!r:.120}; "
+                "a resume cannot change the module: use init_from"
+            )
+    return int(data["global_step"])
+
+
+def prepare(
+    folder: Path,
+    *,
+    config: str,
+    overrides: Sequence[str],
+    resumed: Path | None,
+    step: int,
+    overwrite: bool,
+) -> None:
+    """Write config.yaml, overrides.txt and versions.json, and clear what does not belong to this timeline.
+
+    overwrite: remove checkpoints, metrics and pictures of the run that was here. resumed, step: where it goes on.
+    """
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (folder / "pictures").mkdir(exist_ok=True)
+    sweep(checkpoints)
+    if resumed is None:
+        old = [*checkpoints.glob("*.ckpt"), *checkpoints.glob("*.sha256"), folder / "metrics.csv"]
+        if overwrite:
+            old += (folder / "pictures").glob("*.png")
+        for path in old:
+            path.unlink(missing_ok=True)
+    else:
+        trim_rows(folder / "metrics.csv", step)
+        if resumed.parent == checkpoints:
+            if resumed.name != "last.ckpt":
+                link(resumed, checkpoints / "last.ckpt")
+            for later in (p for p in generations(checkpoints) if step_of(p) > step):
+                print(f"removing {later.name}: later than step {step}, from which the run goes on", flush=True)
+                later.unlink()
+                side(later).unlink(missing_ok=True)
+    for name, text in (("config.yaml", config), ("overrides.txt", "\n".join(overrides) + "\n")):
+        write_atomic(folder / name, lambda file, text=text: file.write(text.encode()))
+    write_json(folder / "versions.json", versions())
+
+
+def changes(folder: Path, config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """What differs between the configuration that started a run and the one that resumes it, for the user."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return []
+    old = OmegaConf.to_container(OmegaConf.load(path))
+    return [f"{n}: {old.get(n)} -> {config.get(n)}" for n in names if old.get(n) != config.get(n)]
+
+
+def keep_tokenizer(tokenizer: Configured, folder: Path, *, resumed: bool) -> None:
+    """Store the frozen tokenizer of a generator's run in it; a resumed run must still have the same."""
+    place = folder / "tokenizer"
+    if resumed and is_folder(place):
+        if read_config(place).get("hash") != weights_hash(tokenizer.state_dict()):
+            raise CheckpointError(f"tokenizer_from is not the tokenizer that this run started with, {place}")
+        return
+    save_folder(tokenizer, place)
+
+
+def versions() -> dict[str, Any]:
+    """Package versions, python, and the git commit of the working directory (null outside of a repository)."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("vtok-vgen", *PACKAGES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    found["torch"] = torch.__version__  # tells the CUDA build, which the package version does not
+    return {**found, "git_commit": git("rev-parse", "HEAD"), "git_changed": bool(git("status", "--porcelain", "-uno"))}
+
+
+def git(*arguments: str) -> str | None:
+    """Output of a git command, None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
