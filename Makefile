@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 BUDGET ?= 900
-DATA ?= ../shared/data/cifar10-jpg.tar.xz
+DATA ?=
 
 .PHONY: demo test photos lint setup clean
 setup: $(VENV)/ready
@@ -17,13 +17,13 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	  echo $$(( $$(date +%s) - start )) > $(VENV)/set_up_seconds && touch $@
 
 demo: setup  ## digits: tokenizer, generator, samples, evaluation; outputs/demo/
-	$(RUN) scripts/demo.py out=outputs/demo set_up_seconds=$$(cat $(VENV)/set_up_seconds)
+	SET_UP_SECONDS=$$(cat $(VENV)/set_up_seconds) $(RUN) scripts/demo.py out=outputs/demo
 
 test: setup  ## the test suite
 	$(RUN) -m pytest
 
-photos: setup  ## CIFAR-10: both kinds of tokenizer and generator; BUDGET seconds a stage; DATA = archive or folder
-	$(RUN) scripts/photos.py data=$(DATA) budget=$(BUDGET) out=outputs/photos
+photos: setup  ## CIFAR-10, both kinds; BUDGET seconds a training stage; DATA=<folder with train/ and test/>, or cifar10-jpg.tar.xz in . or data
+	$(RUN) scripts/photos.py budget=$(BUDGET) out=outputs/photos $(if $(DATA),folder=$(DATA))
 
 lint: setup
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

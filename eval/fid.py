@@ -19,6 +19,7 @@ import torch
 
 from eval.features import Extractor, make_extractor
 from eval.moments import InceptionScore, Moments, Statistics, frechet_distance
+from eval.progress import progress_bar
 from eval.protocol import Protocol, file_hash, library_versions, metric_name
 from eval.sources import Images, from_data, from_run, npz_names, open_images
 from vtok.checkpoint import write_json
@@ -259,22 +260,6 @@ def default_out(config: Mapping[str, Any]) -> Path:
         return path.with_name(path.name.removesuffix(".npz") + ".fid.json")
     path = Path(config["from"])
     return (path if path.is_dir() else path.parent) / "eval" / "fid.json"
-
-
-def progress_bar(text: str, total: int):
-    """A bar on a terminal, silence otherwise; a context that yields advance(n)."""
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    @contextmanager
-    def bar():
-        columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as progress:
-            task = progress.add_task(text, total=total)
-            yield lambda n: progress.advance(task, n)
-
-    return bar()
 
 
 @entry("eval_fid", CONFIGS)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.fid import CONFIGS, progress_bar
+from eval.fid import CONFIGS
+from eval.progress import progress_bar
 from vtok.cli import entry
 
 

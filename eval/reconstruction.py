@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from eval.features import Extractor, make_extractor
-from eval.fid import CONFIGS, progress_bar, statistics_hash
+from eval.fid import CONFIGS, statistics_hash
 from eval.moments import Moments, frechet_distance
 from eval.pixels import PixelErrors, codebook_use
+from eval.progress import progress_bar
 from eval.protocol import Protocol, library_versions, metric_name
 from eval.sources import from_data
 from vtok.checkpoint import write_atomic, write_json

@@ -68,7 +68,7 @@ def main(config: Any) -> None:
     Cifar10(folder=str(folder), batch_size=1).setup()
     report: dict[str, Any] = {"budget": config.budget, "samples": config.samples}
     for kind in kinds:
-        report[kind.name] = walk(kind, stages, config, out, folder)
+        report[kind.name] = walk(kind, stages, config, out, folder, first=kind == kinds[0])
     panels = []
     for kind in kinds:
         panels.append((f"{kind.name}: PSNR in dB", out / kind.tokenizer / "metrics.csv", ["val/psnr"]))
@@ -90,8 +90,8 @@ def main(config: Any) -> None:
     print(f"{total - len(missed)} of {total} figures as wanted; missed: {', '.join(missed) or 'none'}")
 
 
-def walk(kind: Kind, stages: Any, config: Any, out: Path, folder: Path) -> dict[str, Any]:
-    """Train, draw and measure one kind; returns its part of the report."""
+def walk(kind: Kind, stages: Any, config: Any, out: Path, folder: Path, *, first: bool) -> dict[str, Any]:
+    """Train, draw and measure one kind; returns its part of the report. first: also measure the reference."""
     images, name = [f"data.folder={folder}"], kind.name
     tokenizer, generator = out / kind.tokenizer, out / kind.generator
     steps = {
@@ -114,7 +114,7 @@ def walk(kind: Kind, stages: Any, config: Any, out: Path, folder: Path) -> dict[
     )  # fmt: skip
     statistics = out / "train_statistics.npz"
     reference = [f"reference={statistics}"]
-    if not statistics.is_file():
+    if first:  # statistics of an earlier call may be of other photographs
         reference = ["reference=train", "data=cifar10", *images, f"save_reference={statistics}"]
     stages.run(
         f"{name}: measure the samples", "-m", "eval.fid", f"samples={samples}", *reference, "extractor=cifar",
@@ -156,7 +156,8 @@ def train(stages: Any, experiment: str, run: Path, more: list[str], budget: floa
     spent = stages.run(f"{experiment}: time {PROBE_STEPS} steps", *command, f"run_dir={probe}", *quiet)
     _, speeds = column(probe / "metrics.csv", "speed/images_per_second")
     batch = batch_size(probe)
-    step = batch / min(speeds[1:] or speeds)  # the first ten steps warm up; of the rest the slower counts
+    later = speeds[1:] or speeds  # the first ten steps warm up
+    step = batch * len(later) / sum(later)
     start = max(0.0, spent - PROBE_STEPS * step)
     checks = 4 if budget < FULL_BUDGET else 10
     validation = 2 / 3 * CHECKED / batch * step  # two forward passes an image, of raw and averaged weights
