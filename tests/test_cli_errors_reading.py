@@ -1,0 +1,106 @@
+"""The table of mistakes for the commands that read: sampling, evaluation, code extraction, images that do not open."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli_errors import check
+from test_pipeline import exported
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE, FID, RECONSTRUCTION = "sample.py", "eval.fid", "eval.reconstruction"
+CODES, TRAIN = "scripts/cache_codes.py", "train.py"
+MINE = ("tokenizer=cnn_vq_small", "data=imagefolder", "data.image_size=32", "run_dir=run")
+
+# name -> (command, its arguments, what the message must contain); {x} are places made by `places` below
+MISTAKES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "sample: unknown key": (SAMPLE, ("from={model}", "clases=[1]"), ("clases",)),
+    "sample: no model": (SAMPLE, (), ("from",)),
+    "sample: missing run": (SAMPLE, ("from=nowhere",), ("nowhere", "does not exist")),
+    "sample: empty folder": (SAMPLE, ("from={empty}",), ("{empty}", "config.json")),
+    "sample: truncated weights": (SAMPLE, ("from={broken}",), ("{broken}", "damaged or truncated")),
+    "sample: a tokenizer": (SAMPLE, ("from={model}/tokenizer",), ("tokenizer", "generator")),
+    "sample: unknown class": (SAMPLE, ("from={model}", "classes=[3,77]"), ("unknown class 77", "0..4")),
+    "sample: unknown class name": (SAMPLE, ("from={model}", "classes=[cow]"), ("cow", "ant, bee")),
+    "sample: ending": (SAMPLE, ("from={model}", "out=grid.tiff"), ("grid.tiff", ".png")),
+    "sample: averaged weights": (SAMPLE, ("from={model}", "weights=best"), ("weights", "ema or raw")),
+    "reconstruction: missing run": (RECONSTRUCTION, ("from=nowhere", "extractor=none"), ("nowhere",)),
+    "reconstruction: a generator": (RECONSTRUCTION, ("from={model}", "extractor=none"), ("tokenizer",)),
+    "reconstruction: image size": (
+        RECONSTRUCTION,
+        ("from={model}/tokenizer", "data=digits", "data.image_size=40", "extractor=none"),
+        ("data.image_size=40", "32"),
+    ),
+    "fid: missing samples": (FID, ("samples=nowhere.npz", "reference=val", "data=digits"), ("nowhere.npz",)),
+    "fid: nothing to measure": (FID, ("reference=val", "data=digits"), ("samples", "from")),
+    "fid: a file that is no npz": (FID, ("samples={text}", "reference=val", "data=digits"), ("{text}",)),
+    "fid: Inception without its weights": (
+        FID,
+        ("samples={samples}", "reference=val", "data=digits", "extractor=inception", "weights_path={empty}"),
+        ("weights-inception-2015-12-05-6726825d.pth",),
+    ),
+    "codes: missing tokenizer": (CODES, ("from=nowhere", "data=digits", "out=codes"), ("nowhere",)),
+    "codes: crops": (CODES, ("from={model}/tokenizer", "data=digits", "out=codes", "crops=five"), ("crops", "ten")),
+    "train: an image that does not open": (TRAIN, (*MINE, "data.folder={damaged}"), ("bad.png", "on_bad_image")),
+    "train: an empty folder": (TRAIN, (*MINE, "data.folder={empty}"), ("{empty}",)),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("places")
+    found = {n: root / n for n in ("empty", "model", "broken", "damaged")}
+    found["empty"].mkdir()
+    for name in ("model", "broken"):
+        exported(found[name])
+    weights = found["broken"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    drawer = np.random.default_rng(0)
+    (found["damaged"] / "kind").mkdir(parents=True)
+    for i in range(8):
+        pixels = drawer.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(found["damaged"] / "kind" / f"{i}.png")
+    whole = (found["damaged"] / "kind" / "0.png").read_bytes()
+    (found["damaged"] / "kind" / "bad.png").write_bytes(whole[: len(whole) // 2])
+    found["text"] = root / "text.npz"
+    found["text"].write_text("not an archive")
+    found["samples"] = root / "samples.npz"
+    images = drawer.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    np.savez(found["samples"], arr_0=images, arr_1=np.arange(4))
+    return {k: str(v) for k, v in found.items()}
+
+
+def invoke(command: str, arguments: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [command, *arguments])
+    if command.endswith(".py"):
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+    else:
+        monkeypatch.delitem(sys.modules, command, raising=False)
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_costs_three_lines(name, places, tmp_path, monkeypatch, capsys):
+    command, arguments, wanted = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        invoke(command, [a.format(**places) for a in arguments], monkeypatch)
+    check(stopped.value.code, capsys.readouterr().err, [w.format(**places) for w in wanted])
+    left = [p for p in tmp_path.rglob("*") if p.suffix in (".png", ".npz", ".ckpt", ".npy")]
+    assert not left
+
+
+def test_unreadable_images_are_counted_and_named_when_skipping_is_asked_for(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["tokenizer=cnn_vq_small", "data=imagefolder", "data.image_size=32", f"data.folder={places['damaged']}"]
+    invoke(TRAIN, [*arguments, "data.on_bad_image=skip", "debug=fast", "run_dir=run"], monkeypatch)
+    said = capsys.readouterr()
+    assert "bad.png" in said.out + said.err and "1 " in said.out + said.err
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
