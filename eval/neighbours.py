@@ -3,8 +3,8 @@
     python -m eval.neighbours samples=outputs/demo/samples.npz
 
 Everything is measured between vectors in plain pixel space: an image is averaged over blocks to 8 x 8 grey values in
-[0, 1], 64 numbers, Euclidean distance. Real digits take the same way (enlarged as for training, then averaged), so that
-anyone can recompute each figure from samples.npz and the digits:
+[0, 1], 64 numbers, Euclidean distance. Real digits are the scanned 8 x 8 values over 16, which the training images have
+as their block means, so that anyone can recompute each figure from samples.npz and the digits:
 
 - class_accuracy: share of samples that a nearest-neighbour classifier over the real training digits gives the class
   that was asked for. real_class_accuracy: the same for held-out digits.
@@ -110,12 +110,12 @@ def figures(
 
 def digit_figures(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """All figures of samples uint8 [N, H, W, 3] that should be digits, at any size that is a multiple of 8."""
-    from vtok.data.digits import enlarge, held_out_digits, read_digits
+    from vtok.data.digits import held_out_digits, read_digits
 
     digits, answers = read_digits()
     held = held_out_digits(answers)
     train = np.setdiff1d(np.arange(len(answers)), held)
-    real = vectors(enlarge(digits, images.shape[1]))
+    real = digits.reshape(len(digits), -1) / 16
     return figures(vectors(images), labels, real[train], answers[train], real[held], answers[held])
 
 

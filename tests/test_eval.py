@@ -492,7 +492,7 @@ def test_digits_measured_against_themselves() -> None:
     train = np.setdiff1d(np.arange(len(labels)), held)
     copies = train[neighbours.first_of_each(labels[train], 60)]
     found = neighbours.digit_figures(enlarge(digits[copies], 16), labels[copies])
-    assert found["class_accuracy"] == 1.0 and found["nearest"] == 0.0
+    assert found["class_accuracy"] == 1.0 and found["nearest"] < 0.01  # 8-bit rounding keeps it from 0
     assert found["real_class_accuracy"] >= 0.97
     assert 0.9 < found["spread"] < 1.1
     assert found["coverage"] == found["real_coverage"] >= 0.85

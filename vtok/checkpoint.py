@@ -138,7 +138,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise CheckpointError(
             f"{path} holds more than weights or is damaged, nothing in it was run ({reason})"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({str(error).splitlines()[0]:.120})") from None
     if not isinstance(data, dict) or "module" not in data or "state_dict" not in data:
         raise CheckpointError(f"{path} is not a checkpoint of this toolkit (no `module` key)")
