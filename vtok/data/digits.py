@@ -1,7 +1,7 @@
 """1,797 scanned handwritten digits of 8 x 8 pixels, committed with the package: the data of the demo and of the tests.
 
 Source: Alpaydin & Kaynak (1998), "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, CC BY
-4.0, in the form known from scikit-learn (see DIGITS.md beside this file). Differs: every pixel is made a square block of
+4.0, in the form known from scikit-learn (see DIGITS.md beside this file). Differs: a pixel becomes a square block of
 `image_size` / 8 pixels, as RGB, so that block means give the scan back; a fixed fifth of every class is held out.
 """
 
