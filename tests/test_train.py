@@ -166,7 +166,7 @@ def test_tokenizer_metrics_of_both_weights_by_hand(tmp_path):
             "perplexity": (-(share * share.log()).sum()).exp(),
         }
         for name, value in wanted.items():
-            assert float(row[f"val/{name}{suffix}"]) == pytest.approx(float(value), rel=1e-4), name + suffix
+            assert float(row[f"val/{name}{suffix}"]) == pytest.approx(value.item(), rel=1e-4), name + suffix
     assert row["val/loss"] != row["val/loss_raw"]
 
 
