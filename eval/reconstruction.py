@@ -194,15 +194,16 @@ def pair_grid(originals: np.ndarray, copies: np.ndarray, *, columns: int = 16):
     count = min(len(originals), GRID)
     chosen = np.linspace(0, len(originals) - 1, count).round().astype(int)
     height, width = originals.shape[1:3]
-    zoom, gap = max(1, 64 // height), 4
+    zoom, gap, seam = max(1, 64 // height), 4, 2
     h, w = height * zoom, width * zoom
+    tall = 2 * h + seam + 2 * gap
     bands = -(-count // columns)
-    picture = Image.new("RGB", (columns * (w + gap), bands * (2 * h + 2 * gap)), "white")
+    picture = Image.new("RGB", (columns * (w + gap), bands * tall), "white")
     for k, i in enumerate(chosen):
         band, column = divmod(k, columns)
         for part, images in enumerate((originals, copies)):
             tile = Image.fromarray(images[i]).resize((w, h), Image.Resampling.NEAREST)
-            picture.paste(tile, (column * (w + gap), band * (2 * h + 2 * gap) + part * h))
+            picture.paste(tile, (column * (w + gap), band * tall + part * (h + seam)))
     return picture
 
 

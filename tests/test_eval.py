@@ -626,9 +626,9 @@ def test_pair_grid_puts_reconstructions_below_their_originals() -> None:
 
     originals = np.stack([np.full((32, 32, 3), i, np.uint8) for i in range(20)])
     picture = np.asarray(pair_grid(originals, 255 - originals, columns=16))
-    assert picture[0, 0, 0] == 0 and picture[64, 0, 0] == 255  # twice as large as 32: 64 pixels
-    second = 2 * 64 + 8  # the second band begins with image 16
-    assert picture[second, 0, 0] == 16 and picture[second + 64, 0, 0] == 239
+    assert picture[0, 0, 0] == 0 and picture[66, 0, 0] == 255  # twice as large as 32: 64 pixels, and a seam of 2
+    second = 2 * 64 + 2 + 8  # the second band begins with image 16
+    assert picture[second, 0, 0] == 16 and picture[second + 66, 0, 0] == 239
 
 
 # --- the walks' bookkeeping ------------------------------------------------------------------------------------------
