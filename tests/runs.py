@@ -79,7 +79,9 @@ def tokenizer_folder(folder: Path, family: str = "llamagen") -> Path:
     shape = dict(channels=8, multipliers=(1, 2, 2), blocks=1, groups=4, attention=False, mid_attention=False)
     if family == "var":
         quantizer = MultiScaleVQ(vocab_size=16, channels=4, sides=(1, 2, 4))
-        return save_folder(VARTokenizer(image_size=16, quantizer=quantizer, **shape), folder)
+        return save_folder(
+            VARTokenizer(image_size=16, quantizer=quantizer, z_channels=None, projection=3, **shape), folder
+        )
     return save_folder(
         CNNTokenizer(image_size=16, quantizer=VQ(vocab_size=16, channels=4), z_channels=8, **shape), folder
     )

@@ -98,7 +98,7 @@ def trunk(**options):
 @pytest.mark.parametrize("modulation", ["none", "own", "shared"])
 def test_cached_steps_equal_one_pass(qk_norm, modulation):
     layout = SequenceLayout.levels((1, 2, 4))
-    model = trunk(qk_norm=qk_norm, modulation=modulation, norm="layer", ffn="gelu", bias="qkv")
+    model = trunk(qk_norm=qk_norm, modulation=modulation, norm="layer", ffn="gelu_tanh", bias="qkv")
     x, vector = torch.randn(3, 7, 16), None if modulation == "none" else torch.randn(3, 1, 16)
     whole = model(Inputs(x, layout.ranks(), layout.pattern(), vector=vector))
     cache, parts = model.cache(3, 7, dtype=torch.float32, device="cpu"), []

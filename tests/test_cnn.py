@@ -31,7 +31,7 @@ def tokenizer(name: str, **options):
     if name == "var":
         quantizer = MultiScaleVQ(vocab_size=32, channels=4, sides=[1, 2, 4, 8])
         nn.init.normal_(quantizer.codebook.weight)
-        return VARTokenizer(image_size=16, quantizer=quantizer, **(SMALL | options))
+        return VARTokenizer(image_size=16, quantizer=quantizer, z_channels=None, projection=3, **(SMALL | options))
     quantizer = VQ(vocab_size=32, channels=4) if name == "vq" else FSQ(levels=[4, 3, 3])
     return CNNTokenizer(image_size=16, quantizer=quantizer, z_channels=6, **(SMALL | options))
 
@@ -186,7 +186,7 @@ def test_other_image_sizes():
     module.spec_for(24).check(tokens)
     torch.testing.assert_close(module.decode(tokens, size=24), module(images(size=24)).images, rtol=1e-5, atol=1e-6)
     wide = torch.rand(1, 3, 8, 16)
-    assert module.encode(wide, layout=SequenceLayout.raster(4, 8)).shape == (1, 32)
+    assert module.encode(wide).shape == (1, 32)
     assert module(wide).images.shape == wide.shape
     for call, word in (
         (lambda: module.encode(images(size=15)), "stride"),
@@ -195,7 +195,7 @@ def test_other_image_sizes():
         (lambda: module.decode(tokens, keep=4, size=24), "keep"),
         (lambda: module.encode(images(), layout=SequenceLayout.line(64)), "layout"),
         (lambda: tokenizer("var").spec_for(32), "sides"),
-        (lambda: tokenizer("var").encode(images(), layout=SequenceLayout.line(85)), "sides"),
+        (lambda: tokenizer("var").encode(images(), layout=SequenceLayout.line(85)), "layout"),
     ):
         with pytest.raises(ValueError, match=word):
             call()
@@ -234,7 +234,7 @@ def test_published_parameter_counts():
         vq16 = CNNTokenizer(image_size=256, quantizer=VQ(vocab_size=16384, channels=8))
         vq8 = CNNTokenizer(image_size=256, multipliers=[1, 2, 2, 4], quantizer=VQ(vocab_size=16384, channels=8))
         scales = MultiScaleVQ(vocab_size=4096, channels=32, sides=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
-        var = VARTokenizer(image_size=256, quantizer=scales)
+        var = VARTokenizer(image_size=256, quantizer=scales, channels=160, z_channels=None, projection=3)
     assert [parameters(m) for m in (vq16, vq16.encoder, vq16.decoder)] == [71_883_403, 29_298_176, 42_449_795]
     assert parameters(vq8) == 70_109_835 and vq8.stride == 8 and vq16.stride == 16
     assert [parameters(m) for m in (var, var.encoder, var.decoder)] == [108_948_355, 44_107_872, 64_653_923]

@@ -27,7 +27,7 @@ def parts(name: str):
     torch.manual_seed(0)
     if name == "var":
         quantizer = MultiScaleVQ(vocab_size=24, channels=6, sides=(1, 2, 3, 4), phi=2)
-        tokenizer = VARTokenizer(image_size=32, quantizer=quantizer, **SMALL)
+        tokenizer = VARTokenizer(image_size=32, quantizer=quantizer, z_channels=None, projection=3, **SMALL)
         generator.adopt(tokenizer)
     else:
         tokenizer = CNNTokenizer(image_size=32, quantizer=VQ(vocab_size=24, channels=6), z_channels=8, **SMALL)

@@ -260,7 +260,8 @@ class LitTokenizer(Lit):
 
     def losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Any]:
         images = batch["image"]
-        recon = self.module(images)
+        progress = self.global_step / self.recipe.steps
+        recon = self.module(images, key=batch["key"], progress=progress)
         last_layer = self.module.last_layer if self.discriminator is not None else None
         loss, logs = self.objective.generator_loss(recon, images, last_layer, self.global_step)
         stats = {k: v for k, v in recon.stats.items() if v.dim() == 0}
@@ -286,7 +287,7 @@ class LitTokenizer(Lit):
 
     def validate_module(self, module: nn.Module, batch: Mapping[str, Tensor], suffix: str) -> dict[str, Tensor]:
         images = batch["image"]
-        recon = module(images)
+        recon = module(images, key=batch["key"], progress=1.0)
         rows = images.shape[0]
         found = {k + suffix: v.float() * rows for k, v in self.objective.validation(recon, images).items()}
         error = (recon.images.float().clamp(-1, 1) - images.float()).square().flatten(1).mean(1)

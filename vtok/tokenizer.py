@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtok.config import Configured, describe
 from vtok.layout import SequenceLayout
+from vtok.noise import SampleNoise
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,24 @@ class Quantizer(Configured, nn.Module):
     `forward(z)` takes [B, L, C] or a map [B, h, w, C]; multi-scale quantizers need the map.
     """
 
-    vocab_size: int
+    vocab_size: int | None
     channels: int
+
+    @property
+    def width(self) -> int:
+        """Channels of the z that `forward` takes, where they are not those of a code."""
+        return self.channels
 
     def forward(self, z: Tensor) -> Quantized:
         raise NotImplementedError
+
+    def indices(self, z: Tensor) -> Tensor:
+        """Ids int64 [B, L] of z, without gradients, losses or statistics."""
+        raise NotImplementedError
+
+    def tokens(self, z: Tensor, noise: SampleNoise | None = None) -> Tensor:
+        """What an image becomes: the ids, unless a continuous quantizer says otherwise."""
+        return self.indices(z)
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Codes [.., C] of ids [..], bitwise those that `forward` returns."""
@@ -149,51 +163,77 @@ class Quantizer(Configured, nn.Module):
 class Tokenizer(Configured, nn.Module):
     """Images to tokens and back. One subclass per architecture family, in vtok/models.
 
-    `quantizer` is the bottleneck; `spec` describes the tokens at the trained image size; images may have any size that
-    is a multiple of `stride`, and then `encode` returns tokens of another layout (`spec_for(size)`).
+    A family writes `spec_for`, `features`, `pixels` and `last_layer`; `encode`, `decode` and `forward` follow from
+    them, and a family whose paper differs there overrides them. `quantizer` is the bottleneck; `spec` describes the
+    tokens at the trained image size; where a family takes other sizes, `spec_for(size)` describes those.
     """
 
     spec: TokenSpec
     stride: int
-    quantizer: nn.Module
+    quantizer: Quantizer
+    prefixes: bool = False  # whether decode(keep=) works
 
+    def spec_for(self, size: int) -> TokenSpec:
+        """Specification of the tokens of size x size images; ValueError where the family cannot take them."""
+        raise NotImplementedError
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the quantizer gets: [B, L, C], or a map [B, h, w, C]."""
+        raise NotImplementedError
+
+    def pixels(self, z: Tensor, *, size: int | None = None, noise: SampleNoise | None = None) -> Tensor:
+        """Images of what the quantizer gives, z [B, L, C] or [B, h, w, C]; size: image side where z is flat."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def encode(
         self,
         images: Tensor,
         *,
         layout: SequenceLayout | None = None,
         prefix: Tensor | None = None,
-        noise: Any | None = None,
+        noise: SampleNoise | None = None,
     ) -> Tensor:
         """Tokens of images [B, 3, H, W] in [-1, 1]: ids int64 [B, L] or latents [B, L, C].
 
         layout: another order or set of scales, where the family allows one. prefix: ids that are already fixed, for
-        families that re-encode after them. noise: a vtok.noise.SampleNoise, for stochastic encoders.
+        families that re-encode after them. noise: for stochastic encoders; without it they give their mean.
         """
-        raise NotImplementedError
+        if prefix is not None or layout not in (None, self.spec.layout):
+            raise ValueError(f"{type(self).__name__}.encode takes no prefix, and no layout but that of its spec")
+        return self.quantizer.tokens(self.features(images), noise)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Codes [B, L, C] of tokens; continuous tokens pass through."""
         return self.quantizer.lookup(tokens)
 
+    @torch.no_grad()
     def decode(
         self,
         tokens: Tensor,
         *,
         keep: int | Tensor | None = None,
         size: int | None = None,
-        noise: Any | None = None,
+        noise: SampleNoise | None = None,
     ) -> Tensor:
         """Images [B, 3, H, W] in about [-1, 1] (not clamped) of tokens.
 
         keep: use only the first `keep` tokens (int, or int64 [B]), for families that decode prefixes. size: image side,
         where it is not the trained one. noise: for stochastic decoders.
         """
-        raise NotImplementedError
+        if keep is not None and not self.prefixes:
+            raise ValueError(f"{type(self).__name__} decodes all tokens of an image: leave keep away")
+        (self.spec if size is None else self.spec_for(size)).check(tokens)
+        return self.pixels(self.quantizer.assemble(self.embed(tokens), keep), size=size, noise=noise)
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        """Encode, quantize and decode with gradients: what training runs."""
-        raise NotImplementedError
+    def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
+        """Encode, quantize and decode with gradients: what training runs.
+
+        key int64 [B]: of the samples, for whatever is drawn (nested dropout, flow times), so that a sample's draws do
+        not depend on batch or process; None draws from torch's generator. progress: share of training done.
+        """
+        found = self.quantizer(self.features(images))
+        return Reconstruction(self.pixels(found.z), found.ids, found.loss, found.stats)
 
     @property
     def last_layer(self) -> nn.Parameter:

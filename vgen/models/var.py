@@ -68,7 +68,7 @@ class VAR(Generator):
             hidden=4 * width,
             norm="layer",
             eps=1e-6,
-            ffn="gelu",
+            ffn="gelu_tanh",
             bias="qv",
             qk_norm="l2" if l2_attention else "none",
             attention_scale=None if l2_attention else 0.25 / math.sqrt(width // heads),

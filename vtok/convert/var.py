@@ -84,6 +84,8 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> VARTokeni
     module = VARTokenizer(
         image_size=sides[-1] * 2 ** (levels - 1),
         quantizer=quantizer,
+        z_channels=None,
+        projection=3,
         channels=channels,
         multipliers=[wide // channels for wide in widths],
         blocks=highest(state, r"encoder\.down\.0\.block\.(\d+)\..*", SOURCE),

@@ -16,6 +16,7 @@ from vtok.layers.attention import Attention, Mask, QKNorm
 from vtok.layers.cache import KVCache
 
 Norm = Literal["rms", "layer"]
+Activation = Literal["swiglu", "silu", "gelu", "gelu_tanh"]
 Modulation = Literal["none", "own", "shared"]
 
 
@@ -29,13 +30,13 @@ def make_norm(kind: Norm, dim: int, eps: float, affine: bool = True) -> nn.Modul
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202), down(silu(gate) * value) with one fused projection; or GELU (tanh)."""
+    """SwiGLU (Shazeer, arXiv 2002.05202), down(silu(gate) * value) with one fused projection; or a plain activation."""
 
-    def __init__(self, *, dim: int, hidden: int, kind: Literal["swiglu", "gelu"], bias: bool) -> None:
+    def __init__(self, *, dim: int, hidden: int, kind: Activation, bias: bool) -> None:
         super().__init__()
-        if kind not in ("swiglu", "gelu"):
-            raise ValueError(f"ffn={kind!r}: choose swiglu or gelu")
-        self.gated = kind == "swiglu"
+        if kind not in ("swiglu", "silu", "gelu", "gelu_tanh"):
+            raise ValueError(f"ffn={kind!r}: choose swiglu, silu, gelu or gelu_tanh")
+        self.kind, self.gated = kind, kind == "swiglu"
         self.up = nn.Linear(dim, 2 * hidden if self.gated else hidden, bias=bias)
         self.down = nn.Linear(hidden, dim, bias=bias)
 
@@ -44,7 +45,9 @@ class FeedForward(nn.Module):
         if self.gated:
             gate, value = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * value)
-        return self.down(F.gelu(x, approximate="tanh"))
+        if self.kind == "silu":
+            return self.down(F.silu(x))
+        return self.down(F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
 class DropPath(nn.Module):
@@ -72,7 +75,7 @@ class Block(nn.Module):
         hidden: int,
         norm: Norm,
         eps: float,
-        ffn: Literal["swiglu", "gelu"],
+        ffn: Activation,
         bias: Literal["none", "qkv", "qv"],
         qk_norm: QKNorm,
         attention_scale: float | None,
@@ -80,6 +83,8 @@ class Block(nn.Module):
         dropout: float,
         attention_dropout: float,
         drop_path: float,
+        ffn_bias: bool | None = None,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         plain = modulation == "none"
@@ -95,7 +100,10 @@ class Block(nn.Module):
             scale=attention_scale,
             dropout=attention_dropout,
         )
-        self.ffn = FeedForward(dim=dim, hidden=hidden, kind=ffn, bias=biased)
+        self.ffn = FeedForward(dim=dim, hidden=hidden, kind=ffn, bias=biased if ffn_bias is None else ffn_bias)
+        scaled = layer_scale is not None
+        self.scale1 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
+        self.scale2 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
         self.modulation = nn.Linear(dim, 6 * dim) if modulation == "own" else None
         self.offset = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if modulation == "shared" else None
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
@@ -113,8 +121,10 @@ class Block(nn.Module):
         """x [R, l, D]; vector: SiLU of the condition [R, v, D], or its shared projection [R, v, 6, D]; v is 1 or l."""
         if vector is None:
             attended = self.attention(self.norm1(x), position=position, mask=mask, cache=cache, layer=layer)
-            x = x + self.drop_path(self.dropout(attended))
-            return x + self.drop_path(self.dropout(self.ffn(self.norm2(x))))
+            changed = self.dropout(attended)
+            x = x + self.drop_path(changed if self.scale1 is None else changed * self.scale1)
+            changed = self.dropout(self.ffn(self.norm2(x)))
+            return x + self.drop_path(changed if self.scale2 is None else changed * self.scale2)
         if self.modulation is not None:
             slots = self.modulation(vector).unflatten(-1, (6, -1))
         else:

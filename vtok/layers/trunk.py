@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtok.layers.attention import Mask, QKNorm, block_mask
-from vtok.layers.block import Block, Modulation, Norm, make_norm
+from vtok.layers.block import Activation, Block, Modulation, Norm, make_norm
 from vtok.layers.cache import KVCache
 from vtok.layout import Pattern, visible
 
@@ -60,7 +60,9 @@ class Trunk(nn.Module):
     norm, eps: of every norm. ffn, hidden: feed-forward kind and width. bias: of attention ("qv" as VAR) and, unless
     "none", of the feed-forward. modulation: "none" (affine norms), "own" (each block projects the vector), "shared"
     (one projection plus a learned offset a block, VAR-d36). dropout: after attention and feed-forward. drop_path: rate
-    of the last block, rising linearly from 0. checkpointing: recompute blocks in the backward pass.
+    of the last block, rising linearly from 0. checkpointing: recompute blocks in the backward pass. ffn_bias: where it
+    is not the attention's. layer_scale: start value of a learned scale on each residual branch (CaiT, arXiv
+    2103.17239); only without modulation. final_norm: false leaves it, and its modulation, to the caller.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Trunk(nn.Module):
         hidden: int,
         norm: Norm = "rms",
         eps: float = 1e-5,
-        ffn: Literal["swiglu", "gelu"] = "swiglu",
+        ffn: Activation = "swiglu",
         bias: Literal["none", "qkv", "qv"] = "none",
         qk_norm: QKNorm = "none",
         attention_scale: float | None = None,
@@ -81,6 +83,9 @@ class Trunk(nn.Module):
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         checkpointing: bool = False,
+        ffn_bias: bool | None = None,
+        layer_scale: float | None = None,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         if depth < 1:
@@ -102,12 +107,14 @@ class Trunk(nn.Module):
                 dropout=dropout,
                 attention_dropout=attention_dropout,
                 drop_path=drop_path * i / max(depth - 1, 1),
+                ffn_bias=ffn_bias,
+                layer_scale=layer_scale,
             )
             for i in range(depth)
         )
         self.shared = nn.Linear(dim, 6 * dim) if modulation == "shared" else None
-        self.norm = make_norm(norm, dim, eps, affine=modulation == "none")
-        self.final = nn.Linear(dim, 2 * dim) if modulation != "none" else None  # scale, shift
+        self.norm = make_norm(norm, dim, eps, affine=modulation == "none") if final_norm else nn.Identity()
+        self.final = nn.Linear(dim, 2 * dim) if modulation != "none" and final_norm else None  # scale, shift
 
     def cache(self, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str) -> KVCache:
         """An empty cache that fits this trunk."""
