@@ -117,12 +117,16 @@ class Quantized:
 
 @dataclass
 class Reconstruction:
-    """images [B, 3, H, W] in about [-1, 1]; tokens; losses of the bottleneck, weighted; stats for logs."""
+    """images [B, 3, H, W] in about [-1, 1]; tokens; losses of the family itself, weighted; stats for logs.
+
+    features: hidden states by name, for objectives that align them with a pretrained network.
+    """
 
     images: Tensor
     tokens: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Quantizer(Configured, nn.Module):
