@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.judge import SIDE, WEIGHTS, load_judge, to_float
-from eval.protocol import file_hash
+from vtok.checkpoint import file_hash
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_MB = 95

@@ -20,9 +20,9 @@ import torch
 from eval.features import Extractor, make_extractor
 from eval.moments import InceptionScore, Moments, Statistics, frechet_distance
 from eval.progress import progress_bar
-from eval.protocol import Protocol, file_hash, library_versions, metric_name
+from eval.protocol import Protocol, library_versions, metric_name
 from eval.sources import Images, from_data, from_run, npz_names, open_images
-from vtok.checkpoint import write_json
+from vtok.checkpoint import file_hash, write_json
 from vtok.cli import entry
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -6,12 +6,10 @@ FID moves with the evaluator, the reference, rounding, label plan, guidance and 
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal
 
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "numpy", "pillow", "vtok-vgen")
@@ -110,9 +108,3 @@ def metric_name(kind: Literal["FID", "rFID", "IS"], extractor: str) -> str:
     if extractor == "inception":
         return kind
     return f"{kind.replace('FID', 'FD')}[{extractor}]"
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

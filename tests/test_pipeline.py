@@ -8,9 +8,10 @@ import torch
 from generators import CLASSES, make
 from PIL import Image
 
-from vgen.pipeline import Pipeline, to_uint8
+from vgen.pipeline import Pipeline
 from vgen.sampling import plan, sample
 from vtok.checkpoint import CheckpointError, save_folder
+from vtok.data.transforms import to_uint8
 from vtok.models.cnn import CNNTokenizer
 from vtok.models.var import VARTokenizer
 from vtok.noise import sample_seeds

@@ -28,13 +28,9 @@ from vtok.checkpoint import (
     read_checkpoint,
     read_config,
 )
+from vtok.data.transforms import to_uint8
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Tokenizer
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images [-1, 1] NCHW to uint8 NHWC: clamped and rounded to the nearest level (truncation darkens by half one)."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 class Pipeline:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
-from vtok.checkpoint import find_checkpoint, is_folder, write_atomic, write_json
+from vtok.checkpoint import file_hash, find_checkpoint, is_folder, write_atomic, write_json
 from vtok.noise import sample_seeds
 
 GRID_CLASSES = 10
@@ -169,8 +168,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 def checkpoint_hash(path: str | os.PathLike) -> str:
     """SHA-256 of the weight file that `path` means."""
     file = Path(path) / "model.safetensors" if is_folder(path) else find_checkpoint(path)
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_hash(file)
 
 
 @contextmanager

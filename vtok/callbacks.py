@@ -18,16 +18,10 @@ import lightning as L
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from vtok import rng
 from vtok.checkpoint import write_atomic
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """Images [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], clamped and rounded."""
-    scaled = (images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+from vtok.data.transforms import to_uint8
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
@@ -134,7 +128,7 @@ class Reconstructions(Pictures):
         module = pl_module.variants()[""].eval()
         with trainer.precision_plugin.forward_context():
             made = module.decode(module.encode(images))
-        originals, reconstructions = to_bytes(images), to_bytes(made)
+        originals, reconstructions = (to_uint8(part).cpu().numpy() for part in (images, made))
         columns = min(8, len(places))
         rows = []
         for start in range(0, len(places), columns):

@@ -55,6 +55,12 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a state dict: the identity of a tokenizer in manifests."""
     digest = hashlib.sha256()

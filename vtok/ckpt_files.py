@@ -8,7 +8,6 @@ every moment the side file knows the checkpoint that stands under the name.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -17,18 +16,13 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from vtok.checkpoint import CheckpointError, read_checkpoint, write_atomic
+from vtok.checkpoint import CheckpointError, file_hash, read_checkpoint, write_atomic
 
 PATTERN = "step_*.ckpt"
 
 
 def side(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(path: Path) -> str | None:
