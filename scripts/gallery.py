@@ -1,0 +1,81 @@
+"""One picture to compare tokenizers by: originals, and below them the copies of each, with their PSNR.
+
+    python scripts/gallery.py from=[outputs/cifar10_tokenizer,outputs/cifar10_var_tokenizer] in=pictures
+
+A tokenizer that decodes prefixes gets a row for every 1, 2, 4, ... tokens of an image (the ends of its scales, where
+only those decode). Originals larger than a tokenizer's image size are cut into tiles of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vtok.cli import entry  # noqa: E402
+
+
+def prefixes(tokenizer: Any) -> list[int]:
+    """Numbers of tokens to show, ending with all: powers of two, or the ends of the steps where steps are larger."""
+    layout = tokenizer.spec.layout
+    if max(layout.sizes) > 1:
+        ends = [layout.written(0, k + 1)[1] for k in range(layout.steps)]
+    else:
+        ends = [2**k for k in range(layout.length.bit_length()) if 2**k < layout.length] + [layout.length]
+    return ends
+
+
+@entry("gallery", ROOT / "configs")
+def main(config: Any) -> None:
+    import numpy as np
+    import torch
+
+    from eval.pixels import PixelErrors
+    from vgen.sampling import labelled_grid, resolve_device
+    from vtok.checkpoint import write_atomic
+    from vtok.data.codes import frozen
+    from vtok.data.files import list_images, read_image
+    from vtok.data.tiles import reconstruct
+    from vtok.data.transforms import center_crop, to_float, to_uint8
+
+    paths = [config["from"]] if isinstance(config["from"], str) else list(config["from"])
+    titles = list(config.names) if config.names else [Path(path).name for path in paths]
+    if len(titles) != len(paths) or not paths:
+        raise ValueError(f"names={titles} must hold one name for each of from={paths}")
+    device = resolve_device(config.device)
+    tokenizers = [frozen(path, config.weights).to(device) for path in paths]
+    found = list_images(Path(config["in"]))
+    if not found or config.count < 1:
+        raise ValueError(
+            f"in={config['in']} holds {len(found)} images and count={config.count}; both must be at least 1"
+        )
+    chosen = np.linspace(0, len(found) - 1, min(config.count, len(found))).round().astype(int)
+    size = config.size or max(t.spec.image_size for t in tokenizers)
+    originals = np.stack([np.asarray(center_crop(read_image(Path(config["in"]) / found[i]), size)) for i in chosen])
+    images = to_float(originals)
+
+    rows, texts = [originals], ["original"]
+    for title, tokenizer in zip(titles, tokenizers):
+        keeps = prefixes(tokenizer) if config.prefixes and tokenizer.prefixes else [None]
+        for keep in keeps:
+            copies = [
+                to_uint8(reconstruct(tokenizer, image, keep=keep, seed=int(config.seed) + n)[0])
+                for n, image in enumerate(images)
+            ]
+            errors = PixelErrors()
+            errors.add(torch.from_numpy(originals), torch.stack(copies))
+            rows.append(torch.stack(copies).numpy())
+            name = title if keep is None else f"{title} {keep}/{tokenizer.spec.layout.length}"
+            texts.append(f"{name}  {errors.result()['psnr_mean']:.1f} dB")
+    labels = [row for row in range(len(rows)) for _ in chosen]
+    picture = labelled_grid(np.concatenate(rows), labels, texts, columns=len(chosen))
+    write_atomic(config.out, lambda file: picture.save(file, "PNG"))
+    print("\n".join(texts[1:]))
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Encode and decode images of any size: the copies as PNG, the ids beside them, sizes kept by padding to whole tiles.
+
+    python scripts/reconstruct.py from=outputs/cifar10_tokenizer in=pictures out=outputs/copies
+
+A run that was stopped goes on: images whose copy and ids are in `out` are skipped, unless overwrite=true.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vtok.cli import entry  # noqa: E402
+
+
+@entry("reconstruct", ROOT / "configs")
+def main(config: Any) -> None:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from eval.pixels import PixelErrors
+    from eval.progress import progress_bar
+    from vgen.sampling import resolve_device
+    from vtok.checkpoint import write_atomic, write_json
+    from vtok.data.codes import frozen
+    from vtok.data.files import BadImage, list_images, read_image
+    from vtok.data.tiles import reconstruct
+    from vtok.data.transforms import to_float, to_uint8
+
+    source, out = Path(config["in"]), Path(config.out)
+    names = [source.name] if source.is_file() else list_images(source)
+    folder = source.parent if source.is_file() else source
+    if not names:
+        raise ValueError(f"in={source} holds no images; change in")
+    if config.on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image={config.on_bad_image!r}: choose error or skip")
+    places = {}
+    for name in names:
+        place = out / Path(name).with_suffix("")
+        if place in places:
+            raise ValueError(
+                f"{places[place]} and {name} would both become {place}.png; rename one, or pass one folder"
+            )
+        places[place] = name
+    tokenizer = frozen(config["from"], config.weights).to(resolve_device(config.device))
+    if config.keep is not None and not tokenizer.prefixes:
+        raise ValueError(f"keep={config.keep}: {type(tokenizer).__name__} decodes whole images only; leave keep away")
+    errors, bad, done, earlier = PixelErrors(), [], 0, 0
+    with progress_bar("reconstructing", len(names)) as advance:
+        for place, name in places.items():
+            picture, ids = place.with_name(place.name + ".png"), place.with_name(place.name + ".npz")
+            if picture.is_file() and ids.is_file() and not config.overwrite:
+                earlier += 1
+                advance(1)
+                continue
+            try:
+                original = np.asarray(read_image(folder / name))
+            except BadImage as error:
+                if config.on_bad_image == "error":
+                    raise BadImage(str(error).replace("data.on_bad_image", "on_bad_image")) from None
+                bad.append(name)
+                advance(1)
+                continue
+            image = to_float(original)
+            copy, tokens, tiling = reconstruct(
+                tokenizer, image, batch=int(config.batch_size), keep=config.keep, seed=int(config.seed)
+            )
+            pixels = to_uint8(copy)
+            shape = [tiling.height, tiling.width, tiling.side, tiling.rows, tiling.columns]
+            arrays = {"tokens": tokens.numpy(), "height_width_side_rows_columns": np.array(shape)}
+            write_atomic(ids, lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
+            made = Image.fromarray(pixels.numpy())
+            write_atomic(picture, lambda file, made=made: made.save(file, "PNG"))
+            if min(pixels.shape[:2]) >= 11:  # SSIM's window
+                errors.add(torch.from_numpy(original.copy())[None], pixels[None])
+            done += 1
+            advance(1)
+    figures = errors.result() if errors.count else {}
+    report = {
+        "tokenizer": str(config["from"]),
+        "images": done,
+        "finished_earlier": earlier,
+        "unreadable": bad,
+        **figures,
+    }
+    write_json(out / "report.json", report)
+    shown = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
+    print(f"{done} images reconstructed ({shown or 'none measured'}), {earlier} done earlier, {len(bad)} unreadable")
+    for name in bad[:10]:
+        print(f"  unreadable: {name}")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

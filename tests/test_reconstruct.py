@@ -1,0 +1,84 @@
+"""Reconstructing pictures of any size, and the gallery, through their commands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import tokenizer_folder
+from tokenizers import make
+
+from vtok.data.tiles import Tiling, reconstruct
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (1, 1), (17, 40), (33, 5)])
+def test_tiles_cover_a_picture_and_give_it_back(height, width):
+    image = torch.rand(3, height, width)
+    tiling = Tiling(height, width, 16)
+    tiles = tiling.cut(image)
+    assert tiles.shape == (tiling.rows * tiling.columns, 3, 16, 16)
+    assert torch.equal(tiling.join(tiles), image)
+    # a second path: the tile that holds a pixel, by division
+    row, column = (height - 1) // 16, (width - 1) // 16
+    corner = tiles[row * tiling.columns + column][:, (height - 1) % 16, (width - 1) % 16]
+    assert torch.equal(corner, image[:, -1, -1])
+    assert torch.equal(tiles[-1][:, 15, 15], image[:, -1, -1])  # padding repeats the last pixel
+
+
+def test_a_tile_is_what_the_tokenizer_makes_of_it_alone():
+    tokenizer = make("cnn_vq")
+    image = torch.rand(3, 40, 20) * 2 - 1
+    copy, tokens, tiling = reconstruct(tokenizer, image, batch=2)
+    assert copy.shape == image.shape and (tiling.rows, tiling.columns) == (3, 2)
+    alone = tokenizer.encode(image[None, :, 16:32, 0:16])
+    assert torch.equal(tokens[2:3], alone)
+    torch.testing.assert_close(copy[:, 16:32, 0:16], tokenizer.decode(alone)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_commands(tmp_path):
+    tokenizer = tokenizer_folder(tmp_path / "tokenizer")
+    other = tokenizer_folder(tmp_path / "var", "var")
+    folder, drawer = tmp_path / "in", np.random.default_rng(0)
+    (folder / "deep").mkdir(parents=True)
+    Image.fromarray(drawer.integers(0, 255, (20, 33, 3), dtype=np.uint8)).save(folder / "a.png")
+    Image.fromarray(drawer.integers(0, 255, (16, 16), dtype=np.uint8)).save(folder / "deep" / "grey.png")
+    Image.fromarray(drawer.integers(0, 255, (18, 40, 4), dtype=np.uint8)).save(folder / "rgba.png")
+    words = ["scripts/reconstruct.py", f"from={tokenizer}", f"in={folder}", f"out={tmp_path / 'out'}", "device=cpu"]
+    ran = command(*words)
+    assert ran.returncode == 0, ran.stderr
+    with Image.open(tmp_path / "out" / "a.png") as copy:
+        assert copy.size == (33, 20) and copy.mode == "RGB"
+    with np.load(tmp_path / "out" / "deep" / "grey.npz") as arrays:
+        assert arrays["tokens"].shape == (1, 16)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["images"] == 3 and report["unreadable"] == []
+    (folder / "broken.png").write_bytes(b"no picture")
+    before = (tmp_path / "out" / "a.png").stat().st_mtime_ns
+    ran = command(*words)
+    assert ran.returncode == 2 and "broken.png" in ran.stderr and "on_bad_image=skip" in ran.stderr
+    assert "Traceback" not in ran.stderr and len(ran.stderr.splitlines()) <= 3
+    ran = command(*words, "on_bad_image=skip")
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["finished_earlier"] == 3 and report["unreadable"] == ["broken.png"]
+    assert (tmp_path / "out" / "a.png").stat().st_mtime_ns == before
+    (folder / "broken.png").unlink()
+    ran = command(
+        "scripts/gallery.py", f"from=[{tokenizer},{other}]", f"in={folder}", f"out={tmp_path / 'gallery.png'}",
+        "count=2", "device=cpu",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    # original, the plain tokenizer, and one row for each of the three scales
+    assert len(ran.stdout.strip().splitlines()) == 1 + 3 + 1
+    with Image.open(tmp_path / "gallery.png") as picture:
+        assert picture.size[1] == 5 * (64 + 2)
