@@ -20,9 +20,6 @@ from vtok.cli import entry  # noqa: E402
 
 ARCHIVE = "cifar10-jpg.tar.xz"
 PLACES = (".", "data", "../shared/data")  # where the archive is looked for, from the clone
-PROBE_STEPS = 30
-CHECKED = 500  # held-out images, of all classes, that training looks at
-FULL_BUDGET = 600  # seconds; below it some figures are measured on fewer images
 STAGES = 9  # commands that `walk` runs
 
 # (lowest, highest) of each figure of a kind; see the README.
@@ -92,11 +89,14 @@ def main(config: Any) -> None:
 
 def walk(kind: Kind, stages: Any, config: Any, out: Path, folder: Path, *, first: bool) -> dict[str, Any]:
     """Train, draw and measure one kind; returns its part of the report. first: also measure the reference."""
+    from scripts.stages import FULL_BUDGET, train_for
+
     images, name = [f"data.folder={folder}"], kind.name
     tokenizer, generator = out / kind.tokenizer, out / kind.generator
+    more = [*images, f"tokenizer_from={tokenizer}"]
     steps = {
-        "tokenizer": train(stages, kind.tokenizer, tokenizer, images, config.budget),
-        "generator": train(stages, kind.generator, generator, [*images, f"tokenizer_from={tokenizer}"], config.budget),
+        "tokenizer": train_for(stages, tokenizer, [f"experiment={kind.tokenizer}", *images], config.budget),
+        "generator": train_for(stages, generator, [f"experiment={kind.generator}", *more], config.budget),
     }
     samples, grid = out / f"samples_{name}.npz", out / f"samples_{name}.png"
     drawing = [f"from={generator}", f"seed={config.seed}", *(f"{k}={v}" for k, v in config.draw[name].items())]
@@ -143,40 +143,6 @@ def photographs(folder: str | None, archive: str | None, target: Path) -> Path:
         print(f"{unpack(path, target)} files", flush=True)
         done.write_text(f"{path.name}\n")
     return target.resolve()
-
-
-def train(stages: Any, experiment: str, run: Path, more: list[str], budget: float) -> int:
-    """Time a short run, then train for as many steps as `budget` seconds allow; returns the steps."""
-    from scripts.stages import column
-
-    probe = run.with_name("probe")
-    command = ["train.py", f"experiment={experiment}", *more, "overwrite=true"]
-    # Everything but optimizer steps is switched off, so what is left of the time is the cost of starting.
-    quiet = ["picture_every=null", "save=false", "val_every=1000000", "log_every=10", f"stop_after={PROBE_STEPS}"]
-    spent = stages.run(f"{experiment}: time {PROBE_STEPS} steps", *command, f"run_dir={probe}", *quiet)
-    _, speeds = column(probe / "metrics.csv", "speed/images_per_second")
-    batch = batch_size(probe)
-    later = speeds[1:] or speeds  # the first ten steps warm up
-    step = batch * len(later) / sum(later)
-    start = max(0.0, spent - PROBE_STEPS * step)
-    checks = 4 if budget < FULL_BUDGET else 10
-    validation = 2 / 3 * CHECKED / batch * step  # two forward passes an image, of raw and averaged weights
-    # A tenth is left for pictures, checkpoints and other processes; the probe is part of the budget.
-    steps = max(PROBE_STEPS, int((0.9 * budget - spent - start - checks * validation) / step))
-    print(f"{step * 1000:.0f} ms a step, {start:.0f} s to start: {steps} steps in {budget:g} s", flush=True)
-    stages.run(
-        f"{experiment}: train", *command, f"run_dir={run}", f"steps={steps}", f"val_every={max(1, steps // checks)}",
-        "val_batches=null", f"data.limit_val={CHECKED}", f"picture_every={max(1, steps // 2)}",
-        f"save_every={max(1, steps // 2)}", f"log_every={max(10, steps // 60)}",
-    )  # fmt: skip
-    return steps
-
-
-def batch_size(run: Path) -> int:
-    """The global batch size that a run used."""
-    from omegaconf import OmegaConf
-
-    return int(OmegaConf.load(run / "config.yaml").batch_size)
 
 
 def figures(tokenizer: Path, generator: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the two walks through the product share: stages run as the commands a user would type, curves, and verdicts."""
+"""What the walks and tables share: stages run as the commands a user would type, timed training, curves, verdicts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PROBE_STEPS = 30
+CHECKED = 500  # held-out images, of all classes, that training looks at
+FULL_BUDGET = 600  # seconds; below it some figures are measured on fewer images
 
 
 class Stages:
@@ -38,6 +41,42 @@ class Stages:
     @property
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
+
+
+def train_for(stages: Stages, run: Path, options: Sequence[str], budget: float, *, checked: int = CHECKED) -> int:
+    """Train for about `budget` seconds, checks and pictures included; returns the steps.
+
+    run: the run directory; options: of train.py. A short run of the same command is timed first, and the number of
+    steps, to which the learning-rate schedule is tied, follows from its speed. checked: held-out images looked at.
+    """
+    probe = run.with_name(f"{run.name}_probe")
+    command = ["train.py", *options, "overwrite=true"]
+    # Everything but optimizer steps is switched off, so what is left of the time is the cost of starting.
+    quiet = ["picture_every=null", "save=false", "val_every=1000000", "log_every=10", f"stop_after={PROBE_STEPS}"]
+    spent = stages.run(f"{run.name}: time {PROBE_STEPS} steps", *command, f"run_dir={probe}", *quiet)
+    _, speeds = column(probe / "metrics.csv", "speed/images_per_second")
+    batch = batch_size(probe)
+    later = speeds[1:] or speeds  # the first ten steps warm up
+    step = batch * len(later) / sum(later)
+    start = max(0.0, spent - PROBE_STEPS * step)
+    checks = 4 if budget < FULL_BUDGET else 10
+    validation = 2 / 3 * checked / batch * step  # two forward passes an image, of raw and averaged weights
+    # A tenth is left for pictures, checkpoints and other processes; the probe is part of the budget.
+    steps = max(PROBE_STEPS, int((0.9 * budget - spent - start - checks * validation) / step))
+    print(f"{step * 1000:.0f} ms a step, {start:.0f} s to start: {steps} steps in {budget:g} s", flush=True)
+    stages.run(
+        f"{run.name}: train", *command, f"run_dir={run}", f"steps={steps}", f"val_every={max(1, steps // checks)}",
+        "val_batches=null", f"data.limit_val={checked}", f"picture_every={max(1, steps // 2)}",
+        f"save_every={max(1, steps // 2)}", f"log_every={max(10, steps // 60)}",
+    )  # fmt: skip
+    return steps
+
+
+def batch_size(run: Path) -> int:
+    """The global batch size that a run used."""
+    from omegaconf import OmegaConf
+
+    return int(OmegaConf.load(run / "config.yaml").batch_size)
 
 
 def overrides(section: Mapping[str, object]) -> list[str]:

@@ -1,0 +1,278 @@
+"""Every tokenizer family, small, trained on the same photographs for the same time: the rows of docs/tokenizers.md.
+
+    python scripts/tokenizer_table.py                 all rows that are not there yet
+    python scripts/tokenizer_table.py titok var       these families only
+    python scripts/tokenizer_table.py --overfit var   16 photographs at 128 px, at most 1,500 steps
+
+A finished row is one JSON file in docs/tables/tokenizers and is skipped; remove it to measure again. All figures are on
+images that were not trained on (but for --overfit). Rows: 32 px CIFAR-10, and 128 px of the ImageNet sample (the first
+900 pictures by sorted name train, the last 100 test).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+ROWS_AT = ROOT / "docs" / "tables" / "tokenizers"
+PAGE = ROOT / "docs" / "tokenizers.md"
+RUNS = Path("outputs/tables/tokenizers")
+PLACES = (".", "data", "../shared/data")  # where archives are looked for, from the clone
+CIFAR, IMAGENET = "cifar10-jpg.tar.xz", "imagenet-1k-sample.tar"
+BUDGET = 300.0  # seconds of wall clock on two cores: 10 CPU-minutes
+TRAINED, TESTED = 900, 100  # pictures of the ImageNet sample
+OVERFIT = 16
+
+# options of train.py beside tokenizer=<name>_small (or the name given first); {} takes experiment=table_tokenizer's
+FAMILIES: dict[str, list[str]] = {
+    "cnn_vq": ["tokenizer=cnn_vq_small", "optimizer.lr=2e-3"],
+    "fsq": ["tokenizer=cnn_fsq_small", "optimizer.lr=2e-3"],
+    "var": ["tokenizer=var_small", "optimizer.lr=2e-3"],
+}
+# what 128 px need, for the families of the second table: 256 tokens or fewer
+LARGE: dict[str, list[str]] = {
+    "cnn_vq": ["tokenizer.multipliers=[1,2,4,4]"],
+    "var": ["tokenizer.multipliers=[1,2,4,4]", "tokenizer.quantizer.sides=[1,2,4,8,16]"],
+}
+FLOW = {"dar", "flextok"}  # decoders that draw: their copies are one draw with a fixed seed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(FAMILIES)}; none = all")
+    parser.add_argument("--data", choices=["cifar10", "imagenet"], help="one of the two tables; none = both")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of training a row (default %(default)g)")
+    parser.add_argument("--overfit", action="store_true", help="the overfitting test instead of the tables")
+    parser.add_argument("--page", action="store_true", help="only write the page from the rows that are there")
+    given = parser.parse_args()
+    unknown = sorted(set(given.families) - set(FAMILIES))
+    if unknown:
+        parser.error(f"unknown family {', '.join(unknown)}: choose from {', '.join(FAMILIES)}")
+    chosen = given.families or list(FAMILIES)
+    os.chdir(ROOT)
+    if not given.page:
+        kinds = ["overfit"] if given.overfit else [given.data] if given.data else ["cifar10", "imagenet"]
+        for kind in kinds:
+            try:
+                folder = photographs(kind)
+            except ValueError as error:
+                parser.error(str(error))
+            for family in ["block_mean", *chosen]:
+                if kind == "cifar10" or family == "block_mean" or family in LARGE:
+                    row(kind, family, folder, given.budget)
+    PAGE.write_text(page(rows()))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def photographs(kind: str) -> Path:
+    """The folder with train/ and val/ (or test/) of that table, unpacked once. ValueError where the archive is not."""
+    import shutil
+
+    from vtok.data.archive import unpack
+
+    name = CIFAR if kind == "cifar10" else IMAGENET
+    found = next((ROOT / place / name for place in PLACES if (ROOT / place / name).is_file()), None)
+    target = RUNS / "data" / name.partition(".")[0]
+    if not (target / ".unpacked").is_file():
+        if found is None:
+            raise ValueError(f"no {name}: put it into the folder of the clone, or into data/")
+        unpack(found, target)
+        (target / ".unpacked").write_text("")
+    if kind == "cifar10":
+        return target
+    split = RUNS / "data" / ("overfit" if kind == "overfit" else "imagenet")
+    if not (split / ".ready").is_file():
+        pictures = sorted(target.rglob("*.JPEG"), key=lambda path: path.name)
+        parts = {"train": pictures[:TRAINED], "val": pictures[-TESTED:]}
+        if kind == "overfit":
+            parts = {"train": pictures[:OVERFIT], "val": pictures[:OVERFIT]}
+        for part, members in parts.items():
+            (split / part).mkdir(parents=True, exist_ok=True)
+            for path in members:
+                shutil.copyfile(path, split / part / path.name)
+        (split / ".ready").write_text("")
+    return split
+
+
+def data_options(kind: str, folder: Path) -> list[str]:
+    """data=... of train.py and of the evaluation."""
+    if kind == "cifar10":
+        return ["data=cifar10", f"data.folder={folder}"]
+    options = ["data=imagefolder", f"data.folder={folder / 'train'}", f"data.val_folder={folder / 'val'}"]
+    options += ["data.num_classes=0", "data.image_size=128", "data.cache=true", "data.workers=0"]
+    return [*options, "data.flip=false"] if kind == "overfit" else options
+
+
+def row(kind: str, family: str, folder: Path, budget: float) -> None:
+    """Train and measure one row, and write its JSON; nothing where that is there."""
+    from scripts.stages import PROBE_STEPS, Stages, column, train_for
+    from vtok.checkpoint import write_json
+
+    path = ROWS_AT / f"{kind}_{family}.json"
+    if path.is_file():
+        print(f"{path.relative_to(ROOT)} is there: skipped")
+        return
+    if family == "block_mean":
+        write_json(path, {"kind": kind, "family": family, **block_mean(kind, folder)})
+        return
+    began = time.perf_counter()
+    stages, run = Stages(3), RUNS / f"{kind}_{family}"
+    options = ["experiment=table_tokenizer", *FAMILIES[family], *data_options(kind, folder)]
+    if kind != "cifar10":
+        options += [*LARGE[family], "batch_size=16"]
+    if kind == "overfit":
+        steps = 1500
+        stages.run(
+            f"{family}: train", "train.py", *options, "overwrite=true", f"run_dir={run}", f"steps={steps}",
+            f"val_every={steps // 10}", "ema=0.99", "log_every=50", "save_every=100000", "picture_every=null",
+        )  # fmt: skip
+    else:
+        steps = train_for(stages, run, options, budget, checked=TESTED)
+    trained = time.perf_counter() - began
+    stages.run(
+        f"{family}: measure", "-m", "eval.reconstruction", f"from={run}", *data_options(kind, folder),
+        f"extractor={'cifar' if kind == 'cifar10' else 'none'}", f"images={2000 if kind == 'cifar10' else 'null'}",
+        f"out={run / 'reconstruction.json'}", f"grid={run / 'reconstructions.png'}",
+    )  # fmt: skip
+    metrics = json.loads((run / "reconstruction.json").read_text())
+    _, losses = column(run / "metrics.csv", "val/loss")
+    _, curve = column(run / "metrics.csv", "val/psnr")
+    write_json(
+        path,
+        {
+            "kind": kind,
+            "family": family,
+            **facts(run, 64 if kind == "cifar10" else 16),
+            "steps": steps,
+            "probe_steps": PROBE_STEPS,
+            "images": metrics["images"],
+            **metrics["metrics"],
+            "loss": losses[-1],
+            "psnr_curve": curve,
+            "seconds": trained,
+            "budget": budget,
+            "seed": 0,
+            "commit": commit(),
+            "command": f"python scripts/tokenizer_table.py {'--overfit ' if kind == 'overfit' else ''}{family}",
+            "options": options,
+        },
+    )
+
+
+def block_mean(kind: str, folder: Path) -> dict[str, Any]:
+    """The baseline: every 8 x 8 block replaced by its mean colour."""
+    import torch
+    import torch.nn.functional as F
+    from hydra import compose, initialize_config_dir
+
+    from eval.pixels import PixelErrors
+    from eval.sources import from_data
+    from vtok.config import instantiate
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("eval_reconstruction", overrides=["from=none", *data_options(kind, folder)])
+    data = instantiate(config.data)
+    images = from_data(data, "val", 2000 if kind == "cifar10" else None)
+    errors = PixelErrors()
+    for batch in images.batches(100):
+        means = F.avg_pool2d(batch.permute(0, 3, 1, 2).float(), 8)
+        copies = F.interpolate(means, scale_factor=8.0, mode="nearest").round().to(torch.uint8)
+        errors.add(batch, copies.permute(0, 2, 3, 1).contiguous())
+    return {"images": images.count, **errors.result(), "bits_per_pixel": 24 / 64}
+
+
+def facts(run: Path, rows: int) -> dict[str, Any]:
+    """Parameters, tokens, and images a second of encoding and decoding, the median of five passes of `rows` images."""
+    import statistics
+
+    import torch
+
+    from vtok.data.codes import frozen
+    from vtok.noise import SampleNoise, sample_seeds
+
+    tokenizer = frozen(run)
+    size = tokenizer.spec.image_size
+    images = torch.rand(rows, 3, size, size) * 2 - 1
+    noise = SampleNoise(sample_seeds(0, 0, rows))
+    seconds: dict[str, list[float]] = {"encode": [], "decode": []}
+    with torch.inference_mode():
+        for _ in range(6):
+            start = time.perf_counter()
+            tokens = tokenizer.encode(images, noise=noise)
+            middle = time.perf_counter()
+            tokenizer.decode(tokens, noise=noise)
+            seconds["encode"].append(middle - start)
+            seconds["decode"].append(time.perf_counter() - middle)
+    return {
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "tokens": tokenizer.spec.layout.length,
+        "threads": torch.get_num_threads(),
+        **{f"{k}_images_per_second": rows / statistics.median(v[1:]) for k, v in seconds.items()},
+    }
+
+
+def commit() -> str:
+    ran = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return ran.stdout.strip() or "unknown"
+
+
+def rows() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(ROWS_AT.glob("*.json"))]
+
+
+COLUMNS = (
+    ("family", "family", "{}"), ("parameters", "parameters", "{:,}"), ("tokens", "tokens", "{}"),
+    ("bits/pixel", "bits_per_pixel", "{:.3f}"), ("PSNR", "psnr_mean", "{:.2f}"), ("SSIM", "ssim_gauss11", "{:.3f}"),
+    ("usage", "codebook_usage", "{:.2f}"), ("perplexity", "codebook_perplexity", "{:.0f}"),
+    ("encode img/s", "encode_images_per_second", "{:.0f}"), ("decode img/s", "decode_images_per_second", "{:.0f}"),
+    ("loss", "loss", "{:.4f}"), ("steps", "steps", "{}"), ("seconds", "seconds", "{:.0f}"), ("seed", "seed", "{}"),
+    ("commit", "commit", "{}"),
+)  # fmt: skip
+TITLES = {
+    "cifar10": "CIFAR-10, 32 px (2,000 test images)",
+    "imagenet": f"ImageNet sample, 128 px ({TESTED} held-out pictures, {TRAINED} trained on)",
+    "overfit": f"Overfitting: {OVERFIT} photographs at 128 px, 1,500 steps (the same pictures; wanted: 26 dB, flow 22)",
+}
+
+
+def page(found: list[Mapping[str, Any]]) -> str:
+    """docs/tokenizers.md from the rows."""
+    lines = [
+        "# Tokenizers, side by side",
+        "",
+        "Every family small, trained from scratch on the same images for the same time on two CPU cores, with no",
+        "perceptual loss and no GAN: squared pixels and the family's own losses. So the rows compare architectures and",
+        "quantizers at a tiny budget, and say little about the published models. Families that end in a flow draw one",
+        "sample with a fixed seed. Written by `python scripts/tokenizer_table.py` from docs/tables/tokenizers.",
+    ]
+    for kind, title in TITLES.items():
+        members = [row for row in found if row["kind"] == kind]
+        if not members:
+            continue
+        floor = next((row["psnr_mean"] for row in members if row["family"] == "block_mean"), None)
+        lines += ["", f"## {title}", "", "| " + " | ".join(name for name, _, _ in COLUMNS) + " |"]
+        lines.append("|" + "---|" * len(COLUMNS))
+        for member in sorted(members, key=lambda row: -row["psnr_mean"]):
+            cells = [shape.format(member[key]) if key in member else "" for _, key, shape in COLUMNS]
+            lines.append("| " + " | ".join(cells) + " |")
+        low = [m["family"] for m in members if floor is not None and m["psnr_mean"] < floor]
+        if kind == "overfit":
+            low = [m["family"] for m in members if m["psnr_mean"] < (22 if m["family"] in FLOW else 26)]
+            low = [family for family in low if family != "block_mean"]
+        lines += ["", f"Below what is wanted: {', '.join(low) or 'none'}."]
+        lines += [f"`block_mean`: one mean colour for each 8 x 8 block, {floor:.2f} dB."] if floor is not None else []
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
