@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -24,14 +23,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.tables import OVERFIT, TESTED, TRAINED, Column, commit, data_options, markdown, photographs, rows  # noqa: E402
+
 ROWS_AT = ROOT / "docs" / "tables" / "tokenizers"
 PAGE = ROOT / "docs" / "tokenizers.md"
 RUNS = Path("outputs/tables/tokenizers")
-PLACES = (".", "data", "../shared/data")  # where archives are looked for, from the clone
-CIFAR, IMAGENET = "cifar10-jpg.tar.xz", "imagenet-1k-sample.tar"
 BUDGET = 300.0  # seconds of wall clock on two cores: 10 CPU-minutes
-TRAINED, TESTED = 900, 100  # pictures of the ImageNet sample
-OVERFIT = 16
 
 # options of train.py beside tokenizer=<name>_small (or the name given first); {} takes experiment=table_tokenizer's
 FAMILIES: dict[str, list[str]] = {
@@ -70,47 +67,8 @@ def main() -> None:
             for family in ["block_mean", *chosen]:
                 if kind == "cifar10" or family == "block_mean" or family in LARGE:
                     row(kind, family, folder, given.budget)
-    PAGE.write_text(page(rows()))
+    PAGE.write_text(page(rows(ROWS_AT)))
     print(f"wrote {PAGE.relative_to(ROOT)}")
-
-
-def photographs(kind: str) -> Path:
-    """The folder with train/ and val/ (or test/) of that table, unpacked once. ValueError where the archive is not."""
-    import shutil
-
-    from vtok.data.archive import unpack
-
-    name = CIFAR if kind == "cifar10" else IMAGENET
-    found = next((ROOT / place / name for place in PLACES if (ROOT / place / name).is_file()), None)
-    target = RUNS / "data" / name.partition(".")[0]
-    if not (target / ".unpacked").is_file():
-        if found is None:
-            raise ValueError(f"no {name}: put it into the folder of the clone, or into data/")
-        unpack(found, target)
-        (target / ".unpacked").write_text("")
-    if kind == "cifar10":
-        return target
-    split = RUNS / "data" / ("overfit" if kind == "overfit" else "imagenet")
-    if not (split / ".ready").is_file():
-        pictures = sorted(target.rglob("*.JPEG"), key=lambda path: path.name)
-        parts = {"train": pictures[:TRAINED], "val": pictures[-TESTED:]}
-        if kind == "overfit":
-            parts = {"train": pictures[:OVERFIT], "val": pictures[:OVERFIT]}
-        for part, members in parts.items():
-            (split / part).mkdir(parents=True, exist_ok=True)
-            for path in members:
-                shutil.copyfile(path, split / part / path.name)
-        (split / ".ready").write_text("")
-    return split
-
-
-def data_options(kind: str, folder: Path) -> list[str]:
-    """data=... of train.py and of the evaluation."""
-    if kind == "cifar10":
-        return ["data=cifar10", f"data.folder={folder}"]
-    options = ["data=imagefolder", f"data.folder={folder / 'train'}", f"data.val_folder={folder / 'val'}"]
-    options += ["data.num_classes=0", "data.image_size=128", "data.cache=true", "data.workers=0"]
-    return [*options, "data.flip=false"] if kind == "overfit" else options
 
 
 def row(kind: str, family: str, folder: Path, budget: float) -> None:
@@ -221,16 +179,7 @@ def facts(run: Path, rows: int) -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    ran = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return ran.stdout.strip() or "unknown"
-
-
-def rows() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(ROWS_AT.glob("*.json"))]
-
-
-COLUMNS = (
+COLUMNS: tuple[Column, ...] = (
     ("family", "family", "{}"), ("parameters", "parameters", "{:,}"), ("tokens", "tokens", "{}"),
     ("bits/pixel", "bits_per_pixel", "{:.3f}"), ("PSNR", "psnr_mean", "{:.2f}"), ("SSIM", "ssim_gauss11", "{:.3f}"),
     ("usage", "codebook_usage", "{:.2f}"), ("perplexity", "codebook_perplexity", "{:.0f}"),
@@ -260,11 +209,8 @@ def page(found: list[Mapping[str, Any]]) -> str:
         if not members:
             continue
         floor = next((row["psnr_mean"] for row in members if row["family"] == "block_mean"), None)
-        lines += ["", f"## {title}", "", "| " + " | ".join(name for name, _, _ in COLUMNS) + " |"]
-        lines.append("|" + "---|" * len(COLUMNS))
-        for member in sorted(members, key=lambda row: -row["psnr_mean"]):
-            cells = [shape.format(member[key]) if key in member else "" for _, key, shape in COLUMNS]
-            lines.append("| " + " | ".join(cells) + " |")
+        ranked = sorted(members, key=lambda row: -row["psnr_mean"])
+        lines += ["", f"## {title}", "", *markdown(COLUMNS, ranked)]
         low = [m["family"] for m in members if floor is not None and m["psnr_mean"] < floor]
         if kind == "overfit":
             low = [m["family"] for m in members if m["psnr_mean"] < (22 if m["family"] in FLOW else 26)]

@@ -1,0 +1,201 @@
+"""Every generator family, small, on tokens of CIFAR-10, trained for the same time: the rows of docs/generators.md.
+
+    python scripts/generator_table.py               all rows that are not there yet
+    python scripts/generator_table.py llamagen var  these families only
+
+A finished row is one JSON file in docs/tables/generators and is skipped; remove it to measure again. The tokenizer of a
+row is that of scripts/tokenizer_table.py (trained now, if it is not there); its codes are cached once. A row learns if
+its held-out loss is 0.1 nats below the histogram of the codes of each step (continuous tokens: the loss of the best
+Gaussian for each position) and the judge gives 0.2 of 1,000 samples their class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.tables import Column, commit, data_options, markdown, photographs, rows  # noqa: E402
+
+ROWS_AT = ROOT / "docs" / "tables" / "generators"
+GRIDS_AT = ROOT / "docs" / "images" / "generators"
+PAGE = ROOT / "docs" / "generators.md"
+RUNS = Path("outputs/tables/generators")
+BUDGET = 300.0  # seconds of wall clock on two cores: 10 CPU-minutes
+SAMPLES = 1000
+MARGIN, ACCURACY = 0.1, 0.2  # what a row must reach: nats below the baseline, class accuracy
+
+
+@dataclass(frozen=True)
+class Family:
+    """tokenizer: a row of the tokenizers' table; train: options of train.py; draw: options of sample.py; status:
+    published, or unofficial where no code of the authors could be compared with."""
+
+    tokenizer: str
+    train: list[str]
+    draw: list[str] = field(default_factory=lambda: ["guidance=3.0"])
+    status: str = "published"
+
+
+FAMILIES: dict[str, Family] = {
+    "llamagen": Family("cnn_vq", ["model=llamagen_small", "model.token_dropout=0", "model.dropout=0"]),
+    "var": Family("var", ["model=var_small"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(FAMILIES)}; none = all")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of training a row (default %(default)g)")
+    parser.add_argument("--page", action="store_true", help="only write the page from the rows that are there")
+    given = parser.parse_args()
+    unknown = sorted(set(given.families) - set(FAMILIES))
+    if unknown:
+        parser.error(f"unknown family {', '.join(unknown)}: choose from {', '.join(FAMILIES)}")
+    os.chdir(ROOT)
+    if not given.page:
+        try:
+            folder = photographs("cifar10")
+        except ValueError as error:
+            parser.error(str(error))
+        for name in given.families or FAMILIES:
+            row(name, folder, given.budget)
+    PAGE.write_text(page(rows(ROWS_AT)))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def tokens_of(stages: Any, family: str, folder: Path, budget: float) -> tuple[Path, Path]:
+    """(run of the tokenizer, folder of its codes), made where they are not there."""
+    from scripts.stages import train_for
+    from scripts.tokenizer_table import FAMILIES as TOKENIZERS
+    from scripts.tokenizer_table import RUNS as TOKENIZER_RUNS
+
+    run, codes = TOKENIZER_RUNS / f"cifar10_{family}", RUNS / "codes" / family
+    data = data_options("cifar10", folder)
+    if not (run / "checkpoints" / "last.ckpt").is_file():
+        train_for(stages, run, ["experiment=table_tokenizer", *TOKENIZERS[family], *data], budget)
+    if not (codes / "val" / "manifest.json").is_file():
+        stages.run(
+            f"{family}: cache its codes", "scripts/cache_codes.py", f"from={run}", *data, f"out={codes}", "crops=flip",
+            "batch_size=128",
+        )  # fmt: skip
+    return run, codes
+
+
+def row(name: str, folder: Path, budget: float) -> None:
+    """Train, draw and measure one row, and write its JSON and grid; nothing where that is there."""
+    from scripts.stages import Stages, column, train_for
+    from vtok.checkpoint import load_module, write_json
+
+    path, family = ROWS_AT / f"{name}.json", FAMILIES[name]
+    if path.is_file():
+        print(f"{path.relative_to(ROOT)} is there: skipped")
+        return
+    from vgen.models import FAMILIES as CLASSES
+
+    stages, run = Stages(8), RUNS / name
+    tokenizer, codes = tokens_of(stages, family.tokenizer, folder, budget)
+    options = ["experiment=table_generator", f"data.folder={codes}", f"tokenizer_from={tokenizer}", *family.train]
+    began = time.perf_counter()
+    steps = train_for(stages, run, options, budget)
+    trained = time.perf_counter() - began
+    samples, statistics = run / "samples.npz", RUNS / "train_statistics.npz"
+    GRIDS_AT.mkdir(parents=True, exist_ok=True)
+    draw = ["sample.py", f"from={run}", *family.draw]
+    drawn = stages.run(f"{name}: draw", *draw, f"num_images={SAMPLES}", f"out={samples}")
+    stages.run(f"{name}: draw a grid", *draw, "per_class=8", f"out={run / 'grid.png'}")
+    (GRIDS_AT / f"{name}.png").write_bytes((run / "grid.png").read_bytes())
+    stages.run(
+        f"{name}: measure the held-out loss", "-m", "eval.likelihood", f"from={run}", *data_options("cifar10", folder),
+        "train_images=10000", f"out={run / 'likelihood.json'}",
+    )  # fmt: skip
+    reference = [f"reference={statistics}"]
+    if not statistics.is_file():
+        reference = ["reference=train", *data_options("cifar10", folder), f"save_reference={statistics}"]
+    stages.run(
+        f"{name}: measure the samples", "-m", "eval.fid", f"samples={samples}", *reference, "extractor=cifar",
+        "class_accuracy=true", f"out={run / 'fid.json'}",
+    )  # fmt: skip
+    likelihood = json.loads((run / "likelihood.json").read_text())
+    metrics = json.loads((run / "fid.json").read_text())["metrics"]
+    _, speeds = column(run / "metrics.csv", "speed/images_per_second")
+    module = load_module(run, CLASSES, "ema")
+    write_json(
+        path,
+        {
+            "family": name,
+            "status": family.status,
+            "tokenizer": family.tokenizer,
+            "parameters": sum(p.numel() for p in module.parameters()),
+            "tokens": module.layout.length,
+            "layout_steps": module.layout.steps,
+            "steps": steps,
+            "train_images_per_second": sorted(speeds)[len(speeds) // 2],
+            "sample_images_per_second": SAMPLES / drawn,
+            "held_out_loss": likelihood["held_out"],
+            "baseline_loss": likelihood["histogram"],
+            "below_baseline": likelihood["below_histogram"],
+            "label_p_value": likelihood.get("labels", {}).get("p_value"),
+            "class_accuracy": metrics["class_accuracy[cifar]"],
+            "FD": metrics["FD[cifar]"],
+            "samples": SAMPLES,
+            "seconds": trained,
+            "budget": budget,
+            "seed": 0,
+            "commit": commit(),
+            "command": f"python scripts/generator_table.py {name}",
+            "draw": " ".join(family.draw),
+            "options": options,
+        },
+    )
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("family", "family", "[{0}](images/generators/{0}.png)"), ("status", "status", "{}"),
+    ("tokenizer", "tokenizer", "{}"), ("parameters", "parameters", "{:,}"), ("tokens", "tokens", "{}"),
+    ("steps a sample", "layout_steps", "{}"), ("train steps", "steps", "{}"),
+    ("train img/s", "train_images_per_second", "{:.0f}"), ("sample img/s", "sample_images_per_second", "{:.1f}"),
+    ("held-out loss", "held_out_loss", "{:.3f}"), ("below baseline", "below_baseline", "{:.3f}"),
+    ("class accuracy", "class_accuracy", "{:.3f}"), ("FD[cifar]", "FD", "{:.2f}"), ("drawn with", "draw", "{}"),
+    ("seed", "seed", "{}"), ("commit", "commit", "{}"),
+)  # fmt: skip
+
+
+def learns(row: Mapping[str, Any]) -> bool:
+    """Whether a row is what a generator must be: better than its baseline and recognisable."""
+    return row["below_baseline"] >= MARGIN and row["class_accuracy"] >= ACCURACY
+
+
+def page(found: list[Mapping[str, Any]]) -> str:
+    """docs/generators.md from the rows."""
+    ranked = sorted(found, key=lambda row: row["FD"])
+    lines = [
+        "# Generators, side by side",
+        "",
+        "Every family small, on tokens of CIFAR-10 (32 px) by the tokenizer named in its row, trained for the same time",
+        f"on two CPU cores; {SAMPLES} samples. So the rows show that every family works, and what a tiny budget buys; they",
+        "say little about the published models. Loss: nats a token, or the family's squared error for continuous tokens;",
+        "its baseline knows only how often each code occurs at each step (continuous: a Gaussian for each position).",
+        "FD[cifar] and class accuracy: the judge of docs/evaluation.md. `unofficial`: no code of the authors to compare",
+        "with. Written by `python scripts/generator_table.py` from docs/tables/generators.",
+        "",
+        *markdown(COLUMNS, [row for row in ranked if learns(row)]),
+    ]
+    slow = [row for row in ranked if not learns(row)]
+    if slow:
+        lines += ["", "## Does not learn yet", "", *markdown(COLUMNS, slow)]
+        lines += ["", f"Wanted: {MARGIN} below the baseline and a class accuracy of {ACCURACY}."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
