@@ -181,12 +181,12 @@ def page(found: list[Mapping[str, Any]]) -> str:
     lines = [
         "# Generators, side by side",
         "",
-        "Every family small, on tokens of CIFAR-10 (32 px) by the tokenizer named in its row, trained for the same time",
-        f"on two CPU cores; {SAMPLES} samples. So the rows show that every family works, and what a tiny budget buys; they",
-        "say little about the published models. Loss: nats a token, or the family's squared error for continuous tokens;",
-        "its baseline knows only how often each code occurs at each step (continuous: a Gaussian for each position).",
-        "FD[cifar] and class accuracy: the judge of docs/evaluation.md. `unofficial`: no code of the authors to compare",
-        "with. Written by `python scripts/generator_table.py` from docs/tables/generators.",
+        "Every family small, on tokens of CIFAR-10 (32 px) by the tokenizer named in its row, trained for the same",
+        f"time on two CPU cores; {SAMPLES} samples. So the rows show that every family works, and what a tiny budget",
+        "buys; they say little about the published models. Loss: nats a token, or the family's squared error for",
+        "continuous tokens; its baseline knows only how often each code occurs at each step (continuous: a Gaussian",
+        "for each position). FD[cifar] and class accuracy: the judge of docs/evaluation.md. `unofficial`: no code of",
+        "the authors to compare with. Written by `python scripts/generator_table.py` from docs/tables/generators.",
         "",
         *markdown(COLUMNS, [row for row in ranked if learns(row)]),
     ]
