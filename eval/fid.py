@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from eval.features import Extractor, make_extractor
+from eval.manifold import density_coverage, precision_recall
 from eval.moments import InceptionScore, Moments, Statistics, frechet_distance
 from eval.progress import progress_bar
 from eval.protocol import Protocol, library_versions, metric_name
@@ -47,9 +49,13 @@ def measure(
     splits: int | None = None,
     permutation: int = 2020,
     class_accuracy: bool = False,
+    keep: np.ndarray | None = None,
     text: str = "features",
 ) -> Measured:
-    """One pass: moments, with `splits` also the Inception score, with `class_accuracy` also right labels."""
+    """One pass: moments, with `splits` also the Inception score, with `class_accuracy` also right labels.
+
+    keep: array [count, dim] that gets the features (a memory map, where they do not fit in memory).
+    """
     moments = Moments(extractor.dim)
     score = InceptionScore(images.count, splits=splits, seed=permutation) if splits else None
     right = start = 0
@@ -57,6 +63,8 @@ def measure(
         for batch in images.batches(batch_size):
             features, logits = extractor(batch)
             moments.add(features)
+            if keep is not None:
+                keep[start : start + len(batch)] = features.cpu().numpy()
             index = torch.arange(start, start + len(batch))
             if score is not None:
                 score.add(index, logits)
@@ -113,6 +121,32 @@ def _fresh(images: Images, extractor: Extractor, batch_size: int) -> tuple[Stati
     )
     digest = statistics_hash(statistics)
     return statistics, images.name, digest
+
+
+def reference_images(reference: str, data: Any | None) -> Images:
+    """The images behind `reference`, for what needs more than statistics. ValueError where it has none."""
+    if reference in DATA_SPLITS:
+        return from_data(data, reference)
+    path = Path(reference)
+    if path.suffix == ".npz" and "arr_0" not in npz_names(path):
+        raise ValueError(f"manifold=true needs the images of reference={reference}, which holds statistics only")
+    return open_images(path)
+
+
+class FeatureFile:
+    """Features [count, dim] float32 in a memory-mapped file beside the result; its size is printed first."""
+
+    def __init__(self, config: Mapping[str, Any], part: str, count: int, dim: int) -> None:
+        self.path = Path(config["out"] or default_out(config)).with_suffix(f".{part}.features")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        print(
+            f"manifold=true keeps {count} x {dim} features in {self.path} ({count * dim * 4 / 2**20:.0f} MB) meanwhile"
+        )
+        self.array = np.memmap(self.path, np.float32, "w+", shape=(count, dim))
+
+    def remove(self) -> None:
+        del self.array
+        self.path.unlink()
 
 
 def statistics_hash(statistics: Statistics) -> str:
@@ -190,6 +224,12 @@ def evaluate(config: Mapping[str, Any], data: Any | None = None) -> dict[str, An
     if config["save_reference"]:
         statistics.save(config["save_reference"])
     splits, permutation = min(int(config["splits"]), images.count), int(config["permutation"])
+    kept = None
+    if config["manifold"]:  # the reference's images: statistics alone have no neighbours
+        real = reference_images(str(config["reference"]), data)
+        kept = [
+            FeatureFile(config, part, n, extractor.dim) for part, n in (("real", real.count), ("made", images.count))
+        ]
     measured = measure(
         images,
         extractor,
@@ -197,6 +237,7 @@ def evaluate(config: Mapping[str, Any], data: Any | None = None) -> dict[str, An
         splits=splits,
         permutation=permutation,
         class_accuracy=bool(config["class_accuracy"]),
+        keep=kept[1].array if kept else None,
         text="samples",
     )
     protocol = Protocol(
@@ -221,6 +262,14 @@ def evaluate(config: Mapping[str, Any], data: Any | None = None) -> dict[str, An
         metric_name("FID", extractor.name): distance,
         metric_name("IS", extractor.name): measured.score.result(),
     }
+    if kept:
+        measure(real, extractor, batch_size=batch, keep=kept[0].array, text="neighbours of the reference")
+        clouds = [torch.from_numpy(part.array).to(device) for part in kept]
+        figures = precision_recall(*clouds) | density_coverage(*clouds)
+        metrics |= {f"{key}[{extractor.name}]": value for key, value in figures.items()}
+        metrics["manifold_images"] = {"real": real.count, "generated": images.count}
+        for part in kept:
+            part.remove()
     if measured.right is not None:
         metrics[f"class_accuracy[{extractor.name}]"] = measured.right
     reasons = protocol.adm_reasons()
@@ -240,7 +289,9 @@ def evaluate(config: Mapping[str, Any], data: Any | None = None) -> dict[str, An
 
 def show(metrics: Mapping[str, Any], protocol: Protocol, reasons: list[str]) -> None:
     for name, value in metrics.items():
-        if isinstance(value, dict):
+        if name == "manifold_images":
+            print(f"  (precision and the like: {value['generated']} generated against {value['real']} real images)")
+        elif isinstance(value, dict):
             print(
                 f"{name} {value['mean']:.4f} +- {value['std']:.4f} ({protocol.splits} splits), "
                 f"{value['one_split']:.4f} as one split"

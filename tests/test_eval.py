@@ -16,6 +16,7 @@ from eval import likelihood, neighbours
 from eval.features import INCEPTION_FILE, CifarJudge, Inception, make_extractor
 from eval.fid import evaluate, measure, reference_statistics
 from eval.judge import Judge, load_judge, save_judge
+from eval.manifold import density_coverage, precision_recall
 from eval.pixels import PixelErrors, codebook_use, ssim
 from eval.protocol import Protocol, library_versions, metric_name
 from eval.sources import Images, from_data, from_folder, from_npz, from_run, label_plan
@@ -23,7 +24,7 @@ from eval.sources import Images, from_data, from_folder, from_npz, from_run, lab
 FID_CONFIG = {
     "samples": None, "from": None, "reference": None, "images": None, "labels": "balanced", "class_accuracy": False,
     "extractor": "cifar", "weights_path": None, "splits": 4, "permutation": 2020, "batch_size": 16, "device": "cpu",
-    "save_reference": None, "out": None,
+    "save_reference": None, "out": None, "manifold": False,
 }  # fmt: skip
 
 
@@ -329,6 +330,24 @@ def test_fid_command_on_files(tmp_path, capsys) -> None:
     assert 0 <= far["metrics"]["class_accuracy[cifar]"] <= 1
     batched = evaluate(config | {"reference": saved, "batch_size": 7})
     assert batched["metrics"]["FD[cifar]"] == pytest.approx(far["metrics"]["FD[cifar]"], rel=1e-5)
+
+
+def test_fid_command_measures_neighbourhoods(tmp_path, capsys) -> None:
+    """Precision and the like from memory-mapped features equal those of features in memory; the file is removed."""
+    samples, other = pictures(40, 32, 1), np.concatenate([pictures(30, 32, 1), pictures(20, 32, 2) // 2])
+    np.savez(tmp_path / "a.npz", arr_0=samples)
+    np.savez(tmp_path / "b.npz", arr_0=other)
+    config = FID_CONFIG | {"samples": str(tmp_path / "a.npz"), "reference": str(tmp_path / "b.npz"), "manifold": True}
+    got = evaluate(config)["metrics"]
+    judge = CifarJudge()
+    generated, real = (judge(torch.from_numpy(images)).features for images in (samples, other))
+    for name, value in (precision_recall(real, generated) | density_coverage(real, generated)).items():
+        assert got[f"{name}[cifar]"] == pytest.approx(value, abs=1e-12)
+    assert got["manifold_images"] == {"real": 50, "generated": 40} and "MB" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.features"))
+    np.savez(tmp_path / "s.npz", mu=np.zeros(judge.dim), sigma=np.eye(judge.dim))
+    with pytest.raises(ValueError, match="statistics only"):
+        evaluate(config | {"reference": str(tmp_path / "s.npz")})
 
 
 def test_fid_command_names_mistakes(tmp_path) -> None:
@@ -651,3 +670,12 @@ def test_columns_of_a_metrics_file_skip_empty_cells(tmp_path) -> None:
     assert column(tmp_path / "m.csv", "train/loss") == ([1, 2], [3.0, 2.0])
     assert column(tmp_path / "m.csv", "val/loss") == ([2, 3], [2.5, 2.25])
     assert column(tmp_path / "m.csv", "speed") == ([], [])
+
+
+def test_selftest_meets_every_known_value(capsys, monkeypatch) -> None:
+    """It passes as it is, and fails when a formula is broken."""
+    from eval import selftest
+
+    assert selftest.main() == 0 and "all formulas" in capsys.readouterr().out
+    monkeypatch.setattr(selftest, "GROUPS", (lambda: [("broken", 1.0, 1.1, 1e-3)],))
+    assert selftest.main() == 1 and "MISSED" in capsys.readouterr().out
