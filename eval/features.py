@@ -28,11 +28,13 @@ INCEPTION_PAGE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 class Activations(NamedTuple):
     features: Tensor  # float32 [B, dim]
     logits: Tensor  # float32 [B, classes]
+    spatial: Tensor | None = None  # float32 [B, spatial_dim], where the extractor has features with places (sFID)
 
 
 class Extractor(Protocol):
     name: str  # as in FD[name]; "inception" makes it FID
     dim: int
+    spatial_dim: int  # 0 where there are none
     hash: str  # SHA-256 of the weights file
     resize: str  # what happens to images of another size
     classes: list[str] | None  # names, where the logits are class scores that mean something for the data
@@ -41,13 +43,15 @@ class Extractor(Protocol):
 
 
 class Inception:
-    """torch-fidelity's port of the 2015-12-05 graph: pool features (2048) and logits without bias (1008).
+    """torch-fidelity's port of the 2015-12-05 graph: pool features (2048) and logits without bias (1008); for sFID the
+    first 7 channels of `mixed_6/conv` on its 17 x 17 places (2023 numbers, place after place), as in ADM's evaluator.
 
     weights_path: local file; None searches $VTOK_WEIGHTS (a folder or the file) and the torch hub folder. Weights whose
     SHA-256 is not the published one get a name of their own, so that their number is not taken for FID.
     """
 
     dim = 2048
+    spatial_dim = 7 * 17 * 17
     classes = None
     resize = "to 299 x 299, bilinear of TensorFlow 1 (no antialias, corner-aligned grid)"
 
@@ -70,18 +74,22 @@ class Inception:
         self.network = FeatureExtractorInceptionV3("inception", features, feature_extractor_weights_path=str(path))
         self.network.to(device)
         self.device = torch.device(device)
+        self._seen: list[Tensor] = []  # the port's name of mixed_6/conv; after its ReLU
+        self.network.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, out: self._seen.append(out))
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Activations:
         check_images(images)
         features, logits = self.network(images.to(self.device).permute(0, 3, 1, 2))
-        return Activations(features, logits)
+        places = self._seen.pop()[:, :7].permute(0, 2, 3, 1).flatten(1).float()
+        return Activations(features, logits, places)
 
 
 class CifarJudge:
     """The CIFAR-10 judge: 208 features and 10 logits; images of another size are resized to 32 x 32."""
 
     name = "cifar"
+    spatial_dim = 0
     resize = f"to {SIDE} x {SIDE}, bilinear with antialias"
 
     def __init__(self, *, weights_path: str | Path | None = None, device: torch.device | str = "cpu") -> None:

@@ -37,6 +37,7 @@ class Measured:
     """What one pass over images gives. right: share whose label the extractor's classifier names, if it was asked."""
 
     moments: Moments
+    spatial: Moments | None
     score: InceptionScore | None
     right: float | None
 
@@ -57,12 +58,15 @@ def measure(
     keep: array [count, dim] that gets the features (a memory map, where they do not fit in memory).
     """
     moments = Moments(extractor.dim)
+    spatial = Moments(extractor.spatial_dim) if extractor.spatial_dim else None
     score = InceptionScore(images.count, splits=splits, seed=permutation) if splits else None
     right = start = 0
     with progress_bar(text, images.count) as advance:
         for batch in images.batches(batch_size):
-            features, logits = extractor(batch)
+            features, logits, places = extractor(batch)
             moments.add(features)
+            if spatial is not None:
+                spatial.add(places)
             if keep is not None:
                 keep[start : start + len(batch)] = features.cpu().numpy()
             index = torch.arange(start, start + len(batch))
@@ -72,7 +76,7 @@ def measure(
                 right += int((logits.argmax(1).cpu() == images.labels[index]).sum())
             start += len(batch)
             advance(len(batch))
-    return Measured(moments, score, right / images.count if class_accuracy else None)
+    return Measured(moments, spatial, score, right / images.count if class_accuracy else None)
 
 
 def reference_statistics(
@@ -112,13 +116,15 @@ def reference_statistics(
 
 
 def _fresh(images: Images, extractor: Extractor, batch_size: int) -> tuple[Statistics, str, str]:
-    statistics = measure(images, extractor, batch_size=batch_size, text="reference").moments.statistics(
+    measured = measure(images, extractor, batch_size=batch_size, text="reference")
+    statistics = measured.moments.statistics(
         feature=extractor.name,
         hash=extractor.hash,
         resize=extractor.resize,
         source=images.name,
         file_format=images.file_format,
     )
+    statistics.spatial = measured.spatial.statistics() if measured.spatial else None
     digest = statistics_hash(statistics)
     return statistics, images.name, digest
 
@@ -262,6 +268,10 @@ def evaluate(config: Mapping[str, Any], data: Any | None = None) -> dict[str, An
         metric_name("FID", extractor.name): distance,
         metric_name("IS", extractor.name): measured.score.result(),
     }
+    if measured.spatial is not None and statistics.spatial is not None:
+        metrics[metric_name("sFID", extractor.name)] = frechet_distance(
+            measured.spatial.statistics(), statistics.spatial
+        )
     if kept:
         measure(real, extractor, batch_size=batch, keep=kept[0].array, text="neighbours of the reference")
         clouds = [torch.from_numpy(part.array).to(device) for part in kept]

@@ -21,13 +21,14 @@ from torch import Tensor
 class Statistics:
     """mu [d] and sigma [d, d] (unbiased), float64 on the CPU; n samples; about: what made them (feature, hash ...).
 
-    n is None for foreign files that do not say it.
+    n is None for foreign files that do not say it. spatial: the same of the features with places (mu_s, sigma_s).
     """
 
     mu: Tensor
     sigma: Tensor
     n: int | None
     about: dict[str, str] = field(default_factory=dict)
+    spatial: Statistics | None = None
 
     def save(self, path: str | Path) -> None:
         """Write an npz with mu, sigma, n and one string array per entry of `about`."""
@@ -35,6 +36,8 @@ class Statistics:
 
         arrays = {"mu": self.mu.numpy(), "sigma": self.sigma.numpy(), "n": np.array(-1 if self.n is None else self.n)}
         arrays |= {key: np.array(value) for key, value in self.about.items()}
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mu.numpy(), "sigma_s": self.spatial.sigma.numpy()}
         write_atomic(path, lambda file: np.savez(file, **arrays))
 
     @classmethod
@@ -51,9 +54,18 @@ class Statistics:
         mu, sigma = (torch.from_numpy(np.asarray(arrays[k], dtype=np.float64)) for k in ("mu", "sigma"))
         n = int(arrays.get("n", -1))
         about = {k: str(v) for k, v in arrays.items() if v.dtype.kind == "U"}
-        if mu.dim() != 1 or sigma.shape != (len(mu), len(mu)):
-            raise ValueError(f"{path}: mu is {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, expected [d] and [d, d]")
-        return cls(mu, sigma, None if n < 0 else n, about)
+        _check(path, mu, sigma)
+        spatial = None
+        if {"mu_s", "sigma_s"} <= set(arrays):
+            places = [torch.from_numpy(np.asarray(arrays[k], dtype=np.float64)) for k in ("mu_s", "sigma_s")]
+            _check(path, *places)
+            spatial = cls(*places, None if n < 0 else n)
+        return cls(mu, sigma, None if n < 0 else n, about, spatial)
+
+
+def _check(path: str | Path, mu: Tensor, sigma: Tensor) -> None:
+    if mu.dim() != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{path}: mu is {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, expected [d] and [d, d]")
 
 
 class Moments:

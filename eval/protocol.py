@@ -103,8 +103,8 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def metric_name(kind: Literal["FID", "rFID", "IS"], extractor: str) -> str:
-    """FID, rFID and IS belong to the 2015 Inception; other extractors give FD[name], rFD[name], IS[name]."""
+def metric_name(kind: Literal["FID", "sFID", "rFID", "IS"], extractor: str) -> str:
+    """FID, sFID, rFID and IS belong to the 2015 Inception; others give FD[name], sFD[name], rFD[name], IS[name]."""
     if extractor == "inception":
         return kind
     return f"{kind.replace('FID', 'FD')}[{extractor}]"

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval import likelihood, neighbours
-from eval.features import INCEPTION_FILE, CifarJudge, Inception, make_extractor
+from eval.features import INCEPTION_FILE, Activations, CifarJudge, Inception, make_extractor
 from eval.fid import evaluate, measure, reference_statistics
 from eval.judge import Judge, load_judge, save_judge
 from eval.manifold import density_coverage, precision_recall
@@ -100,6 +100,16 @@ def test_inception_wiring_equals_torch_fidelity(monkeypatch, tmp_path) -> None:
     found, want = ours(images), network(images.permute(0, 3, 1, 2))
     assert torch.equal(found.features, want[0]) and torch.equal(found.logits, want[1])
     assert found.features.std() > 1e-3, "the random network is dead, so the test proves nothing"
+    with torch.no_grad():  # the block before, run again by hand
+        given: list[torch.Tensor] = []
+        hook = network.Mixed_6d.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        network(images.permute(0, 3, 1, 2))
+        hook.remove()
+        branch = network.Mixed_6d.branch1x1
+        by_hand = torch.relu(branch.bn(branch.conv(given[0])))
+    assert found.spatial.shape == (3, ours.spatial_dim) == (3, 2023)
+    torch.testing.assert_close(found.spatial.view(3, 17, 17, 7), by_hand.movedim(1, -1)[..., :7], rtol=1e-5, atol=1e-6)
+    assert found.spatial.std() > 1e-3
     assert ours.name == f"inception-{ours.hash[:8]}", "weights that are not the published ones must not give FID"
 
 
@@ -392,11 +402,11 @@ def test_reference_from_a_data_set_equals_its_images(tmp_path) -> None:
 
 def test_accuracy_of_a_pass_counts_the_right_labels(tmp_path) -> None:
     class Oracle:
-        dim, name, hash, resize, classes = 1, "oracle", "0", "none", ["a", "b"]
+        dim, spatial_dim, name, hash, resize, classes = 1, 0, "oracle", "0", "none", ["a", "b"]
 
         def __call__(self, images: Tensor):
             bright = (images.float().mean(dim=(1, 2, 3)) > 127).float()
-            return bright.unsqueeze(1), torch.stack([1 - bright, bright], 1)
+            return Activations(bright.unsqueeze(1), torch.stack([1 - bright, bright], 1))
 
     images = np.zeros((10, 4, 4, 3), np.uint8)
     images[5:] = 255
@@ -406,6 +416,22 @@ def test_accuracy_of_a_pass_counts_the_right_labels(tmp_path) -> None:
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pass_keeps_moments_of_features_with_places() -> None:
+    class Corners:
+        dim, spatial_dim, name, hash, resize, classes = 3, 4, "corners", "0", "none", None
+
+        def __call__(self, images: Tensor):
+            mean, corners = images.float().mean(dim=(1, 2)), images[:, ::7, ::7, 0].flatten(1).float()
+            return Activations(mean, mean, corners)
+
+    shown = pictures(20, 8, 5)
+    images = Images("x", 20, lambda size: iter(torch.from_numpy(shown).split(size)), None, "npz")
+    got = measure(images, Corners(), batch_size=6).spatial.statistics()
+    by_hand = shown[:, ::7, ::7, 0].reshape(20, 4).astype(np.float64)
+    np.testing.assert_allclose(got.mu, by_hand.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(got.sigma, np.cov(by_hand, rowvar=False), rtol=1e-10)
 
 
 def degraded(images: np.ndarray, seed: int) -> np.ndarray:

@@ -62,7 +62,11 @@ def test_statistics_file_round_trip(tmp_path) -> None:
     found.save(tmp_path / "s.npz")
     back = Statistics.load(tmp_path / "s.npz")
     assert torch.equal(back.mu, found.mu) and torch.equal(back.sigma, found.sigma)
-    assert back.n == 50 and back.about == found.about
+    assert back.n == 50 and back.about == found.about and back.spatial is None
+    found.spatial = statistics(features(50, 3, 4))
+    found.save(tmp_path / "s.npz")
+    back = Statistics.load(tmp_path / "s.npz")
+    assert torch.equal(back.spatial.mu, found.spatial.mu) and torch.equal(back.spatial.sigma, found.spatial.sigma)
 
 
 def test_foreign_statistics_of_float32_without_count(tmp_path) -> None:
