@@ -32,6 +32,7 @@ PAGE = ROOT / "docs" / "generators.md"
 RUNS = Path("outputs/tables/generators")
 BUDGET = 300.0  # seconds of wall clock on two cores: 10 CPU-minutes
 SAMPLES = 1000
+SHARED = ["batch_size=32", "optimizer.lr=1.5e-3", "ema=0.995"]  # options of train.py that all rows share
 MARGIN, ACCURACY = 0.1, 0.2  # what a row must reach: nats below the baseline, class accuracy
 
 
@@ -78,11 +79,12 @@ def tokens_of(stages: Any, family: str, folder: Path, budget: float) -> tuple[Pa
     from scripts.stages import train_for
     from scripts.tokenizer_table import FAMILIES as TOKENIZERS
     from scripts.tokenizer_table import RUNS as TOKENIZER_RUNS
+    from scripts.tokenizer_table import SHARED as TOKENIZER_OPTIONS
 
     run, codes = TOKENIZER_RUNS / f"cifar10_{family}", RUNS / "codes" / family
     data = data_options("cifar10", folder)
     if not (run / "checkpoints" / "last.ckpt").is_file():
-        train_for(stages, run, ["experiment=table_tokenizer", *TOKENIZERS[family], *data], budget)
+        train_for(stages, run, [*data, *TOKENIZER_OPTIONS, *TOKENIZERS[family]], budget)
     if not (codes / "val" / "manifest.json").is_file():
         stages.run(
             f"{family}: cache its codes", "scripts/cache_codes.py", f"from={run}", *data, f"out={codes}", "crops=flip",
@@ -104,7 +106,7 @@ def row(name: str, folder: Path, budget: float) -> None:
 
     stages, run = Stages(8), RUNS / name
     tokenizer, codes = tokens_of(stages, family.tokenizer, folder, budget)
-    options = ["experiment=table_generator", f"data.folder={codes}", f"tokenizer_from={tokenizer}", *family.train]
+    options = ["data=codes", f"data.folder={codes}", f"tokenizer_from={tokenizer}", *SHARED, *family.train]
     began = time.perf_counter()
     steps = train_for(stages, run, options, budget)
     trained = time.perf_counter() - began

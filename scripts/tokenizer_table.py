@@ -30,11 +30,26 @@ PAGE = ROOT / "docs" / "tokenizers.md"
 RUNS = Path("outputs/tables/tokenizers")
 BUDGET = 300.0  # seconds of wall clock on two cores: 10 CPU-minutes
 
-# options of train.py beside tokenizer=<name>_small (or the name given first); {} takes experiment=table_tokenizer's
+# options of train.py that all rows share, and those of a family; a later one wins
+SHARED = ["batch_size=64", "optimizer={lr: 1e-3, betas: [0.9, 0.95], weight_decay: 0.0, eps: 1e-8}", "ema=0.995"]
 FAMILIES: dict[str, list[str]] = {
     "cnn_vq": ["tokenizer=cnn_vq_small", "optimizer.lr=2e-3"],
     "fsq": ["tokenizer=cnn_fsq_small", "optimizer.lr=2e-3"],
+    "ifsq": ["tokenizer=ifsq_small", "optimizer.lr=2e-3"],
+    "lfq": ["tokenizer=lfq_small"],
+    "bsq": ["tokenizer=bsq_small"],
+    "ibq": ["tokenizer=ibq_small"],
+    "kl": ["tokenizer=kl_small"],
     "var": ["tokenizer=var_small", "optimizer.lr=2e-3"],
+    "flexvar": ["tokenizer=flexvar_small"],
+    "titok": ["tokenizer=titok_small"],
+    "hita": ["tokenizer=hita_small"],
+    "gigatok": ["tokenizer=gigatok_small"],
+    "restok": ["tokenizer=restok_small"],
+    "retok": ["tokenizer=retok_small"],
+    "flextok": ["tokenizer=flextok_small"],
+    "detailflow": ["tokenizer=detailflow_small"],
+    "dar": ["tokenizer=dar_small"],
 }
 # what 128 px need, for the families of the second table: 256 tokens or fewer
 LARGE: dict[str, list[str]] = {
@@ -85,7 +100,7 @@ def row(kind: str, family: str, folder: Path, budget: float) -> None:
         return
     began = time.perf_counter()
     stages, run = Stages(3), RUNS / f"{kind}_{family}"
-    options = ["experiment=table_tokenizer", *FAMILIES[family], *data_options(kind, folder)]
+    options = [*data_options(kind, folder), *SHARED, *FAMILIES[family]]
     if kind != "cifar10":
         options += [*LARGE[family], "batch_size=16"]
     if kind == "overfit":
