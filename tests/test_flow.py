@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vtok.flow import data_of, interpolate, logit_normal, solve, times
+from vtok.flow import data_of, interpolate, logit_normal, settle, solve, solve_stochastic, times
 
 
 def test_a_straight_path_is_walked_exactly_by_every_solver_and_any_grid():
@@ -48,3 +48,24 @@ def test_time_grids():
     with pytest.raises(ValueError, match="solver"):
         solve(lambda x, t: x, torch.ones(1), [1.0, 0.0], solver="rk45")
     assert float(logit_normal(torch.zeros(1), mean=0.0)) == 0.5
+
+
+def test_the_stochastic_solver_keeps_the_marginal_of_gaussian_data():
+    """Data N(1, 0.5^2): the velocity is linear and known, and 20,000 walks end in that law whatever noise is added."""
+    drawer, mean, spread = torch.Generator().manual_seed(0), 1.0, 0.5
+
+    def velocity(x, t):
+        variance = t**2 + (1 - t) ** 2 * spread**2
+        centred = x - (1 - t) * mean
+        return (t - (1 - t) * spread**2) / variance * centred - mean
+
+    def normal(step):
+        return torch.randn(20_000, generator=drawer, dtype=torch.float64)
+
+    steps = []
+    grid = settle(200, end=0.01)
+    x = solve_stochastic(velocity, normal(0), grid, normal, on_step=lambda i, x, slope: steps.append(i))
+    assert steps == list(range(200)) and grid[-2] == pytest.approx(0.01) and grid[-1] == 0
+    assert abs(float(x.mean()) - mean) < 0.02 and abs(float(x.std()) - spread) < 0.02
+    one = solve_stochastic(lambda x, t: 2 * x, torch.tensor([1.0]), [1.0, 0.0], normal)
+    assert float(one) == 1 - (1 + (2 - 1) * 2)  # a single step is the last one, without noise: x - (x + (2 - t) v)

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vtok.losses.adversarial import LeCam, PatchGAN, adaptive_weight, discriminator_loss, generator_loss
+from vtok.losses.adversarial import LeCam, adaptive_weight, discriminator_loss, generator_loss
+from vtok.losses.discriminators import PatchGAN
+from vtok.losses.frozen import weights_folder
+from vtok.losses.gan import GAN
 from vtok.losses.objective import TokenizerObjective
-from vtok.losses.reconstruction import HEADS_FILE, LPIPS, VGG_FILE, pixel_loss, weights_folder
+from vtok.losses.reconstruction import HEADS_FILE, LPIPS, VGG_FILE, pixel_loss
 from vtok.tokenizer import Reconstruction
 
 
@@ -57,7 +60,7 @@ def test_lpips_is_the_formula_on_torchvisions_vgg(lpips_folder):
             head = heads[f"lin{(3, 8, 15, 22, 29).index(i)}.model.1.weight"]
             difference = F.normalize(x, dim=1, eps=1e-10) - F.normalize(y, dim=1, eps=1e-10)
             want = want + F.conv2d(difference.square(), head).mean((1, 2, 3))
-    module = LPIPS(weights=lpips_folder)
+    module = LPIPS(weights_path=lpips_folder)
     torch.testing.assert_close(module(a, b), want.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(module(b, a), module(a, b))
     assert module(a, a).tolist() == [0, 0]
@@ -68,17 +71,17 @@ def test_lpips_is_the_formula_on_torchvisions_vgg(lpips_folder):
 
 
 def test_missing_lpips_files_are_named(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=rf"{VGG_FILE} \(528 MB\) in {tmp_path}: get it from https://.*VTOK_WEIGHTS"):
-        LPIPS(weights=tmp_path)
+    with pytest.raises(ValueError, match=rf"{VGG_FILE} \(528 MB\) in {tmp_path}: get it from https://.*weights_path="):
+        LPIPS(weights_path=tmp_path)
     (tmp_path / VGG_FILE).write_bytes(b"half a file")
     with pytest.raises(ValueError, match="damaged"):
-        LPIPS(weights=tmp_path)
+        LPIPS(weights_path=tmp_path)
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / VGG_FILE)
     with pytest.raises(ValueError, match=rf"{HEADS_FILE} \(7 KB\)"):
-        LPIPS(weights=tmp_path)
+        LPIPS(weights_path=tmp_path)
     torch.save({}, tmp_path / HEADS_FILE)
     with pytest.raises(ValueError, match=r"features\.0\.weight"):
-        LPIPS(weights=tmp_path)
+        LPIPS(weights_path=tmp_path)
     monkeypatch.setenv("VTOK_WEIGHTS", str(tmp_path / "elsewhere"))
     assert weights_folder() == tmp_path / "elsewhere" and weights_folder(tmp_path) == tmp_path
     monkeypatch.delenv("VTOK_WEIGHTS")
@@ -147,14 +150,16 @@ class Toy(nn.Module):
         return Reconstruction(self.last(images), tokens, {"commitment": 0.25 * self.last.weight.square().mean()})
 
 
-def setting(**options):
+def setting(*, adversary: dict | None = {}, **options):  # noqa: B006
+    """A toy tokenizer, its objective with a small GAN (adversary: its further arguments, None = no GAN), images."""
     torch.manual_seed(0)
-    options = {"perceptual_weight": 0.0, "discriminator_width": 4, "gan_start": 2} | options
-    return Toy(), TokenizerObjective(**options), torch.rand(2, 3, 32, 32) * 2 - 1
+    gan = None if adversary is None else GAN(**{"discriminator": PatchGAN(width=4), "start": 2} | adversary)
+    objective = TokenizerObjective(**{"perceptual_weight": 0.0, "gan": gan} | options)
+    return Toy(), objective, torch.rand(2, 3, 32, 32) * 2 - 1
 
 
 def test_before_the_start_step_there_is_no_gan():
-    toy, objective, images = setting(gan_weight=0.7)
+    toy, objective, images = setting(adversary={"weight": 0.7})
     recon = toy(images)
     before = {k: v.clone() for k, v in objective.state_dict().items()}
     loss, logs = objective.generator_loss(recon, images, toy.last.weight, 1)
@@ -168,7 +173,7 @@ def test_before_the_start_step_there_is_no_gan():
 
 @pytest.mark.parametrize("adaptive", (False, True))
 def test_the_generators_loss_is_the_weighted_sum(adaptive):
-    toy, objective, images = setting(gan_weight=0.7, adaptive=adaptive, pixel="l1", pixel_weight=3.0)
+    toy, objective, images = setting(adversary={"weight": 0.7, "adaptive": adaptive}, pixel="l1", pixel_weight=3.0)
     objective.discriminator.eval()
     recon = toy(images)
     loss, logs = objective.generator_loss(recon, images, toy.last.weight, 2)
@@ -183,7 +188,7 @@ def test_the_generators_loss_is_the_weighted_sum(adaptive):
 
 @pytest.mark.parametrize("kind", ("hinge", "non_saturating"))
 def test_the_discriminator_learns_and_the_tokenizer_does_not(kind):
-    toy, objective, images = setting(gan_loss=kind, lecam_weight=0.1)
+    toy, objective, images = setting(adversary={"loss": kind, "lecam_weight": 0.1})
     fakes = toy(images).images
     optimizer = torch.optim.Adam(objective.discriminator.parameters(), 1e-3)
     losses = []
@@ -198,7 +203,7 @@ def test_the_discriminator_learns_and_the_tokenizer_does_not(kind):
 
 
 def test_validation_leaves_the_gan_out():
-    toy, objective, images = setting(gan_start=0)
+    toy, objective, images = setting(adversary={"start": 0})
     recon = toy(images)
     logs = objective.validation(recon, images)
     torch.testing.assert_close(logs["loss"], logs["pixel"] + logs["commitment"])
@@ -206,27 +211,58 @@ def test_validation_leaves_the_gan_out():
 
 
 def test_lpips_enters_with_its_weight(lpips_folder):
-    toy, objective, images = setting(gan_weight=0, perceptual_weight=0.5, weights=lpips_folder)
+    toy, objective, images = setting(adversary=None, perceptual_weight=0.5, weights_path=lpips_folder)
     recon = toy(images)
     loss, logs = objective.generator_loss(recon, images, None, 0)
-    want = 0.5 * LPIPS(weights=lpips_folder)(recon.images, images).mean()
+    want = 0.5 * LPIPS(weights_path=lpips_folder)(recon.images, images).mean()
     torch.testing.assert_close(logs["perceptual"], want.detach())
     torch.testing.assert_close(loss, F.mse_loss(recon.images, images) + want + recon.losses["commitment"])
     assert objective.discriminator is None and not objective.gan_active(10**9)
 
 
+def test_lpips_rises_and_judges_a_second_decoding(lpips_folder):
+    toy, objective, images = setting(
+        adversary=None, perceptual_weight=0.5, perceptual_warmup=4, weights_path=lpips_folder
+    )
+    recon, other = toy(images), images.flip(3)
+    recon.features["direct_images"] = other
+    logs = [objective.generator_loss(recon, images, None, step)[1] for step in (0, 1, 4, 9)]
+    lpips = LPIPS(weights_path=lpips_folder)
+    for name, made in (("perceptual", recon.images), ("perceptual_direct", other)):
+        want = 0.5 * lpips(made, images).mean().detach()
+        for share, found in zip((0, 0.25, 1, 1), logs):
+            torch.testing.assert_close(found[name], share * want)
+    assert all(set(found) >= {"perceptual", "perceptual_direct"} for found in logs)
+
+
+def test_targets_of_the_family_replace_the_images():
+    toy, objective, images = setting(adversary=None, own_weights={"commitment": 0.0})
+    recon = toy(images)
+    recon.targets = images * 0.5
+    loss, _ = objective.generator_loss(recon, images, None, 0)
+    torch.testing.assert_close(loss, F.mse_loss(recon.images, images * 0.5))
+
+
 def test_mistakes_are_named(tmp_path):
     for options, word in (
         ({"pixel": "l3"}, "pixel"),
-        ({"gan_loss": "wasserstein"}, "gan_loss"),
-        ({"gan_weight": -1.0}, "gan_weight"),
-        ({"perceptual_weight": 1.0, "weights": tmp_path}, "perceptual_weight=0"),
+        ({"pixel_weight": -1.0}, "pixel_weight"),
+        ({"perceptual_weight": 1.0, "weights_path": tmp_path}, "perceptual_weight=0"),
+        ({"adversary": {"loss": "wasserstein"}}, r"gan\.loss"),
+        ({"adversary": {"generator_loss": "wasserstein"}}, r"gan\.generator_loss"),
+        ({"adversary": {"weight": -1.0}}, r"gan\.weight"),
+        ({"adversary": {"first": "both"}}, r"gan\.first"),
+        ({"adversary": {"every": 0}}, r"gan\.every"),
+        ({"adversary": {"consistency_weight": 1.0}}, r"gan\.strong"),
     ):
         with pytest.raises(ValueError, match=word):
             setting(**options)
-    toy, objective, images = setting(adaptive=True)
+    toy, objective, images = setting(adversary={"adaptive": True})
     with pytest.raises(ValueError, match="adaptive"):
         objective.generator_loss(toy(images), images, None, 5)
-    _, objective, images = setting(gan_weight=0)
-    with pytest.raises(ValueError, match="gan_weight=0"):
+    _, objective, images = setting(adversary=None)
+    with pytest.raises(ValueError, match="gan=null"):
         objective.discriminator_loss(images, images, 5)
+    toy, objective, images = setting(own_weights={"comitment": 2.0})
+    with pytest.raises(ValueError, match=r"\['commitment'\], not \['comitment'\]"):
+        objective.generator_loss(toy(images), images, None, 0)

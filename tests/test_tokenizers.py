@@ -50,7 +50,8 @@ def test_training_pass_has_keyed_draws_and_gradients_everywhere(name):
     torch.testing.assert_close(first.images, second.images, rtol=1e-4, atol=1e-5)
     alone = model(images()[2:], key=KEYS[2:], progress=0.5)
     torch.testing.assert_close(alone.images, first.images[2:], rtol=1e-4, atol=1e-4)
-    (first.images.square().mean() + sum(first.losses.values())).backward()
+    aligned = sum(f.square().mean() for f in first.features.values())  # projections that only an objective reads
+    (first.images.square().mean() + sum(first.losses.values()) + aligned).backward()
     missing = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, f"no gradient: {missing}"
     assert model.last_layer.grad is not None and model.last_layer.requires_grad

@@ -4,7 +4,8 @@ Optimization is manual because a GAN has two optimizers. Lightning counts every 
 (its issue 17958), so only the generator's is wrapped and the discriminator's is stepped raw: `global_step` counts
 updates of the trained module, and everything (data order, learning rate, saving) is a function of it. Gradient
 accumulation, clipping, averaging and the guard against non-finite numbers live in one place, `Lit.training_step`.
-Order of a GAN step as in LlamaGen (arXiv 2406.06525): the tokenizer first, then the discriminator on the same images.
+Order of a GAN step as in LlamaGen (arXiv 2406.06525): the tokenizer first, then the discriminator on the same images;
+or the other way round, where the objective says so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vtok import rng
 from vtok.config import describe
+from vtok.fsdp import is_sharded, shard, whole
 from vtok.optim import Recipe, average, check_arguments, check_optimizer, make_optimizer, rate, set_rate
 from vtok.quantize.statistics import perplexity, usage
 
@@ -52,6 +54,7 @@ class Lit(L.LightningModule):
         self._skipped = 0
         self._bad: Tensor | None = None
         self._totals: dict[str, Tensor] = {}
+        self.histograms: dict[str, Tensor] = {}  # of the newest validation, over all processes
         self.latest: dict[str, float] = {}  # the newest value of every metric, for the progress line
         self.began = 0.0
 
@@ -80,6 +83,12 @@ class Lit(L.LightningModule):
         if self.ema is not None:
             self.ema.eval()
         return self
+
+    def configure_model(self) -> None:
+        """Under trainer=fsdp cut the module and its averaged copy over the processes, once."""
+        if not is_sharded(self.trainer.strategy) or hasattr(self.module, "unshard"):
+            return
+        shard([m for m in (self.module, self.ema) if m is not None], self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [make_optimizer([self.module], **self.recipe.optimizer)]
@@ -138,7 +147,7 @@ class Lit(L.LightningModule):
 
     def _clip(self, modules: list[nn.Module]) -> Tensor:
         parameters = [p for m in modules for p in m.parameters() if p.grad is not None]
-        return nn.utils.clip_grad_norm_(parameters, self.recipe.clip or float("inf"))
+        return whole(nn.utils.clip_grad_norm_(parameters, self.recipe.clip or float("inf")))
 
     def _guard(self, step: int, finite: Tensor) -> None:
         """Stop, or drop the gradient. On a GPU the answer is awaited only every `log_every` steps and before saving."""
@@ -209,6 +218,7 @@ class Lit(L.LightningModule):
             totals = {k: self.trainer.strategy.reduce(v, reduce_op="sum") for k, v in totals.items()}
         rows = totals.pop("rows")
         counts = {k: v for k, v in totals.items() if k.startswith("count_")}
+        self.histograms = counts  # for pictures of them
         means = {k: v / rows for k, v in totals.items() if k not in counts}
         metrics = {f"val/{k}": v.float() for k, v in self.finish_validation(means, counts).items()}
         # for monitors and the value that train.py returns; sync_dist changes nothing, all ranks have the same
@@ -247,6 +257,11 @@ class LitTokenizer(Lit):
         self.discriminator_rates = dict(discriminator_optimizer)
         if objective.discriminator is not None:
             self.trained = ("module", "discriminator")
+            if objective.gan.first == "discriminator" and recipe.accumulate > 1:
+                raise ValueError(
+                    f"objective.gan.first=discriminator updates it within each batch, accumulate={recipe.accumulate} "
+                    "has several in a step: set accumulate=1 or objective.gan.first=generator"
+                )
 
     @property
     def discriminator(self) -> nn.Module | None:
@@ -254,42 +269,75 @@ class LitTokenizer(Lit):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         optimizers = super().configure_optimizers()
+        for term in self.objective.terms.values():  # a plug-in's own parameters, at its own multiple of the rate
+            if any(p.requires_grad for p in term.parameters()):
+                for group in make_optimizer([term], **self.recipe.optimizer).param_groups:
+                    optimizers[0].add_param_group({**group, "lr_scale": getattr(term, "lr_scale", 1.0)})
         if self.discriminator is not None:
             optimizers.append(make_optimizer([self.discriminator], **self.discriminator_rates))
         return optimizers
 
     def losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Any]:
-        images = batch["image"]
-        progress = self.global_step / self.recipe.steps
-        recon = self.module(images, key=batch["key"], progress=progress)
+        images, step = batch["image"], self.global_step
+        progress = step / self.recipe.steps
+        recon = self.objective.reconstruct(self.module, images, key=batch["key"], progress=progress)
         last_layer = self.module.last_layer if self.discriminator is not None else None
-        loss, logs = self.objective.generator_loss(recon, images, last_layer, self.global_step)
+        real = recon.real(images)
+        before = self._discriminator_first(batch, real, recon.images.detach()) if self._leads(step) else {}
+        loss, logs = self.objective.generator_loss(
+            recon, images, last_layer, step, progress=progress, key=batch["key"], tokenizer=self.module
+        )
         stats = {k: v for k, v in recon.stats.items() if v.dim() == 0}
-        return loss, {**logs, **stats, "loss": loss.detach()}, recon.images.detach()
+        return loss, {**logs, **before, **stats, "loss": loss.detach()}, (real, recon.images.detach())
 
-    def after_backward(self, batch: Mapping[str, Tensor], rest: Tensor) -> dict[str, Tensor]:
-        if not self.objective.gan_active(self.global_step):
-            return {}
-        loss, logs = self.objective.discriminator_loss(batch["image"], rest, self.global_step)
-        self.manual_backward(loss / self.recipe.accumulate)
-        return logs
+    def _leads(self, step: int) -> bool:
+        return self.objective.discriminator_learns(step) and self.objective.gan.first == "discriminator"
 
-    def _update_others(self, factor: float) -> dict[str, Tensor]:
-        # global_step has moved on by now: the gradients of this step tell whether the discriminator took part in it
-        if self.discriminator is None or all(p.grad is None for p in self.discriminator.parameters()):
-            return {}
+    def _discriminator_first(self, batch: Mapping[str, Tensor], real: Tensor, fakes: Tensor) -> dict[str, Tensor]:
+        """Update the discriminator before it judges: the order of IBQ (arXiv 2412.02692)."""
+        loss, logs = self.objective.discriminator_loss(real, fakes, self.global_step, key=batch["key"])
+        self.manual_backward(loss)
         norm = self._clip([self.discriminator])
+        factor = rate(self.global_step, self.recipe.steps, **self.recipe.schedule)
+        if self.recipe.on_nan == "skip" and not bool(torch.isfinite(norm)):
+            self._drop_discriminator_gradient()
+        return logs | self._step_discriminator(factor, norm)
+
+    def _drop_discriminator_gradient(self) -> None:
+        for parameter in self.discriminator.parameters():
+            parameter.grad = None
+
+    def _step_discriminator(self, factor: float, norm: Tensor) -> dict[str, Tensor]:
         optimizer = self.optimizers(use_pl_optimizer=False)[1]
         set_rate(optimizer, self.discriminator_rates["lr"] * factor)
         optimizer.step()  # raw: not counted as a global step
         optimizer.zero_grad(set_to_none=True)
         return {"discriminator_grad_norm": norm}
 
+    def after_backward(self, batch: Mapping[str, Tensor], rest: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        if not self.objective.discriminator_learns(self.global_step) or self._leads(self.global_step):
+            return {}
+        loss, logs = self.objective.discriminator_loss(*rest, self.global_step, key=batch["key"])
+        self.manual_backward(loss / self.recipe.accumulate)
+        return logs
+
+    def _clip(self, modules: list[nn.Module]) -> Tensor:
+        if modules == [self.module] and len(self.objective.terms):
+            super()._clip([self.objective.terms])  # apart: their rate is another one
+        return super()._clip(modules)
+
+    def _update_others(self, factor: float) -> dict[str, Tensor]:
+        # global_step has moved on by now: the gradients of this step tell whether the discriminator took part in it
+        if self.discriminator is None or all(p.grad is None for p in self.discriminator.parameters()):
+            return {}
+        return self._step_discriminator(factor, self._clip([self.discriminator]))
+
     def validate_module(self, module: nn.Module, batch: Mapping[str, Tensor], suffix: str) -> dict[str, Tensor]:
         images = batch["image"]
-        recon = module(images, key=batch["key"], progress=1.0)
+        recon = self.objective.reconstruct(module, images, key=batch["key"], progress=1.0)
         rows = images.shape[0]
-        found = {k + suffix: v.float() * rows for k, v in self.objective.validation(recon, images).items()}
+        terms = self.objective.validation(recon, images, key=batch["key"], tokenizer=module)
+        found = {k + suffix: v.float() * rows for k, v in terms.items()}
         error = (recon.images.float().clamp(-1, 1) - images.float()).square().flatten(1).mean(1)
         found["psnr" + suffix] = (-10 * torch.log10((error / 4).clamp(min=1e-10))).sum()
         if module.spec.discrete:
@@ -302,8 +350,15 @@ class LitTokenizer(Lit):
         return found
 
     def finish_validation(self, means: dict[str, Tensor], counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name, histogram in counts.items():
-            index, _, raw = name.removeprefix("count_").partition("_")
-            tail = ("" if len(counts) <= 2 and index == "0" else f"_{index}") + ("_raw" if raw else "")
-            means |= {f"usage{tail}": usage(histogram), f"perplexity{tail}": perplexity(histogram)}
+        """Share of codes in use, perplexity and number of dead codes over the whole held-out set, per part of the
+        tokens; with several parts the plain names are their means, and the sum of the dead."""
+        for raw in ("", "_raw"):
+            parts = {k: v for k, v in counts.items() if k.endswith("_raw") == bool(raw)}
+            found = [(usage(h), perplexity(h), (h == 0).sum().float()) for h in parts.values()]
+            for index, values in enumerate(found if len(found) > 1 else ()):
+                names = (f"usage_{index}{raw}", f"perplexity_{index}{raw}", f"dead_{index}{raw}")
+                means |= dict(zip(names, values))
+            if found:
+                used, spread, dead = (torch.stack(values) for values in zip(*found))
+                means |= {f"usage{raw}": used.mean(), f"perplexity{raw}": spread.mean(), f"dead{raw}": dead.sum()}
         return means

@@ -92,3 +92,10 @@ class SampleNoise:
         radius = torch.sqrt(-2 * torch.log(self._unit(mix(word), torch.float64)))
         angle = 2 * math.pi * self._unit(mix(word ^ _signed(_STREAM)), torch.float64)
         return (radius * torch.cos(angle)).float()
+
+
+def noise_of(key: Tensor | None, batch: Tensor) -> SampleNoise:
+    """Noise of the samples of a training batch [B, ..] from their keys int64 [B]; None: keys of torch's generator."""
+    if key is None:
+        key = torch.randint(1 << 62, (len(batch),))
+    return SampleNoise(key.to(batch.device))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,13 +66,17 @@ def make_optimizer(
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `modules`. Tensors with fewer than two dimensions (biases, norms) get no
-    weight decay, as in LlamaGen (arXiv 2406.06525). `lr` is the rate at the configured global batch: nothing is scaled.
+    weight decay, as in LlamaGen (arXiv 2406.06525); neither do those that a module's `undecayed()` lists, where it has
+    one. `lr` is the rate at the configured global batch: nothing is scaled.
     """
     check_optimizer(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+    modules = list(modules)
+    spared = {id(p) for module in modules for p in getattr(module, "undecayed", tuple)()}
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    decayed = [p.dim() >= 2 and id(p) not in spared for p in parameters]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p, decays in zip(parameters, decayed) if decays], "weight_decay": weight_decay},
+        {"params": [p for p, decays in zip(parameters, decayed) if not decays], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps)
 
@@ -90,35 +94,54 @@ def check_optimizer(
         raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {list(betas)}")
 
 
-def check_schedule(*, warmup: float = 0, kind: Kind = "cosine", final: float = 0.0) -> None:
+def check_schedule(
+    *, warmup: float = 0, kind: Kind = "cosine", final: float = 0.0, hold: float = 0, drops: Sequence[int] = ()
+) -> None:
     """Raise ValueError naming the key unless these are arguments of `rate`."""
     if kind not in ("constant", "cosine", "linear"):
         raise ValueError(f"schedule.kind={kind!r}: choose constant, cosine or linear")
     if warmup < 0:
         raise ValueError(f"schedule.warmup must not be negative, got {warmup}")
+    if hold < 0:
+        raise ValueError(f"schedule.hold must not be negative, got {hold}")
     if not 0 <= final <= 1:
         raise ValueError(f"schedule.final is a share of optimizer.lr between 0 and 1, got {final}")
+    if drops and (min(drops) < 1 or kind != "constant"):
+        raise ValueError(f"schedule.drops are steps of a schedule of kind constant, got {list(drops)} and kind {kind}")
 
 
-def rate(step: int, steps: int, *, warmup: float = 0, kind: Kind = "cosine", final: float = 0.0) -> float:
+def rate(
+    step: int,
+    steps: int,
+    *,
+    warmup: float = 0,
+    kind: Kind = "cosine",
+    final: float = 0.0,
+    hold: float = 0,
+    drops: Sequence[int] = (),
+) -> float:
     """Factor of the learning rate in optimizer step `step` of `steps`, counted from 0.
 
     warmup: steps of linear warm-up, or a share of `steps` where it is below 1; the first step has lr / warmup. After
-    it the factor falls from 1 to `final` at the last step, or stays (kind "constant").
+    it the factor falls from 1 to `final` at the last step, or stays (kind "constant"). hold: the step, or share of
+    `steps` below 1, up to which it stays at 1 before it falls (warm-up, stable, decay: GigaTok, VAR, D-AR, xAR).
+    drops: steps from each of which on a constant rate is a tenth of what it was (Open-MAGVIT2, IBQ).
     """
     rise = warmup * steps if warmup < 1 else warmup
     if step < rise:
         return min(1.0, (step + 1) / rise)
     if kind == "constant":
-        return 1.0
-    share = min(1.0, (step - rise) / max(1.0, steps - 1 - rise))
+        return 0.1 ** sum(step >= at for at in drops)
+    begin = max(rise, hold * steps if hold < 1 else hold)
+    share = min(1.0, max(0.0, step - begin) / max(1.0, steps - 1 - begin))
     fall = 0.5 * (1 + math.cos(math.pi * share)) if kind == "cosine" else 1 - share
     return final + (1 - final) * fall
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of all groups; a group with an `lr_scale` gets that multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 @torch.no_grad()
@@ -128,11 +151,16 @@ def average(ema: nn.Module, module: nn.Module, step: int, decay: float) -> None:
     Buffers are copied, not averaged: counters are integers, and an averaged codebook or batch statistic already is one.
     """
     keep = min(decay, (1 + step) / (10 + step))
-    averaged, current = list(ema.parameters()), list(module.parameters())
+    averaged, current = ([_local(p) for p in m.parameters()] for m in (ema, module))
     if averaged:
         torch._foreach_lerp_(averaged, [p.to(a.dtype) for a, p in zip(averaged, current)], 1 - keep)
     for old, new in zip(ema.buffers(), module.buffers()):
         old.copy_(new)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a parameter that may be cut over processes (trainer=fsdp)."""
+    return parameter.detach().to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def memory(modules: Mapping[str, nn.Module | None], *, trained: Iterable[str]) -> dict[str, int]:

@@ -119,7 +119,8 @@ class Quantized:
 class Reconstruction:
     """images [B, 3, H, W] in about [-1, 1]; tokens; losses of the family itself, weighted; stats for logs.
 
-    features: hidden states by name, for objectives that align them with a pretrained network.
+    features: hidden states by name, for objectives that align them with a pretrained network. targets: what `images`
+    should be, row by row, where that is not the input: degraded images, or several decodings of one image, [n B, ..].
     """
 
     images: Tensor
@@ -127,17 +128,24 @@ class Reconstruction:
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
+    targets: Tensor | None = None
+
+    def real(self, images: Tensor) -> Tensor:
+        """What `images` should be, given the inputs of the pass."""
+        return images if self.targets is None else self.targets
 
 
 class Quantizer(Configured, nn.Module):
     """Maps vectors to codes. Runs in float32 whatever the surrounding precision: nearest codes are decided by small
     differences of large distances.
 
-    `forward(z)` takes [B, L, C] or a map [B, h, w, C]; multi-scale quantizers need the map.
+    `forward(z)` takes [B, L, C] or a map [B, h, w, C]; multi-scale quantizers need the map. One that `draws` takes
+    `forward(z, noise)` with a SampleNoise, or None for its mean.
     """
 
     vocab_size: int | None
     channels: int
+    draws: bool = False
 
     @property
     def width(self) -> int:
@@ -162,6 +170,29 @@ class Quantizer(Configured, nn.Module):
     def assemble(self, codes: Tensor, keep: int | None = None) -> Tensor:
         """The decoder's z from codes [B, L, C]: the codes themselves, or a residual sum over the first `keep`."""
         return codes if keep is None else codes[:, :keep]
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Sizes of the F sub-codes that `split` writes an id as; their product is vocab_size. (vocab_size,) where the
+        quantizer was not asked for more. Raises ValueError for continuous tokens."""
+        if self.vocab_size is None:
+            raise ValueError(f"{type(self).__name__} has continuous tokens: they have no factors")
+        return (self.vocab_size,)
+
+    def split(self, ids: Tensor) -> Tensor:
+        """Sub-codes int64 [.., F] of ids [..], the f-th below factors[f]: id = sum_f part_f * product(factors[:f])."""
+        parts, rest = [], ids
+        for factor in self.factors:
+            parts.append(rest % factor)
+            rest = rest // factor
+        return torch.stack(parts, -1)
+
+    def join(self, parts: Tensor) -> Tensor:
+        """Ids int64 [..] of sub-codes [.., F]: the inverse of `split`."""
+        if parts.shape[-1] != len(self.factors):
+            raise ValueError(f"parts are {tuple(parts.shape)}, expected [.., {len(self.factors)}], one per factor")
+        basis = [math.prod(self.factors[:f]) for f in range(len(self.factors))]
+        return (parts * torch.tensor(basis, device=parts.device)).sum(-1)
 
 
 class Tokenizer(Configured, nn.Module):
@@ -236,8 +267,17 @@ class Tokenizer(Configured, nn.Module):
         key int64 [B]: of the samples, for whatever is drawn (nested dropout, flow times), so that a sample's draws do
         not depend on batch or process; None draws from torch's generator. progress: share of training done.
         """
-        found = self.quantizer(self.features(images))
+        found = self.quantize(self.features(images), key)
         return Reconstruction(self.pixels(found.z), found.ids, found.loss, found.stats)
+
+    def quantize(self, z: Tensor, key: Tensor | None = None) -> Quantized:
+        """The bottleneck's training pass on z. One that draws gets the noise of `key` int64 [B]; without keys it draws
+        them in training and takes the mean in eval mode."""
+        if not self.quantizer.draws:
+            return self.quantizer(z)
+        if key is None and self.training:
+            key = torch.randint(2**62, (len(z),), device=z.device)
+        return self.quantizer(z, None if key is None else SampleNoise(key))
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -15,7 +15,21 @@ from torch import Tensor
 from vtok.tokenizer import Tokenizer
 
 CONVERTERS: dict[str, str] = {
+    "gigatok": "vtok.convert.gigatok",
+    "dar": "vtok.convert.dar",
+    "flexvar": "vtok.convert.flexvar",
+    "ibq": "vtok.convert.ibq",
+    "ifsq": "vtok.convert.ifsq",
+    "kl": "vtok.convert.kl",
+    "detailflow": "vtok.convert.detailflow",
+    "flextok": "vtok.convert.flextok",
     "llamagen": "vtok.convert.llamagen",
+    "magvit2": "vtok.convert.magvit2",
+    "maskgit_vqgan": "vtok.convert.maskgit_vqgan",
+    "hita": "vtok.convert.hita",
+    "retok": "vtok.convert.retok",
+    "restok": "vtok.convert.restok",
+    "titok": "vtok.convert.titok",
     "var": "vtok.convert.var",
 }
 

@@ -84,3 +84,11 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CNNTokeni
     )
     load_strict(module, tensors, SOURCE)
     return module.eval()
+
+
+def level_multipliers(state: Mapping[str, Tensor], half: str, channels: int, source: str) -> list[int]:
+    """Widths of the levels over `channels`, highest resolution first; half: encoder or decoder."""
+    levels = highest(state, rf"{half}\.conv_blocks\.(\d+)\..*", source)
+    keys = [f"{half}.conv_blocks.{i}.res.0.conv1.weight" for i in range(levels)]
+    found = [shape(state, key, source)[0] // channels for key in keys]
+    return found if half == "encoder" else found[::-1]

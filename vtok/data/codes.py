@@ -51,7 +51,8 @@ class OnlineTokens(LightningDataModule):
     """An image data module whose batches are encoded on the device.
 
     data: an ImageData. tokenizer: run directory, .ckpt, shared folder, or a Tokenizer. keep_images: leave "image" in
-    the batch beside "tokens".
+    the batch beside "tokens". corrections: add "corrupted" and "repaired", rows [B, L] in which the tokenizer goes on
+    from wrong tokens, to learn to repair them (DetailFlow); needs a tokenizer that can.
     """
 
     def __init__(
@@ -61,10 +62,14 @@ class OnlineTokens(LightningDataModule):
         tokenizer: str | Tokenizer,
         weights: Weights = "ema",
         keep_images: bool = False,
+        corrections: bool = False,
     ) -> None:
         super().__init__()
-        self.data, self.keep_images = data, keep_images
+        self.data, self.keep_images, self.corrections = data, keep_images, corrections
         self.tokenizer = frozen(tokenizer, weights)
+        if corrections and not getattr(self.tokenizer, "correction", False):
+            name = type(self.tokenizer).__name__
+            raise ValueError(f"corrections=true needs a tokenizer that repairs its tokens (DetailFlow's), not {name}")
         self.spec = spec_at(self.tokenizer, data.image_size)
 
     @property
@@ -121,9 +126,13 @@ class OnlineTokens(LightningDataModule):
         noise = SampleNoise(batch["key"])
         # autocast off: the ids must not depend on the precision in which the generator trains
         with torch.autocast(images.device.type, enabled=False):
-            tokens = self.tokenizer.encode(images.float(), noise=noise)
+            if self.corrections:
+                names = "tokens", "corrupted", "repaired"
+                rows = dict(zip(names, self.tokenizer.corrupted(images.float(), noise)))
+            else:
+                rows = {"tokens": self.tokenizer.encode(images.float(), noise=noise)}
         kept = {k: v for k, v in batch.items() if k != "image" or self.keep_images}
-        return {"tokens": tokens, **kept}
+        return {**rows, **kept}
 
 
 class Codes(StepData):

@@ -19,7 +19,7 @@ from vtok.layers.cache import KVCache
 from vtok.layers.rope import rotate
 
 Mask = Tensor | Literal["causal"] | Any | None  # bool [.., q, k], "causal", a BlockMask, or None: every key is seen
-QKNorm = Literal["none", "l2", "rms", "layer"]
+QKNorm = Literal["none", "l2", "rms", "layer", "layer_plain"]
 MAX_LOG_SCALE = math.log(100)
 
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
     bias: "none"; "qkv"; "qv": k's bias is fixed at zero, as in VAR. qk_norm: "l2" normalises q and k and multiplies q
     by a learned scale per head, exp(min(s, ln 100)), s starting at ln 4 (Liu et al., Swin v2, arXiv 2111.09883; VAR),
-    with softmax scale 1; "rms" and "layer" are affine norms over the head's channels.
+    with softmax scale 1; "rms" and "layer" are affine norms over the head's channels, "layer_plain" a bare one.
     """
 
     def __init__(
@@ -101,8 +101,10 @@ class Attention(nn.Module):
         elif qk_norm in ("rms", "layer"):
             make = nn.RMSNorm if qk_norm == "rms" else nn.LayerNorm
             self.q_norm, self.k_norm = make(dim // heads, eps=eps), make(dim // heads, eps=eps)
+        elif qk_norm == "layer_plain":
+            self.q_norm = self.k_norm = nn.LayerNorm(dim // heads, eps=eps, elementwise_affine=False)
         elif qk_norm != "none":
-            raise ValueError(f"qk_norm={qk_norm!r}: choose none, l2, rms or layer")
+            raise ValueError(f"qk_norm={qk_norm!r}: choose none, l2, rms, layer or layer_plain")
 
     def forward(
         self,

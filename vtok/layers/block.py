@@ -15,39 +15,44 @@ from torch import Tensor, nn
 from vtok.layers.attention import Attention, Mask, QKNorm
 from vtok.layers.cache import KVCache
 
-Norm = Literal["rms", "layer"]
-Activation = Literal["swiglu", "silu", "gelu", "gelu_tanh"]
+Norm = Literal["rms", "layer", "layer_plain"]
+Activation = Literal["swiglu", "geglu", "silu", "gelu", "gelu_tanh"]
 Modulation = Literal["none", "own", "shared"]
 
 
 def make_norm(kind: Norm, dim: int, eps: float, affine: bool = True) -> nn.Module:
-    """RMSNorm or LayerNorm over the last dimension; statistics are float32 inside either."""
+    """RMSNorm or LayerNorm over the last dimension; statistics are float32 inside either. layer_plain: never affine."""
     if kind == "rms":
         return nn.RMSNorm(dim, eps=eps, elementwise_affine=affine)
     if kind == "layer":
         return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine)
-    raise ValueError(f"norm={kind!r}: choose rms or layer")
+    if kind == "layer_plain":
+        return nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
+    raise ValueError(f"norm={kind!r}: choose rms, layer or layer_plain")
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202), down(silu(gate) * value) with one fused projection; or a plain activation."""
+    """SwiGLU (Shazeer, arXiv 2002.05202), down(silu(gate) * value) with one fused projection; GEGLU, whose gate is
+    a gelu; or a plain activation. dropout: on the hidden values."""
 
-    def __init__(self, *, dim: int, hidden: int, kind: Activation, bias: bool) -> None:
+    def __init__(self, *, dim: int, hidden: int, kind: Activation, bias: bool, dropout: float = 0.0) -> None:
         super().__init__()
-        if kind not in ("swiglu", "silu", "gelu", "gelu_tanh"):
-            raise ValueError(f"ffn={kind!r}: choose swiglu, silu, gelu or gelu_tanh")
-        self.kind, self.gated = kind, kind == "swiglu"
+        if kind not in ("swiglu", "geglu", "silu", "gelu", "gelu_tanh"):
+            raise ValueError(f"ffn={kind!r}: choose swiglu, geglu, silu, gelu or gelu_tanh")
+        self.kind, self.gated, self.dropout = kind, kind in ("swiglu", "geglu"), dropout
         self.up = nn.Linear(dim, 2 * hidden if self.gated else hidden, bias=bias)
         self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
         if self.gated:
-            gate, value = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * value)
-        if self.kind == "silu":
-            return self.down(F.silu(x))
-        return self.down(F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+            gate, x = x.chunk(2, dim=-1)
+            x = (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate)) * x
+        elif self.kind == "silu":
+            x = F.silu(x)
+        else:
+            x = F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+        return self.down(F.dropout(x, self.dropout, self.training))
 
 
 class DropPath(nn.Module):
@@ -85,22 +90,31 @@ class Block(nn.Module):
         drop_path: float,
         ffn_bias: bool | None = None,
         layer_scale: float | None = None,
+        affine: bool = False,
+        ffn_dropout: float = 0.0,
+        out_bias: bool | None = None,
     ) -> None:
         super().__init__()
-        plain = modulation == "none"
+        plain = modulation == "none" or affine
         biased = bias != "none"
         self.norm1, self.norm2 = make_norm(norm, dim, eps, plain), make_norm(norm, dim, eps, plain)
         self.attention = Attention(
             dim=dim,
             heads=heads,
             bias=bias,
-            out_bias=biased,
+            out_bias=biased if out_bias is None else out_bias,
             qk_norm=qk_norm,
             eps=eps,
             scale=attention_scale,
             dropout=attention_dropout,
         )
-        self.ffn = FeedForward(dim=dim, hidden=hidden, kind=ffn, bias=biased if ffn_bias is None else ffn_bias)
+        self.ffn = FeedForward(
+            dim=dim,
+            hidden=hidden,
+            kind=ffn,
+            bias=biased if ffn_bias is None else ffn_bias,
+            dropout=ffn_dropout,
+        )
         scaled = layer_scale is not None
         self.scale1 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
         self.scale2 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
@@ -117,8 +131,12 @@ class Block(nn.Module):
         mask: Mask,
         cache: KVCache | None,
         layer: int,
+        each: Tensor | None = None,
     ) -> Tensor:
-        """x [R, l, D]; vector: SiLU of the condition [R, v, D], or its shared projection [R, v, 6, D]; v is 1 or l."""
+        """x [R, l, D]; vector: SiLU of the condition [R, v, D], or its shared projection [R, v, 6, D]; v is 1 or l.
+
+        each: int64 [l], the row of `vector` that modulates each position, where v is neither.
+        """
         if vector is None:
             attended = self.attention(self.norm1(x), position=position, mask=mask, cache=cache, layer=layer)
             changed = self.dropout(attended)
@@ -129,6 +147,8 @@ class Block(nn.Module):
             slots = self.modulation(vector).unflatten(-1, (6, -1))
         else:
             slots = vector + self.offset
+        if each is not None:
+            slots = slots[:, each]
         gate1, gate2, scale1, scale2, shift1, shift2 = slots.unbind(-2)
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
         attended = self.attention(h, position=position, mask=mask, cache=cache, layer=layer)

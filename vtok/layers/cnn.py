@@ -8,9 +8,12 @@ convolution pads right and bottom only (symmetric padding takes the same weights
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vtok.layers.cnn_adaptive import AdaptiveGroupNorm, DepthToSpaceUpsample
 
 
 class Encoder(nn.Module):
@@ -19,6 +22,8 @@ class Encoder(nn.Module):
     channels, multipliers: the width of level i is channels * multipliers[i], highest resolution first.
     blocks: residual blocks a level. attention: after each block of the last level. mid_attention: between the two
     middle blocks. groups: of every GroupNorm; must divide all widths. out_kernel: of the last convolution.
+    mid_blocks: residual blocks in the middle; the attention stands behind the first. bias: of the convolutions of the
+    residual blocks, and of the encoder's first. downsample: "asymmetric" pads right and bottom; "symmetric" all sides.
     """
 
     def __init__(
@@ -34,21 +39,26 @@ class Encoder(nn.Module):
         groups: int = 32,
         dropout: float = 0.0,
         out_kernel: int = 3,
+        mid_blocks: int = 2,
+        bias: bool = True,
+        downsample: Literal["asymmetric", "symmetric"] = "asymmetric",
     ) -> None:
         super().__init__()
+        if downsample not in ("asymmetric", "symmetric"):
+            raise ValueError(f"downsample={downsample!r}: choose asymmetric or symmetric")
         widths = level_widths(channels, multipliers, groups)
         last = len(widths) - 1
         self.stride = 2**last
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias)
         self.levels = nn.ModuleList()
         width = channels
         for i, wide in enumerate(widths):
-            level = Level(width, wide, blocks, attention and i == last, groups, dropout)
+            level = Level(width, wide, blocks, attention and i == last, groups, dropout, bias)
             self.levels.append(level)
             if i < last:
-                level.resample = Downsample(wide)
+                level.resample = Downsample(wide, symmetric=downsample == "symmetric")
             width = wide
-        self.mid = _middle(width, mid_attention, groups, dropout)
+        self.mid = _middle(width, mid_blocks, mid_attention, groups, dropout, bias)
         self.norm_out = norm(width, groups)
         self.conv_out = nn.Conv2d(width, out_channels, out_kernel, padding=out_kernel // 2)
 
@@ -63,7 +73,9 @@ class Decoder(nn.Module):
     """Features [B, in_channels, h, w] to images [B, out_channels, s * h, s * w]; arguments as in Encoder.
 
     The levels run from the lowest resolution to the highest: `levels[0]` has width channels * multipliers[-1]. The
-    published decoders have one block a level more than their encoders.
+    published decoders have one block a level more than their encoders (MAGVIT-v2's: as many). upsample: "nearest"
+    followed by a convolution, or "depth_to_space". adaptive: `adaptive[i]`, a GroupNorm that `features` scale and
+    shift, stands before level i. Both are MAGVIT-v2's: see vtok.layers.cnn_adaptive.
     """
 
     def __init__(
@@ -79,27 +91,37 @@ class Decoder(nn.Module):
         groups: int = 32,
         dropout: float = 0.0,
         out_kernel: int = 3,
+        mid_blocks: int = 2,
+        bias: bool = True,
+        upsample: Literal["nearest", "depth_to_space"] = "nearest",
+        adaptive: bool = False,
     ) -> None:
         super().__init__()
+        if upsample not in ("nearest", "depth_to_space"):
+            raise ValueError(f"upsample={upsample!r}: choose nearest or depth_to_space")
         widths = level_widths(channels, multipliers, groups)[::-1]
         last = len(widths) - 1
         self.stride = 2**last
         width = widths[0]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.mid = _middle(width, mid_attention, groups, dropout)
-        self.levels = nn.ModuleList()
+        self.mid = _middle(width, mid_blocks, mid_attention, groups, dropout, bias)
+        self.levels, self.adaptive = nn.ModuleList(), nn.ModuleList()
         for i, wide in enumerate(widths):
-            level = Level(width, wide, blocks, attention and i == 0, groups, dropout)
+            if adaptive:
+                self.adaptive.append(AdaptiveGroupNorm(width, in_channels, groups))
+            level = Level(width, wide, blocks, attention and i == 0, groups, dropout, bias)
             self.levels.append(level)
             if i < last:
-                level.resample = Upsample(wide)
+                level.resample = Upsample(wide) if upsample == "nearest" else DepthToSpaceUpsample(wide)
             width = wide
         self.norm_out = norm(width, groups)
         self.conv_out = nn.Conv2d(width, out_channels, out_kernel, padding=out_kernel // 2)
 
     def forward(self, features: Tensor) -> Tensor:
         h = self.mid(self.conv_in(features))
-        for level in self.levels:
+        for i, level in enumerate(self.levels):
+            if self.adaptive:
+                h = self.adaptive[i](h, features)
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
@@ -107,10 +129,12 @@ class Decoder(nn.Module):
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where asked; then `resample`, if set."""
 
-    def __init__(self, width: int, wide: int, blocks: int, attention: bool, groups: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, wide: int, blocks: int, attention: bool, groups: int, dropout: float, bias: bool = True
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(width if i == 0 else wide, wide, groups, dropout) for i in range(blocks)
+            ResidualBlock(width if i == 0 else wide, wide, groups, dropout, bias) for i in range(blocks)
         )
         self.attention = nn.ModuleList(Attention2d(wide, groups) for _ in range(blocks if attention else 0))
         self.resample: nn.Module | None = None
@@ -126,14 +150,14 @@ class Level(nn.Module):
 class ResidualBlock(nn.Module):
     """x + conv(dropout(silu(norm(conv(silu(norm(x))))))), with a 1 x 1 convolution of x where the width changes."""
 
-    def __init__(self, width: int, wide: int, groups: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, wide: int, groups: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
         self.norm1 = norm(width, groups)
-        self.conv1 = nn.Conv2d(width, wide, 3, padding=1)
+        self.conv1 = nn.Conv2d(width, wide, 3, padding=1, bias=bias)
         self.norm2 = norm(wide, groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1)
-        self.shortcut = nn.Conv2d(width, wide, 1) if width != wide else nn.Identity()
+        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=bias)
+        self.shortcut = nn.Conv2d(width, wide, 1, bias=bias) if width != wide else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -158,14 +182,18 @@ class Attention2d(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution: one zero to the right and below, then a 3 x 3 convolution of stride 2 without padding."""
+    """Half the resolution: one zero to the right and below, then a 3 x 3 convolution of stride 2 without padding.
 
-    def __init__(self, width: int) -> None:
+    symmetric: zeros on all four sides instead, as MAGVIT-v2's encoder has them.
+    """
+
+    def __init__(self, width: int, *, symmetric: bool = False) -> None:
         super().__init__()
+        self.pad = (1, 1, 1, 1) if symmetric else (0, 1, 0, 1)
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.conv(F.pad(h, (0, 1, 0, 1)))
+        return self.conv(F.pad(h, self.pad))
 
 
 class Upsample(nn.Module):
@@ -194,10 +222,10 @@ def level_widths(channels: int, multipliers: Sequence[int], groups: int) -> list
     return widths
 
 
-def _middle(width: int, attention: bool, groups: int, dropout: float) -> nn.Sequential:
+def _middle(width: int, blocks: int, attention: bool, groups: int, dropout: float, bias: bool) -> nn.Sequential:
     middle: list[nn.Module] = [Attention2d(width, groups)] if attention else []
-    first, second = (ResidualBlock(width, width, groups, dropout) for _ in range(2))
-    return nn.Sequential(first, *middle, second)
+    first, *rest = (ResidualBlock(width, width, groups, dropout, bias) for _ in range(blocks))
+    return nn.Sequential(first, *middle, *rest)
 
 
 def to_map(tokens: Tensor, height: int) -> Tensor:

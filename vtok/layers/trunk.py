@@ -24,7 +24,8 @@ class Inputs:
     x [R, l, D]; rank int64 [l] or [R, l]; pattern: what the ranks say about the positions among themselves, known on
     the host; position: (cos, sin, added to q and k or None), tables [l, E/2] or [R, l, E/2]; vector [R, v, D], v = 1 or
     l; read: index of the positions that predict (None = all); mask: bool [.., l, keys] where ranks cannot tell; at:
-    block -> edit of h [R, l, D] on entry to that block.
+    block -> edit of h [R, l, D] on entry to that block; each: int64 [l], the row of `vector` of each position where
+    several positions share one (a vector a step, say: xAR).
     """
 
     x: Tensor
@@ -35,6 +36,7 @@ class Inputs:
     read: Tensor | None = None
     mask: Mask = None
     at: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    each: Tensor | None = None
 
     def window(self, index: Tensor) -> Inputs:
         """The positions index [R, w] of every row, for ragged rows."""
@@ -48,6 +50,8 @@ class Inputs:
 
         position = None if self.position is None else tuple(pick(table) for table in self.position)
         vector = self.vector
+        if vector is not None and self.each is not None:
+            vector = vector[:, self.each]
         if vector is not None and vector.shape[1] == width and width > 1:
             vector = vector[rows, index]
         rank = self.rank[index] if self.rank.dim() == 1 else self.rank.gather(1, index)
@@ -63,6 +67,9 @@ class Trunk(nn.Module):
     of the last block, rising linearly from 0. checkpointing: recompute blocks in the backward pass. ffn_bias: where it
     is not the attention's. layer_scale: start value of a learned scale on each residual branch (CaiT, arXiv
     2103.17239); only without modulation. final_norm: false leaves it, and its modulation, to the caller.
+    modulated_affine: which norms keep weights of their own although they are modulated: "none", those of the "blocks"
+    (RAR), or "all" (GigaTok). final_norm="plain": an affine one without modulation (xAR). ffn_dropout: on the hidden
+    values of the feed-forward. out_bias: of the attention's last projection, where it is not that of q, k and v.
     """
 
     def __init__(
@@ -85,7 +92,10 @@ class Trunk(nn.Module):
         checkpointing: bool = False,
         ffn_bias: bool | None = None,
         layer_scale: float | None = None,
-        final_norm: bool = True,
+        final_norm: bool | Literal["plain"] = True,
+        modulated_affine: Literal["none", "blocks", "all"] = "none",
+        ffn_dropout: float = 0.0,
+        out_bias: bool | None = None,
     ) -> None:
         super().__init__()
         if depth < 1:
@@ -109,12 +119,16 @@ class Trunk(nn.Module):
                 drop_path=drop_path * i / max(depth - 1, 1),
                 ffn_bias=ffn_bias,
                 layer_scale=layer_scale,
+                affine=modulated_affine != "none",
+                ffn_dropout=ffn_dropout,
+                out_bias=out_bias,
             )
             for i in range(depth)
         )
         self.shared = nn.Linear(dim, 6 * dim) if modulation == "shared" else None
-        self.norm = make_norm(norm, dim, eps, affine=modulation == "none") if final_norm else nn.Identity()
-        self.final = nn.Linear(dim, 2 * dim) if modulation != "none" and final_norm else None  # scale, shift
+        plain = modulation == "none" or modulated_affine == "all" or final_norm == "plain"
+        self.norm = make_norm(norm, dim, eps, affine=plain) if final_norm else nn.Identity()
+        self.final = nn.Linear(dim, 2 * dim) if modulation != "none" and final_norm is True else None  # scale, shift
 
     def cache(self, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str) -> KVCache:
         """An empty cache that fits this trunk."""
@@ -142,6 +156,7 @@ class Trunk(nn.Module):
         vector = None if inputs.vector is None else F.silu(inputs.vector.to(x.dtype))
         slots = vector if self.shared is None or vector is None else self.shared(vector).unflatten(-1, (6, -1))
         settings: dict[str, Any] = {"vector": slots, "position": inputs.position, "mask": mask, "cache": cache}
+        settings["each"] = inputs.each
         for i, block in enumerate(self.blocks):
             if i in inputs.at:
                 x = inputs.at[i](x)
@@ -151,5 +166,5 @@ class Trunk(nn.Module):
                 x = block(x, layer=i, **settings)
         if self.final is None:
             return self.norm(x)
-        scale, shift = self.final(vector).chunk(2, dim=-1)
+        scale, shift = (v if inputs.each is None else v[:, inputs.each] for v in self.final(vector).chunk(2, dim=-1))
         return torch.addcmul(shift, self.norm(x), 1 + scale)

@@ -1,37 +1,38 @@
-"""The training objective of a reconstructing tokenizer: pixels + LPIPS + bottleneck losses + a patch GAN.
+"""The training objective of a reconstructing tokenizer: pixels, LPIPS, the family's own losses, plug-ins and a GAN.
 
-total = w_p * pixel + w_l * LPIPS + sum(bottleneck losses) + w_a * w_g * G(fake), w_a = 1 or VQGAN's adaptive weight
-(Esser et al., arXiv 2012.09841, eq. 7). The GAN is exactly absent before `gan_start` (LlamaGen, arXiv 2406.06525:
-step 20,000): the discriminator is not run then. Nothing is remembered between calls except parameters and buffers.
+total = w_p * pixel + w_l * LPIPS + sum(own losses) + sum(terms) + GAN. A term is any module
+`term(recon, images, *, step, progress, key, tokenizer) -> {name: weighted scalar loss}`: semantic alignment, an
+autoregressive prior, logits of a classifier (vtok/losses). Its parameters, if it has any, are trained beside the
+tokenizer, at `term.lr_scale` times its learning rate; one with `needs_codes` finds them in recon.features["codes"].
+Nothing is remembered between calls except parameters and buffers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from vtok.losses.adversarial import LeCam, PatchGAN, adaptive_weight, discriminator_loss, generator_loss
+from vtok.losses.gan import GAN, Logs
+from vtok.losses.prior import watch
 from vtok.losses.reconstruction import LPIPS, pixel_loss
-from vtok.tokenizer import Reconstruction
+from vtok.tokenizer import Reconstruction, Tokenizer
 
-Logs = dict[str, Tensor]
+AT_THE_END = 10**12  # validation measures what training ends with: every warm-up done, every temporary loss gone
 
 
 class TokenizerObjective(nn.Module):
     """Two losses, one for the tokenizer and one for the discriminator.
 
-    pixel, pixel_weight: "l1" or "l2" between images in [-1, 1].
-    perceptual_weight: weight of LPIPS; 0 builds none and needs no weights file. weights: folder of the LPIPS files.
-    gan_weight: weight of the generator's adversarial loss; 0 builds no discriminator (`discriminator` is None).
-    gan_loss: "hinge" or "non_saturating". gan_start: first optimizer step with a GAN. adaptive: multiply by the ratio
-    of the gradient norms at the decoder's last layer. lecam_weight: LeCam regulariser of the discriminator.
-    discriminator_width, discriminator_layers: 64 and 3 are the published PatchGAN.
+    pixel, pixel_weight: "l1" or "l2" between images in [-1, 1] (papers that measure in [0, 1] have a quarter of the l2
+    and half of the l1). perceptual_weight: of LPIPS; 0 builds none and needs no weights file; perceptual_warmup: steps
+    over which it rises linearly from 0. weights_path: folder of the LPIPS files. own_weights: factors of losses of the
+    family by name (1 where not named; 0 drops one). terms: plug-ins by name, null drops one. gan: the GAN.
 
-    The training loop calls `generator_loss` at every step, and `discriminator_loss` where `gan_active(step)` is true.
+    The training loop calls `generator_loss` at every step, and `discriminator_loss` where `discriminator_learns(step)`.
     """
 
     def __init__(
@@ -40,93 +41,139 @@ class TokenizerObjective(nn.Module):
         pixel: Literal["l1", "l2"] = "l2",
         pixel_weight: float = 1.0,
         perceptual_weight: float = 1.0,
-        gan_weight: float = 0.5,
-        gan_loss: Literal["hinge", "non_saturating"] = "hinge",
-        gan_start: int = 20_000,
-        adaptive: bool = False,
-        lecam_weight: float = 0.0,
-        discriminator_width: int = 64,
-        discriminator_layers: int = 3,
-        weights: str | Path | None = None,
+        perceptual_warmup: int = 0,
+        weights_path: str | Path | None = None,
+        own_weights: Mapping[str, float] | None = None,
+        terms: Mapping[str, nn.Module] | None = None,
+        gan: GAN | None = None,
     ) -> None:
         super().__init__()
         if pixel not in ("l1", "l2"):
             raise ValueError(f"pixel={pixel!r}: choose l1 or l2")
-        if gan_loss not in ("hinge", "non_saturating"):
-            raise ValueError(f"gan_loss={gan_loss!r}: choose hinge or non_saturating")
-        for name, value in (("perceptual_weight", perceptual_weight), ("gan_weight", gan_weight)):
+        numbers = {"pixel_weight": pixel_weight, "perceptual_weight": perceptual_weight}
+        for name, value in (numbers | {"perceptual_warmup": perceptual_warmup}).items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         self.pixel, self.pixel_weight = pixel, pixel_weight
-        self.perceptual_weight, self.gan_weight = perceptual_weight, gan_weight
-        self.gan_loss, self.gan_start, self.adaptive = gan_loss, gan_start, adaptive
-        self.lecam_weight = lecam_weight
-        self.perceptual = LPIPS(weights=weights) if perceptual_weight else None
-        self.discriminator = None
-        self.lecam = None
-        if gan_weight:
-            self.discriminator = PatchGAN(width=discriminator_width, layers=discriminator_layers)
-            self.lecam = LeCam() if lecam_weight else None
+        self.perceptual_weight, self.perceptual_warmup = perceptual_weight, perceptual_warmup
+        self.own_weights = dict(own_weights or {})
+        self.perceptual = LPIPS(weights_path=weights_path) if perceptual_weight else None
+        self.terms = nn.ModuleDict({name: term for name, term in (terms or {}).items() if term is not None})
+        self.gan = gan
+
+    @property
+    def discriminator(self) -> nn.Module | None:
+        return None if self.gan is None else self.gan.discriminator
 
     def gan_active(self, step: int) -> bool:
         """Whether the GAN takes part in optimizer step `step` (counted from 0)."""
-        return self.discriminator is not None and step >= self.gan_start
+        return self.gan is not None and self.gan.active(step)
+
+    def discriminator_learns(self, step: int) -> bool:
+        """Whether the discriminator is updated in optimizer step `step`."""
+        return self.gan is not None and self.gan.learns(step)
+
+    def reconstruct(
+        self, tokenizer: Tokenizer, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0
+    ) -> Reconstruction:
+        """The tokenizer's training pass, with its codes among the features where a term asks for them."""
+        if not any(getattr(term, "needs_codes", False) for term in self.terms.values()):
+            return tokenizer(images, key=key, progress=progress)
+        with watch(tokenizer.quantizer) as passes:
+            recon = tokenizer(images, key=key, progress=progress)
+        recon.features["codes"] = passes[0].codes[:, : recon.tokens.shape[1]]
+        return recon
 
     def generator_loss(
-        self, recon: Reconstruction, images: Tensor, last_layer: nn.Parameter | None, step: int
+        self,
+        recon: Reconstruction,
+        images: Tensor,
+        last_layer: nn.Parameter | None,
+        step: int,
+        *,
+        progress: float = 0.0,
+        key: Tensor | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> tuple[Tensor, Logs]:
         """Loss of the tokenizer, float32 scalar, and its weighted terms, detached.
 
-        recon: what the tokenizer's forward returned for `images` [B, 3, H, W] in [-1, 1]. last_layer: weight of the
-        last decoder layer, needed only with `adaptive`. step: optimizer step. The discriminator gets no gradient.
+        recon: what `reconstruct` returned for `images` [B, 3, H, W] in [-1, 1]. last_layer: weight of the
+        last decoder layer, needed only with gan.adaptive. step: optimizer step; progress: share of training done; key
+        int64 [B]: of the samples; tokenizer: what made `recon`. The discriminator gets no gradient.
         """
-        fake, real = recon.images.float(), images.float()
-        reconstruction = self.pixel_weight * pixel_loss(fake, real, self.pixel)
-        logs = {"pixel": reconstruction.detach()}
-        if self.perceptual is not None:
-            perceptual = self.perceptual_weight * self.perceptual(fake, real).mean()
-            reconstruction = reconstruction + perceptual
-            logs["perceptual"] = perceptual.detach()
-        loss = reconstruction
-        for name, value in recon.losses.items():
-            loss = loss + value
-            logs[name] = value.detach()
+        reconstruction, loss, logs = self._without_gan(recon, images, step, progress, key, tokenizer)
         if self.gan_active(step):
-            frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
-            adversarial = generator_loss(functional_call(self.discriminator, frozen, (fake,)).float(), self.gan_loss)
-            weight = fake.new_tensor(self.gan_weight)
-            if self.adaptive:
-                if last_layer is None:
-                    raise ValueError("adaptive=true needs the tokenizer's last_layer; set adaptive=false")
-                weight = weight * adaptive_weight(reconstruction, adversarial, last_layer)
-            loss = loss + weight * adversarial
-            logs |= {"adversarial": (weight * adversarial).detach(), "adversarial_weight": weight}
+            adversarial, found = self.gan.judge(
+                recon.images, reconstruction, last_layer, step, _keys(key, recon.images)
+            )
+            loss = loss + adversarial
+            logs |= found
         return loss, logs | {"loss": loss.detach()}
 
-    def discriminator_loss(self, images: Tensor, fakes: Tensor, step: int) -> tuple[Tensor, Logs]:
+    def discriminator_loss(
+        self, images: Tensor, fakes: Tensor, step: int, *, key: Tensor | None = None
+    ) -> tuple[Tensor, Logs]:
         """Loss of the discriminator on real `images` and on `fakes`, both [B, 3, H, W]; fakes are detached here.
 
-        Before `gan_start` it is a zero with zero gradients; a loop should then skip the discriminator's optimizer.
+        Before `gan.start` it is a zero with zero gradients; a loop should then skip the discriminator's optimizer.
         """
-        if self.discriminator is None:
-            raise ValueError("gan_weight=0 builds no discriminator; do not call discriminator_loss")
-        if not self.gan_active(step):
+        if self.gan is None:
+            raise ValueError("gan=null: there is no discriminator; do not call discriminator_loss")
+        if not self.gan.active(step):
             return sum(0.0 * p.sum() for p in self.discriminator.parameters()), {}
-        real = self.discriminator(images.float()).float()
-        fake = self.discriminator(fakes.detach().float()).float()
-        loss = discriminator_loss(real, fake, self.gan_loss)
-        logs = {
-            "discriminator": loss.detach(),
-            "logits_real": real.detach().mean(),
-            "logits_fake": fake.detach().mean(),
-        }
-        if self.lecam is not None:
-            regulariser = self.lecam_weight * self.lecam(real, fake)
-            loss = loss + regulariser
-            logs["lecam"] = regulariser.detach()
-        return loss, logs
+        return self.gan.train_loss(images, fakes, _keys(key, images))
 
     @torch.no_grad()
-    def validation(self, recon: Reconstruction, images: Tensor) -> Logs:
-        """Weighted pixel, perceptual and bottleneck terms and their sum `loss`, without the GAN: a monitor."""
-        return self.generator_loss(recon, images, None, -1)[1]
+    def validation(
+        self,
+        recon: Reconstruction,
+        images: Tensor,
+        *,
+        key: Tensor | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Logs:
+        """The weighted losses as at the end of training, and their sum `loss`, without the GAN: a monitor."""
+        _, loss, logs = self._without_gan(recon, images, AT_THE_END, 1.0, key, tokenizer)
+        return logs | {"loss": loss}
+
+    def _without_gan(
+        self,
+        recon: Reconstruction,
+        images: Tensor,
+        step: int,
+        progress: float,
+        key: Tensor | None,
+        tokenizer: Tokenizer | None,
+    ) -> tuple[Tensor, Tensor, Logs]:
+        """Pixels and LPIPS, the sum of all, and all of them detached by name."""
+        fake, real = recon.images.float(), recon.real(images).float()
+        reconstruction = self.pixel_weight * pixel_loss(fake, real, self.pixel)
+        losses = {"pixel": reconstruction}
+        if self.perceptual is not None:
+            rise = min(1.0, step / self.perceptual_warmup) if self.perceptual_warmup else 1.0
+            losses["perceptual"] = rise * self.perceptual_weight * self.perceptual(fake, real).mean()
+            reconstruction = reconstruction + losses["perceptual"]
+            if "direct_images" in recon.features:  # a second decoding that some families learn from at first
+                direct = self.perceptual(recon.features["direct_images"].float(), images.float()).mean()
+                losses["perceptual_direct"] = rise * self.perceptual_weight * direct
+        unknown = set(self.own_weights) - set(recon.losses)
+        if unknown and step == 0:  # later some may have ended
+            raise ValueError(f"own_weights: the tokenizer has the losses {sorted(recon.losses)}, not {sorted(unknown)}")
+        _add(losses, {name: self.own_weights.get(name, 1.0) * value for name, value in recon.losses.items()})
+        for term in self.terms.values():
+            _add(losses, term(recon, images, step=step, progress=progress, key=key, tokenizer=tokenizer))
+        total = reconstruction
+        for name, value in losses.items():
+            total = total if name in ("pixel", "perceptual") else total + value
+        return reconstruction, total, {name: value.detach() for name, value in losses.items()}
+
+
+def _keys(key: Tensor | None, images: Tensor) -> Tensor | None:
+    """One key a row where a pass decoded every image several times."""
+    return key if key is None else key.repeat(len(images) // len(key))
+
+
+def _add(losses: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    if twice := sorted(set(losses) & set(found)):
+        raise ValueError(f"two losses are called {twice[0]}: give one of objective.terms another label=")
+    losses |= found

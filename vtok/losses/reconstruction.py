@@ -7,15 +7,14 @@ stand in no checkpoint. They are two public files that a user fetches once; noth
 
 from __future__ import annotations
 
-import os
-import pickle
-import struct
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vtok.losses.frozen import read_weights, weights_folder
 
 VGG_FILE = "vgg16-397923af.pth"
 HEADS_FILE = "vgg.pth"
@@ -26,17 +25,6 @@ SOURCES = {
         "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
     ),
 }
-# What the weights-only unpickler raises on bytes that are no checkpoint: whatever the first of them happen to mean.
-DAMAGE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    AttributeError,
-    ValueError,
-    TypeError,
-    struct.error,
-)
 
 # VGG16's 3 x 3 convolutions as (index in torchvision's `features`, out channels), one row per compared layer:
 # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3. A 2 x 2 max-pool stands between the rows.
@@ -54,21 +42,16 @@ def pixel_loss(images: Tensor, targets: Tensor, kind: Literal["l1", "l2"]) -> Te
     return F.l1_loss(images, targets) if kind == "l1" else F.mse_loss(images, targets)
 
 
-def weights_folder(weights: str | Path | None = None) -> Path:
-    """Where downloaded weights lie: the argument, else $VTOK_WEIGHTS, else ~/.cache/vtok."""
-    return Path(weights or os.environ.get("VTOK_WEIGHTS") or Path.home() / ".cache" / "vtok").expanduser()
-
-
 class LPIPS(nn.Module):
     """Perceptual distance [B] of images [B, 3, H, W] in [-1, 1].
 
-    weights: folder that holds vgg16-397923af.pth (torchvision's) and vgg.pth (the heads). Raises ValueError that names
-    the file, its size, its source and where to put it. All weights are non-persistent buffers.
+    weights_path: folder that holds vgg16-397923af.pth (torchvision's) and vgg.pth (the heads). Raises ValueError that
+    names the file, its size, its source and where to put it. All weights are non-persistent buffers.
     """
 
-    def __init__(self, *, weights: str | Path | None = None) -> None:
+    def __init__(self, *, weights_path: str | Path | None = None) -> None:
         super().__init__()
-        folder = weights_folder(weights)
+        folder = weights_folder(weights_path)
         vgg, heads = _read(folder, VGG_FILE), _read(folder, HEADS_FILE)
         channels = 3
         for level, row in enumerate(LAYERS):
@@ -102,14 +85,5 @@ class LPIPS(nn.Module):
 
 
 def _read(folder: Path, name: str) -> dict:
-    path = folder / name
-    if not path.is_file():
-        size, source = SOURCES[name]
-        raise ValueError(
-            f"LPIPS needs {name} ({size}) in {folder}: get it from {source}, "
-            "or name its folder by $VTOK_WEIGHTS, or set perceptual_weight=0"
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); fetch it anew") from None
+    size, source = SOURCES[name]
+    return read_weights(folder / name, who="LPIPS", size=size, source=source, remedy="set perceptual_weight=0")

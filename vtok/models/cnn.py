@@ -1,7 +1,8 @@
 """The plain convolutional tokenizer: encoder, projection, quantiser, projection, decoder.
 
 LlamaGen's VQ-16 and VQ-8 (Sun et al., arXiv 2406.06525, section 3.1) with a cosine VQ; with FSQ or any other quantiser
-that treats each cell alone it is that quantiser's standard tokenizer. Tokens are the cells in raster order.
+that treats each cell alone it is that quantiser's standard tokenizer: MAR's KL-16 with KL, iFSQ's with FSQ, IBQ's with
+IBQ. Tokens are the cells in raster order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class CNNTokenizer(Tokenizer):
 
     channels, multipliers, blocks, groups, attention, mid_attention, dropout: see vtok.layers.cnn; the decoder has
     blocks + 1 a level. z_channels: width between the convolutions and the projections; None: the quantiser's own.
-    projection: kernel of the projections.
+    projection: kernel of the projections. decoder_z_channels, decoder_attention, decoder_blocks: of the decoder, where
+    they are not z_channels, attention and blocks + 1.
     """
 
     def __init__(
@@ -39,16 +41,22 @@ class CNNTokenizer(Tokenizer):
         mid_attention: bool = True,
         groups: int = 32,
         dropout: float = 0.0,
+        mid_blocks: int = 2,
+        decoder_z_channels: int | None = None,
+        decoder_attention: bool | None = None,
+        decoder_blocks: int | None = None,
     ) -> None:
         super().__init__()
-        shape = dict(channels=channels, multipliers=multipliers, attention=attention, mid_attention=mid_attention)
+        shape = dict(channels=channels, multipliers=multipliers, mid_attention=mid_attention, mid_blocks=mid_blocks)
         shape |= dict(groups=groups, dropout=dropout)
         width, codes = quantizer.width, quantizer.channels
-        self.encoder = Encoder(out_channels=z_channels or width, blocks=blocks, **shape)
-        self.decoder = Decoder(in_channels=z_channels or codes, blocks=blocks + 1, **shape)
+        inner, outer = z_channels or width, decoder_z_channels or z_channels or codes
+        self.encoder = Encoder(out_channels=inner, blocks=blocks, attention=attention, **shape)
+        attention = attention if decoder_attention is None else decoder_attention
+        self.decoder = Decoder(in_channels=outer, blocks=decoder_blocks or blocks + 1, attention=attention, **shape)
         self.quantizer = quantizer
-        self.project_in = nn.Conv2d(z_channels or width, width, projection, padding=projection // 2)
-        self.project_out = nn.Conv2d(codes, z_channels or codes, projection, padding=projection // 2)
+        self.project_in = nn.Conv2d(inner, width, projection, padding=projection // 2)
+        self.project_out = nn.Conv2d(codes, outer, projection, padding=projection // 2)
         self.stride = self.encoder.stride
         self.spec = self.spec_for(image_size)
 

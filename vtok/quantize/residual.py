@@ -87,7 +87,9 @@ class MultiScaleVQ(Quantizer):
                 codebook = codebook + F.mse_loss(total, held) / len(self.sides)
                 commitment = commitment + self.beta * F.mse_loss(target, total.detach()) / len(self.sides)
             flat = torch.cat(ids, 1)
-            codes = self.lookup(flat)
+            # codes carry z's gradient, as z itself does below: that of the map averaged down to their scale
+            means = [self._pooled(target - held, k).view(len(z), -1, self.channels) for k in range(len(ids))]
+            codes = self.lookup(flat).detach() + torch.cat(means, 1)
             if self.training:
                 self.codebook.update(torch.cat(vectors), torch.cat([i.reshape(-1) for i in ids]))
             out = from_map(total.detach() + (target - held))

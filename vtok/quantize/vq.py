@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.quantize.codebook import Codebook, nearest
+from vtok.quantize.codebook import SEARCH_BUDGET, Codebook, nearest
+from vtok.quantize.rotation import rotated
 from vtok.quantize.statistics import code_statistics
 from vtok.tokenizer import Quantized, Quantizer
 
@@ -19,9 +20,13 @@ from vtok.tokenizer import Quantized, Quantizer
 class VQ(Quantizer):
     """Nearest code of a learned table.
 
-    vocab_size V, channels C. l2_norm: compare and emit unit vectors. beta: weight of the commitment loss.
+    vocab_size V, channels C. l2_norm: compare and emit unit vectors. beta: weight of the commitment loss;
+    codebook_weight: of the loss that moves the codes.
     entropy_weight, entropy_temperature: adds weight * (entropy of a vector's soft assignment - entropy of the mean
-    assignment); 0 leaves it out (it holds N x V probabilities). ema_decay, restart: see Codebook.
+    assignment); 0 leaves it out (it holds N x V probabilities). ema_decay, restart: see Codebook. rotation: gradients
+    by the rotation trick instead of copied ones, see vtok.quantize.rotation. stochastic: temperature at which training
+    draws a code by softmax(cosine / temperature), 0.03 in LARP (arXiv 2410.21264, section 3.2); None takes the nearest,
+    as evaluation always does here.
     """
 
     def __init__(
@@ -35,30 +40,43 @@ class VQ(Quantizer):
         entropy_temperature: float = 0.01,
         ema_decay: float | None = None,
         restart: float = 0.0,
+        codebook_weight: float = 1.0,
+        rotation: bool = False,
+        stochastic: float | None = None,
     ) -> None:
         super().__init__()
+        if stochastic is not None and not (stochastic > 0 and l2_norm):
+            raise ValueError(f"stochastic={stochastic} is a positive temperature of cosines: it needs l2_norm=true")
+        self.stochastic = stochastic
         self.vocab_size, self.channels = vocab_size, channels
-        self.l2_norm, self.beta = l2_norm, beta
+        self.l2_norm, self.beta, self.codebook_weight = l2_norm, beta, codebook_weight
+        self.rotation = rotation
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
         self.codebook = Codebook(
             vocab_size=vocab_size, channels=channels, l2_norm=l2_norm, ema_decay=ema_decay, restart=restart
         )
 
-    def forward(self, z: Tensor) -> Quantized:
-        """z [B, L, C] or [B, h, w, C], any float dtype. Quantized.z has z's shape, float32."""
+    def forward(self, z: Tensor, *, weight: Tensor | None = None) -> Quantized:
+        """z [B, L, C] or [B, h, w, C], any float dtype. Quantized.z has z's shape, float32.
+
+        weight: of every vector in the commitment and codebook losses, z's shape without C; None counts all alike.
+        """
         with torch.autocast(z.device.type, enabled=False):
             z, table = self._prepare(z), self.codebook.table()
             flat = z.flatten(0, -2)
-            ids = nearest(flat.detach(), table.detach())
+            if self.stochastic is not None and self.training:
+                ids = drawn(flat.detach(), table.detach(), self.stochastic)
+            else:
+                ids = nearest(flat.detach(), table.detach())
             codes = F.embedding(ids, table).view_as(z)
-            loss = {"commitment": self.beta * (codes.detach() - z).square().mean()}
+            loss = {"commitment": self.beta * _mean((codes.detach() - z).square(), weight)}
             if self.codebook.ema_decay is None:
-                loss["codebook"] = (codes - z.detach()).square().mean()
+                loss["codebook"] = self.codebook_weight * _mean((codes - z.detach()).square(), weight)
             if self.entropy_weight:
                 loss["entropy"] = self.entropy_weight * entropy_loss(flat, table, self.entropy_temperature)
             if self.training:
                 self.codebook.update(flat.detach(), ids)
-            out = codes.detach() + (z - z.detach())
+            out = rotated(z, codes) if self.rotation else codes.detach() + (z - z.detach())
         ids = ids.view(len(z), -1)
         stats = code_statistics(ids, self.vocab_size, everywhere=self.training)
         return Quantized(out, out.flatten(1, -2), ids, loss, stats)
@@ -70,6 +88,14 @@ class VQ(Quantizer):
             z = self._prepare(z)
             return nearest(z.flatten(0, -2), self.codebook.table()).view(len(z), -1)
 
+    @torch.no_grad()
+    def near(self, z: Tensor, count: int) -> Tensor:
+        """Ids int64 [.., count] of the codes nearest to z [.., C], the nearest first."""
+        with torch.autocast(z.device.type, enabled=False):
+            table = self.codebook.table()
+            distances = 0.5 * table.square().sum(-1) - self._prepare(z) @ table.T  # |z|^2 moves no order
+            return distances.topk(count, dim=-1, largest=False).indices
+
     def lookup(self, ids: Tensor) -> Tensor:
         with torch.autocast(ids.device.type, enabled=False):
             return F.embedding(ids, self.codebook.table())
@@ -78,6 +104,20 @@ class VQ(Quantizer):
         if z.shape[-1] != self.channels:
             raise ValueError(f"z has {z.shape[-1]} channels, the quantizer channels={self.channels}")
         return F.normalize(z.float(), dim=-1) if self.l2_norm else z.float()
+
+
+def drawn(vectors: Tensor, table: Tensor, temperature: float) -> Tensor:
+    """Ids int64 [N] drawn by softmax(vectors [N, C] . table [V, C] / temperature), from torch's generator."""
+    rows = max(1, SEARCH_BUDGET // len(table))
+    shares = ((part @ table.T / temperature).softmax(-1) for part in vectors.split(rows))
+    return torch.cat([torch.multinomial(part, 1).squeeze(1) for part in shares])
+
+
+def _mean(errors: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of errors [.., C], vectors weighted by weight [..]."""
+    if weight is None:
+        return errors.mean()
+    return (errors.mean(-1) * weight).sum() / weight.sum().clamp(min=1)
 
 
 def entropy_loss(vectors: Tensor, table: Tensor, temperature: float) -> Tensor:

@@ -1,0 +1,58 @@
+"""The published recipes of the convolutional tokenizers: what their papers' files say, read from the configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from vtok import optim
+from vtok.config import instantiate
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+IMAGES = 1_281_167
+# epochs, batch, parameters, epochs of the drops, pixel loss, (weight, start, adaptive, LeCam) of the GAN
+RECIPES = {
+    "kl16": (50, 256, 66_456_019, (), "l1", (0.5, 50_001, True, 0.0)),
+    "flexvar": (40, 128, 72_049_827, (), "l2", (0.5, 20_000, False, 0.0)),
+    "ifsq": (100, 128, 83_324_099, (), "l1", (0.5, 50_000, True, 0.0)),
+    "magvit2": (270, 256, 115_127_829, (200, 250), "l1", (0.1, 0, False, 0.05)),
+    "ibq": (330, 256, 110_982_019, (250, 300), "l1", (0.1, 0, False, 0.05)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_published_recipes(name):
+    epochs, batch, parameters, drops, pixel, wanted = RECIPES[name]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=[f"experiment={name}_imagenet256"])
+    epoch = IMAGES // batch
+    assert config.name == f"{name}_imagenet256" and config.batch_size == batch
+    assert config.steps == epochs * epoch and config.optimizer.lr == config.discriminator_optimizer.lr == 1e-4
+    assert list(config.schedule.get("drops", [])) == [at * epoch for at in drops]
+    optim.check_arguments("schedule", optim.check_schedule, config.schedule)
+    assert config.schedule.kind == "constant" and optim.rate(0, config.steps, **config.schedule) == 1.0
+    last = optim.rate(config.steps - 1, config.steps, **config.schedule)
+    assert last == pytest.approx(0.1 ** len(drops))
+    assert (config.objective.pixel, config.objective.perceptual_weight) == (pixel, 1.0)
+    gan = instantiate(config.objective.gan, _convert_="all")
+    assert (gan.weight, gan.start, gan.adaptive, gan.lecam_weight) == wanted
+    assert gan.loss == "hinge" and gan.fooling == ("non_saturating" if drops else "hinge")
+    with torch.device("meta"):
+        tokenizer = instantiate(config.tokenizer, _convert_="all")
+    assert sum(p.numel() for p in tokenizer.parameters()) == parameters
+    assert tokenizer.spec.image_size == config.data.image_size == 256
+    assert tokenizer.spec.layout.length == (680 if name == "flexvar" else 256)
+
+
+def test_the_f8_models_recipe():
+    overrides = ["experiment=magvit2_imagenet256", "tokenizer=magvit2_f8", "data.image_size=128"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=[*overrides, "steps=1751400", "schedule.drops=[1251000,1501200]"])
+    assert config.steps == 350 * (IMAGES // 256)
+    assert list(config.schedule.drops) == [at * (IMAGES // 256) for at in (250, 300)]
+    with torch.device("meta"):
+        tokenizer = instantiate(config.tokenizer, _convert_="all")
+    assert tokenizer.spec.layout.length == 256 and tokenizer.spec.image_size == 128

@@ -1,0 +1,197 @@
+"""DetailFlow: resolutions of prefixes, who sees whom, corruption and repair, and the published sizes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from tokenizers import detailflow, images, make
+
+from vtok.convert.detailflow import start_from_siglip2
+from vtok.layers.resolution import decode_side, degrade, prefix_side, resize_table
+from vtok.noise import SampleNoise
+from vtok.quantize.fsq import FSQ
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "tokenizer"
+KEYS = SampleNoise(torch.tensor([5, 6, 7]))
+# R(t) at 256 px and p = 1.5, computed with the original
+PUBLISHED = {
+    128: {8: 21, 16: 44, 32: 88, 64: 164, 96: 223},
+    256: {8: 11, 32: 46, 64: 89, 128: 165, 192: 223},
+    512: {8: 6, 64: 46, 128: 89, 256: 165, 384: 224},
+}
+
+
+@pytest.mark.parametrize("tokens", PUBLISHED)
+def test_resolutions_of_prefixes(tokens):
+    sides = [prefix_side(t, tokens, 256, 1.5) for t in range(1, tokens + 1)]
+    assert {t: sides[t - 1] for t in PUBLISHED[tokens]} == PUBLISHED[tokens]
+    assert sides[0] == 1 and sides[-1] == 256 and sides == sorted(sides)
+    assert [decode_side(s, 16) for s in (1, 16, 17, 223, 256)] == [16, 16, 32, 224, 256]
+
+
+def test_degraded_images_keep_block_means_only():
+    image = images()
+    coarse = degrade(image, 4, 4)
+    assert torch.allclose(coarse, image.unflatten(3, (4, 4)).unflatten(2, (4, 4)).mean((3, 5)))
+    assert torch.equal(degrade(image, 16, 16), image)
+    flat = degrade(image, 1, 8)
+    torch.testing.assert_close(flat, image.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8))
+    table = torch.randn(16, 3)
+    assert resize_table(table, 4, 4) is table
+    torch.testing.assert_close(resize_table(torch.ones(16, 3), 2, 3), torch.ones(6, 3))
+    with pytest.raises(ValueError, match="square"):
+        resize_table(table[:15], 4, 4)
+
+
+@torch.no_grad()
+def test_latents_see_patches_earlier_groups_and_their_own():
+    """The first group is causal, later ones see themselves whole. Patches see none: else latent 0 would change."""
+    model = make("detailflow")
+    before = model.features(images())
+    for index, changed in ((0, range(8)), (1, range(1, 8)), (2, range(2, 8)), (3, range(2, 8)), (5, range(4, 8))):
+        model.encoder.latents[index, 0] += 1.0  # of one channel: the norm undoes a shift of all
+        after = model.features(images())
+        model.encoder.latents[index, 0] -= 1.0
+        found = ((before - after).abs() > 1e-5).any(2).any(0).nonzero().flatten().tolist()
+        assert found == list(changed), index
+    other = images()
+    other[:, :, -1, -1] += 1.0
+    assert bool(((before - model.features(other)).abs() > 1e-6).any(2).all())
+
+
+@torch.no_grad()
+def test_a_corruption_is_near_in_one_place_and_the_rest_is_written_anew():
+    model = make("detailflow", correction=True)
+    rows = 64
+    noise = SampleNoise(torch.arange(rows))
+    pictures = images().repeat(22, 1, 1, 1)[:rows]
+    z = model.features(pictures)
+    clean = model.quantizer.indices(z)
+    for length, ends in ((8, {1, 2, 4, 6}), (4, {1, 2}), (2, {1, 2}), (1, {0})):
+        counts = torch.full((rows,), length)
+        ids, start, end = model.corrupt(z, clean, counts, noise)
+        assert set(end.tolist()) == ends, length
+        for row in range(rows):
+            a, b = int(start[row]), int(end[row])
+            if b == 0:
+                assert torch.equal(ids[row], clean[row])
+                continue
+            outside = torch.ones(8, dtype=torch.bool)
+            outside[a:b] = False
+            assert torch.equal(ids[row][outside], clean[row][outside]) and b - a == (1 if a < 2 else 2)
+            near = model.quantizer.near(z[row, a:b], 4)
+            assert bool((near == ids[row, a:b, None]).any(1).all())
+    clean, given, wanted = model.corrupted(pictures, noise)
+    ids, start, end = model.corrupt(z, clean, torch.full((rows,), 8), noise)
+    assert bool((ids != clean).any())
+    for row in range(rows):
+        b = int(end[row])
+        assert torch.equal(given[row, :b], ids[row, :b]) and torch.equal(wanted[row, :b], clean[row, :b])
+        assert torch.equal(given[row, b:], wanted[row, b:])
+        again = model.encode(pictures[row : row + 1], prefix=given[row : row + 1, :b])
+        assert torch.equal(again[0], given[row])
+
+
+def test_training_decodes_clean_and_repaired_tokens_and_judges_what_it_wrote():
+    model = make("detailflow", correction=True, degradation=0.0).train()
+    keys = torch.tensor([1, 2, 3])
+    recon = model(images(), key=keys)
+    assert recon.images.shape == (6, 3, 16, 16) and torch.equal(recon.targets, images().repeat(2, 1, 1, 1))
+    z = model.features(images())
+    found = model.quantizer(z)
+    torch.testing.assert_close(recon.images[:3], model.pixels(found.z))
+    ids, _, end = model.corrupt(z, found.ids, torch.full((3,), 8), SampleNoise(keys))
+    second = model.refine(images(), model.quantizer.lookup(ids), end)
+    unit, again = F.normalize(z, dim=-1), F.normalize(second, dim=-1)
+    judged = torch.arange(8) >= end[:, None]
+    errors = [(unit - found.codes.detach()).square().mean(-1).flatten()]
+    codes = model.quantizer.lookup(model.quantizer.indices(second))
+    errors.append((again - codes).square().mean(-1)[judged])
+    want = 0.25 * torch.cat(errors).mean()  # both passes, every token that the encoder wrote counted once
+    torch.testing.assert_close(recon.losses["commitment"], want, rtol=1e-4, atol=1e-7)
+    mixed = torch.where(judged[..., None], codes, model.quantizer.lookup(ids))
+    torch.testing.assert_close(recon.images[3:], model.pixels(mixed), rtol=1e-4, atol=1e-5)
+    (recon.images.square().mean() + sum(recon.losses.values())).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_prefixes_train_on_their_resolution_whatever_the_batch():
+    model = make("detailflow", degradation=1.0).train()
+    keys = torch.arange(24)
+    lengths = model.draw_length(SampleNoise(keys))
+    assert set(lengths.tolist()) == {1, 2, 4, 6}
+    pictures = images().repeat(8, 1, 1, 1)
+    recon = model(pictures, key=keys)
+    alone = model(pictures[5:6], key=keys[5:6])
+    torch.testing.assert_close(alone.images, recon.images[5:6], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone.targets, recon.targets[5:6])
+    for row, length in enumerate(lengths.tolist()):
+        side = prefix_side(length, 8, 16, 1.5)
+        small = degrade(pictures[row : row + 1], side, model.side_of(length))
+        want = F.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(recon.targets[row : row + 1], want)
+    share = (make("detailflow", degradation=0.2).draw_length(SampleNoise(torch.arange(4000))) < 8).float().mean()
+    assert float(share) == pytest.approx(0.2, abs=0.03)
+
+
+def test_mistakes_are_named():
+    for wrong, word in ((dict(group=3), "group"), (dict(causal=1), "causal"), (dict(causal=8), "causal")):
+        with pytest.raises(ValueError, match=word):
+            detailflow(**wrong)
+    with pytest.raises(ValueError, match="correction"):
+        type(detailflow())(image_size=16, quantizer=FSQ(levels=(5, 4, 3)), tokens=8, group=2, patch=4)
+    model = detailflow()
+    with pytest.raises(ValueError, match="correction=true"):
+        model.encode(images(), prefix=torch.zeros(3, 2).long())
+    with pytest.raises(ValueError, match="keep=9"):
+        model.decode(torch.zeros(1, 8).long(), keep=9)
+
+
+def test_the_encoder_starts_from_siglip2():
+    torch.manual_seed(0)
+    width, patch = 16, 4
+    state = {"vision_model.embeddings.patch_embedding.weight": torch.randn(width, patch * patch * 3)}
+    state |= {"vision_model.embeddings.patch_embedding.bias": torch.randn(width)}
+    state |= {"vision_model.embeddings.position_embedding.weight": torch.randn(16, width)}
+    for name in ("post_layernorm", *(f"encoder.layers.{i}.layer_norm{j}" for i in range(3) for j in (1, 2))):
+        state |= {f"vision_model.{name}.{k}": torch.randn(width) for k in ("weight", "bias")}
+    for i in range(3):  # one more than the encoder has
+        at = f"vision_model.encoder.layers.{i}"
+        for name, (rows, columns) in {"fc1": (24, width), "fc2": (width, 24)}.items():
+            state |= {f"{at}.mlp.{name}.weight": torch.randn(rows, columns), f"{at}.mlp.{name}.bias": torch.randn(rows)}
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            state |= {f"{at}.self_attn.{name}.weight": torch.randn(width, width)}
+            state |= {f"{at}.self_attn.{name}.bias": torch.randn(width)}
+    state |= {"vision_model.head.probe": torch.randn(1, 1, width), "text_model.final": torch.randn(3)}
+    model = start_from_siglip2(detailflow(), state)
+    kernel = state["vision_model.embeddings.patch_embedding.weight"]
+    pixels = images()[:, :, :4, :4].permute(0, 2, 3, 1).flatten(1)  # rows, columns, colours
+    want = pixels @ kernel.T + state["vision_model.embeddings.patch_embedding.bias"]
+    torch.testing.assert_close(model.encoder.patches(images())[:, 0], want, rtol=1e-4, atol=1e-5)
+    norm = model.encoder.trunk.blocks[1].norm2.weight
+    assert torch.equal(norm, state["vision_model.encoder.layers.1.layer_norm2.weight"])
+    del state["vision_model.encoder.layers.1.mlp.fc1.bias"]
+    with pytest.raises(ValueError, match="do not fit"):
+        start_from_siglip2(detailflow(), state)
+
+
+@pytest.mark.parametrize("name", ("128", "256", "512", "small"))
+def test_published_and_small_sizes(name):
+    """Encoder and decoder of 128 tokens as counted on the original; more tokens add rows of five tables only."""
+    path = CONFIGS / f"detailflow_{name}.yaml"
+    config = OmegaConf.merge({"data": {"image_size": 32 if name == "small" else 256}}, {"t": OmegaConf.load(path)}).t
+    with torch.device("meta"):
+        model = instantiate(config, _convert_="all")
+    count, encoder, decoder = (sum(p.numel() for p in m.parameters()) for m in (model, model.encoder, model.decoder))
+    stated = re.search(r"([\d,]+) parameters", path.read_text())[1]
+    assert f"{count:,}" == stated
+    if name == "small":
+        assert 1e6 < count < 8e6
+        return
+    more = int(name) - 128
+    assert (encoder, decoder) == (184_499_520 + 3 * 1152 * more, 85_942_272 + 768 * more)
+    assert model.spec.layout.sizes == (1,) * 8 + (8,) * (int(name) // 8 - 1)

@@ -1,0 +1,30 @@
+"""The rules on the code itself: one class for each shared part, no copies between model files."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.families import broken, code_lines, copies, imported, model_files  # noqa: E402
+
+
+def test_shared_parts_are_one_class_and_model_files_hold_no_copies():
+    assert broken() == []
+
+
+def test_copies_are_found_across_comments_and_docstrings_but_not_below_the_length():
+    body = [f"value_{i} = {i}" for i in range(12)]
+    plain = "\n".join(body)
+    disguised = '"""Another file."""\n\n' + "\n\n    # a comment\n".join(body[:11]) + "\n" + body[11]
+    disguised = disguised.replace("\n    #", "\n#")
+    assert copies({"a.py": plain, "b.py": disguised}) == [("a.py", 1, "b.py", 3)]
+    assert copies({"a.py": plain, "b.py": "\n".join(body[:11])}) == []
+    assert copies({"a.py": plain + "\n" + plain}) == []  # a file may repeat itself: a reader sees both
+
+
+def test_lines_and_imports_are_read_from_the_code():
+    text = '"""Header\nof two lines."""\n\nimport torch\nfrom vtok.flow import times\n\n# why\nx = 1\n'
+    assert [line for _, line in code_lines(text)] == ["import torch", "from vtok.flow import times", "x = 1"]
+    assert imported(text) == ["vtok.flow"]
+    assert "vtok/models/cnn.py" in model_files()

@@ -1,0 +1,124 @@
+"""FlexVAR's tokenizer: the convolutional autoencoder around a multi-scale quantiser without residuals.
+
+Jiao et al., arXiv 2502.20313; published size: LlamaGen's VQ-16 with 8,912 codes of 32 channels. Tokens are the maps of
+the scales, one after the other; the last scale makes the image, so encode and decode take any list of scales and any
+image size. The original's training code is not public: here the reconstructions of the smaller scales are compared with
+the image brought to their size, as section 3.1 describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtok.layout import SequenceLayout
+from vtok.models.var import VARTokenizer
+from vtok.noise import SampleNoise
+from vtok.quantize.independent import IndependentVQ
+from vtok.tokenizer import Part, Reconstruction, TokenSpec
+
+
+class FlexVARTokenizer(VARTokenizer):
+    """As CNNTokenizer, with an IndependentVQ whose last side is image_size over the stride.
+
+    scale_weight: of the mean squared error of the smaller scales' images, the mean over those scales; 0 leaves it out.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        quantizer: IndependentVQ,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        blocks: int = 2,
+        z_channels: int | None = 256,
+        attention: bool = True,
+        mid_attention: bool = True,
+        groups: int = 32,
+        dropout: float = 0.0,
+        scale_weight: float = 1.0,
+    ) -> None:
+        super().__init__(
+            image_size=image_size,
+            quantizer=quantizer,
+            channels=channels,
+            multipliers=multipliers,
+            blocks=blocks,
+            z_channels=z_channels,
+            attention=attention,
+            mid_attention=mid_attention,
+            groups=groups,
+            dropout=dropout,
+        )
+        if scale_weight < 0:
+            raise ValueError(f"scale_weight must not be negative, got {scale_weight}")
+        self.scale_weight = scale_weight
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        layout: SequenceLayout | None = None,
+        prefix: Tensor | None = None,
+        noise: SampleNoise | None = None,
+    ) -> Tensor:
+        """layout: any SequenceLayout.scales, whatever the size of the images, which must be square."""
+        if prefix is not None:
+            raise ValueError("FlexVARTokenizer.encode takes no prefix: its scales do not depend on each other")
+        return self.quantizer.indices(self.features(images), None if layout is None else scale_sides(layout))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tensor,
+        *,
+        keep: int | Tensor | None = None,
+        size: int | None = None,
+        noise: SampleNoise | None = None,
+        layout: SequenceLayout | None = None,
+    ) -> Tensor:
+        """keep: the end of a scale, one number for the whole batch. layout: the scales of `tokens` where they are not
+        the spec's; the image then has the last scale's side times the stride, unless `size` says otherwise."""
+        if layout is None:
+            return super().decode(tokens, keep=keep, size=size, noise=noise)
+        if isinstance(keep, Tensor):
+            raise ValueError("FlexVARTokenizer decodes one keep for the whole batch: pass an int")
+        sides, quantizer = scale_sides(layout), self.quantizer
+        size = size or sides[-1] * self.stride
+        part = Part(layout.length, quantizer.vocab_size, quantizer.channels)
+        TokenSpec(layout, (part,), size).check(tokens)
+        return self.pixels(quantizer.assemble(self.embed(tokens), keep, sides), size=size)
+
+    def pixels(self, z: Tensor, *, size: int | None = None, noise: SampleNoise | None = None) -> Tensor:
+        """Images of z [B, p, p, C], p * stride a side, brought to `size` (default: the spec's) bicubically."""
+        images, size = super().pixels(z), size or self.spec.image_size
+        if images.shape[-1] == size:
+            return images
+        return F.interpolate(images, size=size, mode="bicubic")
+
+    def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
+        quantizer = self.quantizer
+        found = quantizer(self.features(images))
+        losses = dict(found.loss)
+        smaller = [k for k, side in enumerate(quantizer.sides) if side < quantizer.side]
+        if self.scale_weight and smaller:
+            errors = []
+            for k in smaller:
+                z = quantizer.assemble(found.codes, quantizer.bounds[k + 1])
+                target = F.interpolate(images, size=quantizer.sides[k] * self.stride, mode="area")
+                errors.append(F.mse_loss(super().pixels(z).float(), target.float()))
+            losses["scales"] = self.scale_weight * torch.stack(errors).mean()
+        return Reconstruction(self.pixels(found.z, size=images.shape[-1]), found.ids, losses, found.stats)
+
+
+def scale_sides(layout: SequenceLayout) -> tuple[int, ...]:
+    """Sides of a layout of whole square maps. Raises ValueError for any other layout."""
+    sides = tuple(height for height, _ in layout.sides)
+    if layout != SequenceLayout.scales(sides):
+        raise ValueError("FlexVARTokenizer takes a layout of square scales: SequenceLayout.scales(sides)")
+    return sides

@@ -1,0 +1,103 @@
+"""ReToK: a GigaTok whose sequence may be cut anywhere, with redundant tokens behind it so that its tail learns too.
+
+Improving Flexible Image Tokenizers for Autoregressive Image Generation, arXiv 2601.01535. (1) Redundant token padding:
+the tail queries (published: 32 to 255 of 256) are repeated with positions of their own, 480 in all, and nested dropout
+cuts the longer sequence, so the last real tokens are in use more often. (2) Dropped tokens are not replaced: what the
+decoder reads is shorter. (3) Hierarchical semantic regularisation: the fewer tokens, the stronger the alignment.
+Only code for inference is public. Distribution of the cut and law of the decay are therefore ours: a uniform number of
+1 to 480 kept tokens, and a weight that falls linearly from 1 at one token to 0 at all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vtok.layers.nested import Distribution, keep_counts, keep_probabilities, kept
+from vtok.models.gigatok import GigaTok
+from vtok.noise import SampleNoise, noise_of
+from vtok.tokenizer import Quantizer, Reconstruction, Tokenizer, TokenSpec
+
+KEEP = 31  # stream of the noise that draws how many tokens a sample keeps
+
+
+class ReToK(Tokenizer):
+    """network: a GigaTok with `redundant` tokens, of which this is the training and the decoding of prefixes.
+
+    nested: how many of its tokens + redundant a training sample keeps, see vtok.layers.nested; "all" switches the
+    dropout off (then take redundant=0: evaluation, which reads the first `tokens`, would read fewer than training).
+    alignment_power: features["alignment_weight"], float32 [B], is (1 - (kept - 1) / (tokens + redundant - 1)) to this
+    power; 0 makes it 1. alignment_decay: and that times (1 - progress) to this power; 0 leaves it alone over training.
+    """
+
+    prefixes = True
+
+    def __init__(
+        self,
+        *,
+        network: GigaTok,
+        nested: Distribution = "uniform",
+        alignment_power: float = 1.0,
+        alignment_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if min(alignment_power, alignment_decay) < 0:
+            raise ValueError("alignment_power and alignment_decay must not be negative")
+        self.network, self.nested = network, nested
+        self.alignment_power, self.alignment_decay = alignment_power, alignment_decay
+        self.length = network.tokens + network.redundant
+        keep_probabilities(nested, self.length)  # raises where it does not fit
+        self.stride, self.spec = network.stride, network.spec
+
+    @property
+    def quantizer(self) -> Quantizer:
+        return self.network.quantizer
+
+    def spec_for(self, size: int) -> TokenSpec:
+        return self.network.spec_for(size)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.network.features(images)
+
+    def pixels(self, z: Tensor, *, size: int | None = None, noise: SampleNoise | None = None) -> Tensor:
+        return self.network.pixels(z, size=size, noise=noise)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tensor,
+        *,
+        keep: int | Tensor | None = None,
+        size: int | None = None,
+        noise: SampleNoise | None = None,
+    ) -> Tensor:
+        """keep: the first `keep` tokens, from 1 to all: one number, or int64 [B], one a sample."""
+        if keep is not None and not bool(
+            ((torch.as_tensor(keep) >= 1) & (torch.as_tensor(keep) <= tokens.shape[1])).all()
+        ):
+            raise ValueError(f"keep={keep} must lie between 1 and {tokens.shape[1]} tokens")
+        if not isinstance(keep, Tensor):
+            return super().decode(tokens, keep=keep, size=size, noise=noise)
+        self.spec.check(tokens)
+        return self.network.pixels(self.embed(tokens), size=size, seen=kept(keep, tokens.shape[1], tokens.device))
+
+    def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
+        network = self.network
+        grid = network.grid(images)
+        found = network.quantizer(network.vectors(grid))
+        if not self.training:
+            counts = torch.full((len(images),), network.tokens, device=images.device)
+            z, seen = found.z[:, : network.tokens], None
+        else:
+            counts = keep_counts(self.nested, noise_of(key, images), self.length, stream=KEEP)
+            z, seen = found.z, kept(counts, self.length)
+        recon = network.reconstruct(images, grid, found, z, seen, progress)
+        if "alignment" in recon.features:
+            share = 1 - (counts - 1).float() / max(self.length - 1, 1)
+            decay = (1 - progress) ** self.alignment_decay
+            recon.features["alignment_weight"] = decay * share**self.alignment_power
+        return recon
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.network.last_layer

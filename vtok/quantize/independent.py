@@ -1,0 +1,131 @@
+"""Multi-scale vector quantisation without residuals: every scale codes the image itself, as well as it can.
+
+FlexVAR (Jiao et al., arXiv 2502.20313), section 3.1. The map of features, averaged down to each side, is quantised
+against one table; the last scale alone is what the decoder gets. So any list of sides will do, and every prefix of
+scales ends in a whole, smaller image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtok.layers.cnn import from_map, to_map
+from vtok.quantize.vq import VQ
+from vtok.tokenizer import Quantized
+
+
+class IndependentVQ(VQ):
+    """VQ of a square map at several sides.
+
+    sides: of the maps, growing; those of the methods' `sides` where none are given. The other arguments are VQ's.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        channels: int,
+        sides: Sequence[int],
+        l2_norm: bool = True,
+        beta: float = 0.25,
+        ema_decay: float | None = None,
+        restart: float = 0.0,
+        rotation: bool = False,
+    ) -> None:
+        super().__init__(
+            vocab_size=vocab_size,
+            channels=channels,
+            l2_norm=l2_norm,
+            beta=beta,
+            ema_decay=ema_decay,
+            restart=restart,
+            rotation=rotation,
+        )
+        self.sides = check_sides(sides)
+        self.bounds = bounds(self.sides)
+
+    @property
+    def side(self) -> int:
+        """Side of the last map."""
+        return self.sides[-1]
+
+    @property
+    def length(self) -> int:
+        """L, tokens of an image."""
+        return self.bounds[-1]
+
+    def forward(self, z: Tensor) -> Quantized:
+        """z [B, H, W, C] with H = W. Quantized.z is the last scale [B, p, p, C]; codes [B, L, C] have z's gradient too.
+
+        loss: VQ's, the mean over the scales.
+        """
+        pooled = self.pooled(z)
+        share = torch.tensor([1 / side**2 for side in self.sides for _ in range(side**2)], device=z.device)
+        found = super().forward(pooled, weight=share.expand(len(z), -1))
+        return Quantized(self.assemble(found.codes), found.codes, found.ids, found.loss, found.stats)
+
+    @torch.no_grad()
+    def indices(self, z: Tensor, sides: Sequence[int] | None = None) -> Tensor:
+        """Ids int64 [B, L] of z [B, H, W, C], scale after scale."""
+        return super().indices(self.pooled(z, sides))
+
+    def pooled(self, z: Tensor, sides: Sequence[int] | None = None) -> Tensor:
+        """z [B, H, W, C] averaged down to every side, float32 [B, L, C]. Raises ValueError unless H = W."""
+        if z.dim() != 4 or z.shape[1] != z.shape[2] or z.shape[3] != self.channels:
+            raise ValueError(f"z is {tuple(z.shape)}, expected a square map [B, H, H, {self.channels}]")
+        with torch.autocast(z.device.type, enabled=False):
+            features = to_map(z.float(), z.shape[1])
+            maps = [F.interpolate(features, size=side, mode="area") for side in self._sides(sides)]
+        return torch.cat([from_map(scale).flatten(1, 2) for scale in maps], 1)
+
+    def assemble(self, codes: Tensor, keep: int | None = None, sides: Sequence[int] | None = None) -> Tensor:
+        """The last of the scales in the first `keep` codes of codes [B, l, C] (default: all given), as [B, p, p, C].
+
+        Raises ValueError unless `keep` is the end of a scale.
+        """
+        sides = self._sides(sides)
+        ends = bounds(sides)
+        count = codes.shape[1] if keep is None else keep
+        if count not in ends[1:] or count > codes.shape[1]:
+            raise ValueError(f"keep={count} of {codes.shape[1]} tokens is no end of a scale: choose from {ends[1:]}")
+        step = ends.index(count) - 1
+        return codes[:, ends[step] : count].unflatten(1, (sides[step], sides[step]))
+
+    def maps(self, codes: Tensor, start: int, stop: int, sides: Sequence[int] | None = None) -> Tensor:
+        """Inputs of the steps start..stop-1 (start >= 1), float32 [B, n, C], n their tokens: the codes of the scale
+        before, brought to the step's side by bicubic interpolation.
+
+        codes: [B, l, C] with at least the codes of steps < stop - 1; later ones are not read.
+        """
+        sides = self._sides(sides)
+        ends = bounds(sides)
+        if not 1 <= start < stop <= len(sides):
+            raise ValueError(f"maps exist for steps 1..{len(sides) - 1}, asked for {start}..{stop - 1}")
+        if codes.shape[1] < ends[stop - 1]:
+            raise ValueError(f"maps up to step {stop - 1} need {ends[stop - 1]} codes, got {codes.shape[1]}")
+        found = []
+        with torch.autocast(codes.device.type, enabled=False):
+            for step in range(start, stop):
+                before = to_map(codes[:, ends[step - 1] : ends[step]].float(), sides[step - 1])
+                found.append(from_map(F.interpolate(before, size=sides[step], mode="bicubic")).flatten(1, 2))
+        return torch.cat(found, 1)
+
+    def _sides(self, sides: Sequence[int] | None) -> tuple[int, ...]:
+        return self.sides if sides is None else check_sides(sides)
+
+
+def check_sides(sides: Sequence[int]) -> tuple[int, ...]:
+    """`sides` as a tuple. Raises ValueError unless they are positive and growing."""
+    found = tuple(int(side) for side in sides)
+    if not found or list(found) != sorted(found) or found[0] < 1:
+        raise ValueError(f"sides must be positive and growing, got {found}")
+    return found
+
+
+def bounds(sides: Sequence[int]) -> tuple[int, ...]:
+    """Where each scale's tokens start, and at the end their number."""
+    return tuple(sum(side * side for side in sides[:k]) for k in range(len(sides) + 1))
