@@ -52,7 +52,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "missing folder": (("data=imagefolder", "data.folder=nowhere", "tokenizer=llamagen_vq16"), ("nowhere",)),
     "folder not given": (("data=imagefolder", "tokenizer=llamagen_vq16"), ("data.folder",)),
     "perceptual loss without its weights": (
-        (*T, "objective=vqgan", "objective.weights={empty}"),
+        (*T, "objective=vqgan", "objective.weights_path={empty}"),
         ("vgg16-397923af.pth", "{empty}"),
     ),
     "code in a config": ((*T, "tokenizer._target_=os.system"), ("os.system", "trust")),

@@ -1,52 +1,95 @@
 """What must hold for every generator: no leakage, cached = teacher-forced, guidance, sameness, likelihood, learning."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from generators import CLASSES, FAMILIES, grid_spec, llamagen, make, scale_spec, tokens_of, var
+from generators import (
+    CLASSES,
+    CONTINUOUS,
+    FAMILIES,
+    MASKED,
+    OWN_INPUT,
+    grid_spec,
+    llamagen,
+    make,
+    scale_spec,
+    tokens_of,
+    var,
+)
 
 from vgen.conditioning import Cond
 from vgen.guidance import Progress, Unguided, guidance
 from vgen.heads import DrawRule
+from vgen.heads_factorised import FactorisedHead, split
 from vgen.models import FAMILIES as TABLE
 from vgen.models.llamagen import LlamaGen
 from vgen.models.var import VAR
-from vgen.samplers.ancestral import ancestral
 from vtok.config import build, describe
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.tokenizer import Part, TokenSpec
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
+every_sequence = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in MASKED])
+every_discrete = pytest.mark.parametrize("name", [n for n in FAMILIES if n not in CONTINUOUS and n not in MASKED])
+every_continuous = pytest.mark.parametrize("name", CONTINUOUS)
 LABELS = torch.tensor([0, 3, CLASSES])
+NO_CACHE = "every step encodes all tokens anew: MAR and MaskGIT fill masks, DTM's levels are Markov"
 
 
 def draw(model, labels, seeds, guide=None, rule=None, **options):
     guide = guide or Unguided()
     streams = [model.conditioner(labels)] + [model.conditioner.null(len(labels))] * (guide.streams - 1)
     rule = rule or DrawRule()
-    return ancestral(model, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, **options)
+    return model.sampler(model, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, **options)
 
 
-@every_family
+def sub_codes(model, tokens):
+    """[(vocabulary, sub-codes [.., n])] of tokens; one entry, the tokens, where the head has one softmax."""
+    if isinstance(model.head, FactorisedHead):
+        return list(zip(model.head.factors, split(tokens, model.head.factors).unbind(-1)))
+    return [(model.spec.parts[0].vocab_size, tokens)]
+
+
+def logits_of(model, canvas, cond):
+    """Teacher-forced logits, one tensor a sub-code."""
+    h = model(canvas, cond)
+    return model.head.logits(h, canvas.tokens) if isinstance(model.head, FactorisedHead) else model.head.logits(h)
+
+
+def assert_same(got, want):
+    """Ids are equal; values are equal up to the rounding of kernels that depends on shapes."""
+    if want.is_floating_point():
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * max(1.0, float(want.abs().max())))
+    else:
+        assert torch.equal(got, want)
+
+
+@every_sequence
 def test_later_tokens_change_no_earlier_output(name):
     model = make(name)
-    tokens, cond = tokens_of(model, 3), model.conditioner(LABELS)
-    before = model(model.arrange(tokens), cond)
+    canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
+    before = model(canvas, cond)
     for step in range(model.layout.steps):
         a, b = model.layout.written(step, step + 1)
-        changed = tokens.clone()
-        changed[:, a:] = (changed[:, a:] + 1) % model.spec.parts[0].vocab_size
-        after = model(model.arrange(changed), cond)
-        torch.testing.assert_close(after[:, :b], before[:, :b], rtol=1e-5, atol=1e-5)
-        if b < model.layout.length:
-            assert not torch.allclose(after[:, b:], before[:, b:], atol=1e-3), "earlier tokens must be seen"
+        changed = canvas.tokens.clone()
+        changed[:, a:] += 1
+        if model.spec.discrete:
+            changed[:, a:] %= model.spec.parts[0].vocab_size
+        after = model(replace(canvas, tokens=changed), cond)
+        edge = a if name in OWN_INPUT else b
+        torch.testing.assert_close(after[:, :edge], before[:, :edge], rtol=1e-5, atol=1e-5)
+        if edge < model.layout.length:
+            assert not torch.allclose(after[:, edge:], before[:, edge:], atol=1e-3), "earlier tokens must be seen"
 
 
 @every_family
 def test_cached_steps_equal_teacher_forcing(name):
     model = make(name)
+    if not model.caches:
+        pytest.skip(NO_CACHE)
     canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
     whole, cache, parts = model(canvas, cond), model.cache(3), []
     for k in range(model.layout.steps):
@@ -58,6 +101,8 @@ def test_cached_steps_equal_teacher_forcing(name):
 @every_family
 def test_several_steps_at_once_against_a_cache(name):
     model = make(name)
+    if not model.caches or model.layout.steps < 3:
+        pytest.skip(NO_CACHE if not model.caches else "one or two steps have no further ones")
     canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
     whole, cache = model(canvas, cond), model.cache(3)
     model(canvas, cond, 0, 2, cache)
@@ -66,60 +111,66 @@ def test_several_steps_at_once_against_a_cache(name):
     torch.testing.assert_close(model(canvas, cond, 2, None, cache), whole[:, a:], rtol=1e-5, atol=1e-5)
 
 
-@every_family
+@every_discrete
 def test_embedded_tokens_give_what_ids_give(name):
     model = make(name)
     tokens, cond = tokens_of(model, 3), model.conditioner(LABELS)
     if isinstance(model, VAR):
         values = model.quantizer.lookup(tokens)
     else:
-        values = torch.nn.functional.one_hot(tokens, model.spec.parts[0].vocab_size).float()
+        hot = [torch.nn.functional.one_hot(ids, size) for size, ids in sub_codes(model, tokens)]
+        values = torch.cat(hot, dim=-1).float()
     torch.testing.assert_close(model(model.arrange(values), cond), model(model.arrange(tokens), cond))
 
 
-@every_family
+@every_sequence
 def test_draws_without_a_cache_are_the_same(name):
     model, seeds = make(name), sample_seeds(0, 0, 3)
-    rule = DrawRule(temperature=0.9, top_k=12, top_p=0.9)
+    rule = DrawRule(temperature=0.9, top_k=12, top_p=0.9) if model.spec.discrete else DrawRule(temperature=0.9)
     cached = draw(model, LABELS, seeds, guidance(2.0), rule)
-    assert torch.equal(cached.tokens, draw(model, LABELS, seeds, guidance(2.0), rule, cached=False).tokens)
+    assert_same(cached.tokens, draw(model, LABELS, seeds, guidance(2.0), rule, cached=False).tokens)
     assert len(cached.tokens.unique()) > 5
 
 
-@every_family
+@every_discrete
 def test_a_draw_follows_its_own_likelihood(name):
     """The token drawn is the Gumbel race over the teacher-forced distribution of the finished canvas."""
     model, seeds = make(name), sample_seeds(2, 0, 3)
     canvas = draw(model, LABELS, seeds)
-    logits = model.head.logits(model(canvas, model.conditioner(LABELS)))[0]
-    position, ids = torch.arange(model.layout.length), torch.arange(logits.shape[-1])
-    assert torch.equal((logits + SampleNoise(seeds).gumbel(position, ids)).argmax(-1), canvas.tokens)
+    every = logits_of(model, canvas, model.conditioner(LABELS))
+    for f, (logits, (size, want)) in enumerate(zip(every, sub_codes(model, canvas.tokens), strict=True)):
+        noise = SampleNoise(seeds).gumbel(torch.arange(model.layout.length), torch.arange(size), stream=f)
+        assert torch.equal((logits + noise).argmax(-1), want)
 
 
 @every_family
 def test_guidance_one_is_the_conditional_branch_and_runs_no_null_row(name, monkeypatch):
     model, seeds, rows = make(name), sample_seeds(0, 0, 3), []
-    run = type(model).run
+    run, masked = type(model).run, type(model).forward
     monkeypatch.setattr(type(model), "run", lambda self, x, cache=None: rows.append(len(x.x)) or run(self, x, cache))
+    if name in MASKED:
+        monkeypatch.setattr(type(model), "forward", lambda *a: rows.append(len(a[2].start)) or masked(*a))
     plain = draw(model, LABELS, seeds)
     assert torch.equal(draw(model, LABELS, seeds, guidance(1.0)).tokens, plain.tokens) and set(rows) == {3}
     rows.clear()
     ramp = guidance(3.0, "interval", low=2.0, high=3.0)  # never inside: scale 1 at every step, with null rows
-    assert torch.equal(draw(model, LABELS, seeds, ramp).tokens, plain.tokens) and set(rows) == {6}
+    assert_same(draw(model, LABELS, seeds, ramp).tokens, plain.tokens)
+    assert set(rows) == {6}
 
 
-@every_family
+@every_discrete
 def test_guided_logits_are_combined_by_hand(name):
     model, seen = make(name), []
     keep = DrawRule(temperature=0, processors=(lambda logits, progress: seen.append((logits, progress)) or logits,))
     canvas = draw(model, LABELS, sample_seeds(0, 0, 3), guidance(2.5, "linear"), keep)
-    conditional = model.head.logits(model(canvas, model.conditioner(LABELS)))[0]
-    null = model.head.logits(model(canvas, model.conditioner.null(3)))[0]
     ramp = torch.tensor([1 + 1.5 * k / (model.layout.steps - 1) for k in range(model.layout.steps)])
     scale = ramp[model.layout.steps_of_tokens()][None, :, None]
-    want = null + scale * (conditional - null)
-    torch.testing.assert_close(torch.cat([s for s, _ in seen], 1), want, rtol=1e-4, atol=1e-4)
-    assert [p.step for _, p in seen] == list(range(model.layout.steps)) and seen[-1][1].after == 1
+    pairs = zip(*(logits_of(model, canvas, cond) for cond in (model.conditioner(LABELS), model.conditioner.null(3))))
+    factors = len(sub_codes(model, canvas.tokens))
+    for f, (conditional, null) in enumerate(pairs):
+        want = null + scale * (conditional - null)
+        torch.testing.assert_close(torch.cat([s for s, _ in seen[f::factors]], 1), want, rtol=1e-4, atol=1e-4)
+    assert [p.step for _, p in seen[::factors]] == list(range(model.layout.steps)) and seen[-1][1].after == 1
 
 
 @every_family
@@ -128,20 +179,23 @@ def test_a_sample_does_not_depend_on_its_batch(name):
     labels, seeds = torch.arange(6) % CLASSES, sample_seeds(0, 0, 6)
     whole = draw(model, labels, seeds, guidance(2.0)).tokens
     for rows in ([4], [5, 0], [3, 1, 2]):
-        assert torch.equal(draw(model, labels[rows], seeds[rows], guidance(2.0)).tokens, whole[rows])
+        assert_same(draw(model, labels[rows], seeds[rows], guidance(2.0)).tokens, whole[rows])
 
 
 @every_family
 def test_known_tokens_are_kept_and_stop_leaves_the_rest(name):
     model = make(name)
+    if name.startswith("maskgit"):
+        pytest.skip("which cells a step writes is decided by confidence; tests/test_maskgit.py has its own")
     given = model.arrange(tokens_of(model, 3))
-    given.known = torch.rand(given.tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    given.known = torch.rand(given.tokens.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5
     want = given.tokens.clone()
     done = draw(model, LABELS, sample_seeds(0, 0, 3), canvas=given)
     assert torch.equal(done.tokens[given.known], want[given.known])
     free = draw(model, LABELS, sample_seeds(0, 0, 3))
-    part = draw(model, LABELS, sample_seeds(0, 0, 3), stop=2)
-    _, b = model.layout.written(0, 2)
+    stop = min(2, model.layout.steps)
+    part = draw(model, LABELS, sample_seeds(0, 0, 3), stop=stop)
+    _, b = model.layout.written(0, stop)
     assert torch.equal(part.tokens[:, :b], free.tokens[:, :b]) and (part.tokens[:, b:] == 0).all()
 
 
@@ -162,7 +216,28 @@ def test_likelihood_sums_to_one_over_every_sequence(family):
     )
 
 
-@every_family
+@every_continuous
+def test_one_image_of_latents_is_overfitted(name):
+    """Four draws of noise a step on one image: most of the error goes, and samples are near the image, of power 9."""
+    torch.manual_seed(0)
+    model = CONTINUOUS[name]().train()
+    image, labels = 3 * tokens_of(model, 1), torch.zeros(4, dtype=torch.int64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for step in range(100):
+        optimizer.zero_grad()
+        batch = {"tokens": image.expand(4, -1, -1), "label": labels, "key": sample_seeds(step, 0, 4)}
+        loss = model.loss(batch)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    model.eval()
+    canvas = draw(model, labels, sample_seeds(0, 0, 4), rule=DrawRule(solver_steps=8))
+    error = float((model.restore(canvas) - image).square().mean())
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5]) and error < 0.7 * float(image.square().mean()), (losses[-1], error)
+
+
+@every_discrete
 def test_one_batch_is_overfitted(name):
     torch.manual_seed(0)
     model = FAMILIES[name]().train()
@@ -177,20 +252,23 @@ def test_one_batch_is_overfitted(name):
     model.eval()
     assert model.loss(batch)["loss"].item() < 0.1 * first
     greedy = draw(model, torch.arange(4), sample_seeds(0, 0, 4), rule=DrawRule(temperature=0))
-    assert torch.equal(greedy.tokens, tokens)
+    assert torch.equal(model.restore(greedy), tokens)
 
 
-@every_family
+@every_discrete
 def test_loss_is_the_mean_negative_log_probability(name):
     model = make(name)
     tokens = tokens_of(model, 3)
     out = model.loss({"tokens": tokens, "label": LABELS, "key": sample_seeds(0, 0, 3)})
     logs = model.log_prob(model.arrange(tokens), model.conditioner(LABELS))
-    torch.testing.assert_close(out["loss"], -logs.mean())
+    mean = -logs.mean()
+    if name == "hita":  # its loss is the sum of the two parts' means, as published
+        mean = -logs[:, : model.count].mean() - logs[:, model.count :].mean()
+    torch.testing.assert_close(out["loss"], mean)
     torch.testing.assert_close(out["nats"], -logs)
 
 
-@every_family
+@every_discrete
 def test_context_replaces_the_inputs_but_not_the_targets(name):
     model = make(name)
     tokens, context = tokens_of(model, 3), tokens_of(model, 3, seed=9)

@@ -7,7 +7,7 @@ the cache. A paper is one subclass in vgen/models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,9 +56,11 @@ class Generator(Configured, nn.Module):
     """Base of all generators. A subclass sets the fields below in its constructor and writes `inputs`.
 
     spec: the tokens it was built for; num_classes: 0 = unconditional; label_drop: share of training samples whose class
-    is hidden; layout: its own order.
+    is hidden; layout: its own order; caches: whether earlier steps stay as they are, so that their keys and values can
+    be kept.
     """
 
+    caches: bool = True
     spec: TokenSpec
     num_classes: int
     label_drop: float
@@ -74,6 +76,10 @@ class Generator(Configured, nn.Module):
     def adopt(self, tokenizer: Tokenizer) -> None:
         """Take over what a step's input needs of the tokenizer's quantizer. Nothing, unless the family says so."""
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters without weight decay beside those of fewer than two dimensions (vtok/optim.py)."""
+        return []
+
     # --- the tokenizer's order <-> our own --------------------------------------------------------------------------
 
     def arrange(self, tokens: Tensor) -> Canvas:
@@ -84,10 +90,40 @@ class Generator(Configured, nn.Module):
         """Tokens in the tokenizer's order, inverse of `arrange`."""
         return canvas.tokens
 
+    def arrange_batch(self, tokens: Tensor, batch: Mapping[str, Any], progress: float) -> Canvas:
+        """`arrange` in training, for families whose order is drawn a sample (by batch["key"]) or follows progress.
+
+        tokens: batch["tokens"] or batch["context"]; both must come out in one order.
+        """
+        return self.arrange(tokens)
+
     def blank(self, rows: int) -> Canvas:
         """An empty canvas to be written."""
-        device = next(self.parameters()).device
-        return Canvas(torch.zeros(rows, self.layout.length, dtype=torch.int64, device=device), self.layout)
+        device, shape = next(self.parameters()).device, (rows, self.layout.length)
+        if not self.spec.discrete:
+            values = torch.zeros(*shape, self.spec.parts[0].channels, dtype=torch.float32, device=device)
+            return Canvas(values, self.layout)
+        return Canvas(torch.zeros(shape, dtype=torch.int64, device=device), self.layout)
+
+    def begin(self, noise: SampleNoise) -> Canvas:
+        """An empty canvas of the samples of `noise`; a family that draws an order for each sample does it here."""
+        return self.blank(len(noise.seeds))
+
+    def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
+        """The canvas that sampling with `noise` would leave if it drew tokens [B, L] (the tokenizer's order): what token
+        constraints keep a part of (vgen/editing.py). Families that write noisy values on the way noise them here."""
+        return self.arrange(tokens)
+
+    def set_steps(self, steps: int) -> None:
+        """Sample in that many steps; only for families whose training does not depend on it (MAR, MaskGIT)."""
+        raise ValueError(f"steps={steps}: {type(self).__name__} samples in {self.layout.steps} steps; leave steps away")
+
+    @property
+    def sampler(self) -> Callable[..., Canvas]:
+        """How a canvas is written (vgen/samplers): step after step, unless a family says otherwise."""
+        from vgen.samplers.ancestral import ancestral
+
+        return ancestral
 
     # --- one step or many -------------------------------------------------------------------------------------------
 
@@ -106,11 +142,18 @@ class Generator(Configured, nn.Module):
         """Hidden states for the tokens written in steps start..stop-1, [R, n, D]. With start > 0 a cache is needed."""
         return self.run(self.inputs(canvas, cond, start, canvas.layout.steps if stop is None else stop), cache)
 
-    def cache(self, rows: int, *, prefix: int = 0) -> KVCache:
-        """An empty cache for `rows` rows (streams included) of whole sequences behind `prefix` extra positions."""
+    def cache(self, rows: int, *, prefix: int = 0, layout: SequenceLayout | None = None) -> KVCache | None:
+        """An empty cache for `rows` rows (streams included) of whole sequences behind `prefix` extra positions.
+
+        layout: of the canvas, where it is not the generator's own (FlexVAR's free scale lists). None where no step
+        can be kept.
+        """
+        if not self.caches:
+            return None
         weight = self.trunk.blocks[0].attention.qkv.weight
         dtype = torch.get_autocast_dtype(weight.device.type) if _autocast(weight) else weight.dtype
-        return self.trunk.cache(rows, sum(self.layout.reads) + prefix, dtype=dtype, device=weight.device)
+        reads = (self.layout if layout is None else layout).reads
+        return self.trunk.cache(rows, sum(reads) + prefix, dtype=dtype, device=weight.device)
 
     def draw(
         self,
@@ -126,7 +169,7 @@ class Generator(Configured, nn.Module):
         """Tokens of step k, [B, n]. cond holds guide.streams * B rows. cache None recomputes the whole prefix."""
         layout = canvas.layout
         (a, b), rows = layout.written(k, k + 1), canvas.repeat(guide.streams)
-        if cache is None:
+        if cache is None and self.caches:
             h = self(rows, cond, 0, k + 1)[:, a:b]
         else:
             h = self(rows, cond, k, k + 1, cache)
@@ -151,8 +194,8 @@ class Generator(Configured, nn.Module):
         progress: share of training done, for families whose task changes. Returns "loss" (mean nats a token) and
         "nats" [B, L], detached.
         """
-        canvas = self.arrange(batch["tokens"])
-        context = self.arrange(batch["context"]) if "context" in batch else canvas
+        canvas = self.arrange_batch(batch["tokens"], batch, progress)
+        context = self.arrange_batch(batch["context"], batch, progress) if "context" in batch else canvas
         h = self(context, self.conditioner(batch["label"], self.dropped(batch)))
         nats = self.head.loss(h, canvas.tokens, canvas.layout.sizes)
         return {"loss": nats.mean(), "nats": nats.detach()}

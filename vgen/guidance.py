@@ -78,13 +78,19 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """From `start` at the first step to `scale` at the last (VAR: start 1, scale 1 + cfg; D-AR; xAR)."""
+    """From `start` at the first step to `scale` at the last (VAR: start 1, scale 1 + cfg; D-AR; xAR).
+
+    reached: the step at which `scale` is reached where it comes before the last; growth goes on behind it (FlexVAR: 9).
+    """
 
     scale: float
     start: float = 1.0
+    reached: int | None = None
 
     def __call__(self, progress: Progress) -> float:
-        return self.start + (self.scale - self.start) * progress.ramp
+        early = self.reached is not None and self.reached < progress.steps - 1
+        ramp = progress.step / self.reached if early else progress.ramp
+        return self.start + (self.scale - self.start) * ramp
 
 
 @dataclass(frozen=True)
@@ -101,17 +107,67 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Interval:
-    """scale while low <= share of steps done <= high, 1 outside (Kynkaanniemi et al., arXiv 2404.07724; GigaTok)."""
+    """scale while low <= share of steps done <= high, 1 outside (Kynkaanniemi et al., arXiv 2404.07724; GigaTok).
+
+    first: scale also at the first step, as the published samplers of GigaTok and ReToK have it.
+    """
 
     scale: float
     low: float = 0.0
     high: float = 1.0
+    first: bool = False
 
     def __call__(self, progress: Progress) -> float:
-        return self.scale if self.low <= progress.ramp <= self.high else 1.0
+        inside = self.low <= progress.ramp <= self.high or (self.first and progress.step == 0)
+        return self.scale if inside else 1.0
 
 
-SCHEDULES = {"constant": Constant, "linear": Linear, "cosine": Cosine, "interval": Interval}
+@dataclass(frozen=True)
+class Count:
+    """1 + (scale - 1) times the share of tokens decided after the step (MAR's linear).
+
+    tokens: how many there are; with it, the last step counts one of them as open, as MAR's code does.
+    """
+
+    scale: float
+    tokens: int | None = None
+
+    def __call__(self, progress: Progress) -> float:
+        share = progress.after if self.tokens is None else min(progress.after, 1 - 1 / self.tokens)
+        return 1 + (self.scale - 1) * share
+
+
+@dataclass(frozen=True)
+class Previous:
+    """1 + (scale - 1) k / K at step k of K (TiTok's linear: scale 1 + its cfg; ELM, with one token a step)."""
+
+    scale: float
+
+    def __call__(self, progress: Progress) -> float:
+        return 1 + (self.scale - 1) * progress.step / progress.steps
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Linear's ramp from `start` to `scale` over the steps, while the flow time is at most `high`; 1 above (FlowAR)."""
+
+    scale: float
+    high: float = 1.0
+    start: float = 1.0
+
+    def __call__(self, progress: Progress) -> float:
+        return self.start + (self.scale - self.start) * progress.ramp if progress.time <= self.high else 1.0
+
+
+SCHEDULES = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+    "interval": Interval,
+    "count": Count,
+    "previous": Previous,
+    "gate": Gate,
+}
 
 
 def guidance(scale: float, schedule: str = "constant", **options: float) -> Unguided | ClassifierFree:

@@ -25,13 +25,16 @@ class DrawRule:
     """How a categorical token is drawn.
 
     temperature: 0 = argmax. top_k: 0 = off. top_p: 1 = off; a token is kept while the mass before it is < top_p.
-    processors: functions of guided, tempered logits [B, n, V] and the progress.
+    processors: functions of guided, tempered logits [B, n, V] and the progress. For continuous tokens: temperature
+    multiplies the noise; solver_steps and solver replace the model's own (None).
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     processors: tuple[Processor, ...] = ()
+    solver_steps: int | None = None
+    solver: str | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -53,6 +56,8 @@ def survivors(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]
 
 def draw_ids(logits: Tensor, rule: DrawRule, noise: SampleNoise, position: Tensor, progress: Progress, stream: int = 0):
     """Ids int64 [B, n] from guided logits float32 [B, n, V]; position int64 [n] or [B, n] keys the noise."""
+    if rule.solver is not None or rule.solver_steps is not None:
+        raise ValueError("solver and solver_steps are for continuous tokens; these are ids: leave them out")
     if rule.temperature not in (0, 1):
         logits = logits / rule.temperature
     for process in rule.processors:

@@ -18,7 +18,6 @@ from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress, guidance
 from vgen.heads import DrawRule
 from vgen.models import FAMILIES
-from vgen.samplers.ancestral import ancestral
 from vtok.checkpoint import (
     CheckpointError,
     Weights,
@@ -105,7 +104,7 @@ class Pipeline:
         labels, seeds = labels.to(self.device), seeds.to(self.device)
         streams = [generator.conditioner(labels)]
         streams += [generator.conditioner.null(len(labels)) for _ in range(guide.streams - 1)]
-        canvas = ancestral(
+        canvas = generator.sampler(
             generator, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, on_step=on_step
         )
         return generator.restore(canvas)

@@ -29,7 +29,8 @@ def sample(config: Mapping[str, Any]) -> Path:
     if out.exists() and not config["overwrite"]:
         raise ValueError(f"{out} exists; pass overwrite=true or another out=")
     device = resolve_device(config["device"])
-    rule = DrawRule(float(config["temperature"]), int(config["top_k"]), float(config["top_p"]))
+    solver = {"solver_steps": config.get("solver_steps"), "solver": config.get("solver")}
+    rule = DrawRule(float(config["temperature"]), int(config["top_k"]), float(config["top_p"]), **solver)
     guide = guidance(float(config["guidance"]), config["schedule"], **config["schedule_options"])
     pipeline = Pipeline.load(
         config["from"],
@@ -39,6 +40,8 @@ def sample(config: Mapping[str, Any]) -> Path:
         dtype=resolve_dtype(config["dtype"]),
         chunk=int(config["chunk"]),
     )
+    if config.get("steps"):
+        pipeline.generator.set_steps(int(config["steps"]))
     known, names = pipeline.generator.num_classes, pipeline.class_names
     labels = plan(config["classes"], config["per_class"], config["num_images"], known, names, grid=out.suffix == ".png")
     seeds = sample_seeds(int(config["seed"]), 0, len(labels))
@@ -56,6 +59,7 @@ def sample(config: Mapping[str, Any]) -> Path:
         "seed": int(config["seed"]),
         "seeds": "vtok.noise.sample_seeds(seed, 0, num_images)",
         **{k: config[k] for k in ("guidance", "schedule", "temperature", "top_k", "top_p", "dtype", "chunk")},
+        **{k: config.get(k) for k in ("steps", "solver_steps", "solver")},
         "schedule_options": dict(config["schedule_options"]),
         "device": device.type,
         "torch": torch.__version__,

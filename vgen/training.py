@@ -17,12 +17,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from vgen.callbacks import Samples
+from vgen.corruption import Corruption
 from vgen.generator import Generator
 from vgen.lit import LitGenerator
 from vgen.models import FAMILIES
 from vtok import run as runs
 from vtok.callbacks import Progress, Reconstructions, quiet
 from vtok.ckpt_files import AtomicCheckpointIO
+from vtok.collapse import CodeUse
 from vtok.config import describe, instantiate
 from vtok.data.codes import OnlineTokens
 from vtok.data.module import ImageData, micro_batch_size
@@ -44,7 +46,7 @@ PART_OF_THE_RUN = (
     "schedule",
     "clip",
 )
-PART_OF_THE_RUN += ("ema", "precision", "data", "objective", "tokenizer_from")
+PART_OF_THE_RUN += ("ema", "precision", "data", "objective", "tokenizer_from", "corruption", "corrections", "teacher")
 TRAINS_ON_IMAGES = "a tokenizer trains on images: choose data=digits, cifar10, imagefolder, ..."
 
 
@@ -143,13 +145,19 @@ def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
         return data
     source = config.tokenizer_from
     if _cached(config):
+        if config.get("corrections", False):
+            raise ValueError("corrections=true encodes images anew, data=codes has none: pass data=... of images")
         given = {"tokenizer": source, "weights": config.tokenizer_weights}
         section = OmegaConf.merge(config.data, given) if source else config.data
         return instantiate(section, trust=trust, _convert_="all")
     if not source:
         raise ValueError("a generator needs tokens: pass tokenizer_from=<run or folder of a tokenizer>, or data=codes")
     data = OnlineTokens(
-        data=instantiate(config.data, trust=trust, _convert_="all"), tokenizer=source, weights=config.tokenizer_weights
+        data=instantiate(config.data, trust=trust, _convert_="all"),
+        tokenizer=source,
+        weights=config.tokenizer_weights,
+        keep_images=config.get("teacher") is not None,
+        corrections=bool(config.get("corrections", False)),
     )
     data.setup()
     return data
@@ -183,7 +191,22 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
     make.func.accepts(data.spec)
     module = make(spec=data.spec, num_classes=data.num_classes)
     module.adopt(data.tokenizer)
-    return LitGenerator(module, recipe, class_names=data.class_names)
+    corruption = None
+    if config.get("corruption") is not None:
+        given = OmegaConf.to_container(config.corruption, resolve=True)
+        unknown = set(given) - {"kind", "rate", "near", "sigma"}
+        if unknown or "kind" not in given:
+            raise ValueError(f"corruption={given}: give kind (random, near or noise), and of rate, near and sigma some")
+        corruption = Corruption(data.spec, getattr(data.tokenizer, "quantizer", None), **given)
+    teacher = None
+    if config.get("teacher") is not None:
+        if _cached(config):
+            raise ValueError("teacher looks at images, data=codes has none: train on images with tokenizer_from=...")
+        from vtok.losses.backbone import Backbone
+        from vtok.losses.frozen import Frozen
+
+        teacher = Frozen(Backbone(**OmegaConf.to_container(config.teacher, resolve=True)))
+    return LitGenerator(module, recipe, class_names=data.class_names, corruption=corruption, teacher=teacher)
 
 
 def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, ...], *, fresh: bool) -> L.Trainer:
@@ -198,6 +221,8 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
         kind = "samples" if isinstance(lit, LitGenerator) else "reconstructions"
         picture = Samples if kind == "samples" else Reconstructions
         callbacks.append(picture(folder / "pictures", every=config.picture_every, **options[kind]))
+        if isinstance(lit, LitTokenizer) and lit.module.spec.discrete:
+            callbacks.append(CodeUse(folder / "pictures"))
     if config.monitor.removeprefix("val/").removesuffix("_raw") not in lit.monitors or config.monitor[:4] != "val/":
         known = ", ".join(f"val/{name}" for name in lit.monitors)
         raise ValueError(f"monitor={config.monitor}: choose one of {known}")
@@ -283,8 +308,9 @@ def summary(config: DictConfig, lit: Lit, data: Any, trainer: L.Trainer, batch: 
     lines = {
         "run directory": config.run_dir,
         "trains": f"{type(lit.module).__name__} ({lit.kind}), {count:,} parameters, {trainable:,} trainable",
-        "tokens": f"{spec.layout.length} in {spec.layout.steps} steps, vocabulary {vocabularies}, {spec.bits:.0f} bits "
-        f"an image of {spec.image_size} px",
+        "tokens": f"{spec.layout.length} in {spec.layout.steps} steps, vocabulary {vocabularies}, "
+        + (f"{spec.bits:.0f} bits" if spec.discrete else f"{spec.parts[0].channels} channels")
+        + f" an image of {spec.image_size} px",
         "data": f"{data.train_size:,} training, {data.val_size:,} held out, {data.num_classes} classes",
         "global batch": f"{config.batch_size} = {batch} x {trainer.world_size} devices x {config.accumulate} batches",
         "steps": f"{config.steps:,} = {config.steps * config.batch_size / data.train_size:.1f} epochs"

@@ -16,7 +16,18 @@ from vgen.generator import Generator
 
 CONVERTERS: dict[str, str] = {
     "llamagen": "vgen.convert.llamagen",
+    "gigatok": "vgen.convert.llamagen_family:gigatok",
+    "dar": "vgen.convert.llamagen_family:dar",
+    "har": "vgen.convert.llamagen_family:har",
+    "detailflow": "vgen.convert.llamagen_family:detailflow",
+    "hita": "vgen.convert.llamagen_family:hita",
+    "rar": "vgen.convert.rar",
+    "flexvar": "vgen.convert.flexvar",
+    "mar": "vgen.convert.mar",
+    "maskgit": "vgen.convert.maskgit",
     "var": "vgen.convert.var",
+    "xar": "vgen.convert.xar",
+    "flowar": "vgen.convert.flowar",
 }
 
 
@@ -27,4 +38,5 @@ def convert(family: str, state: Mapping[str, Tensor], config: Mapping[str, Any])
     """
     if family not in CONVERTERS:
         raise ValueError(f"unknown family {family!r}; known are {', '.join(sorted(CONVERTERS))}")
-    return importlib.import_module(CONVERTERS[family]).convert(state, config)
+    module, _, function = CONVERTERS[family].partition(":")
+    return getattr(importlib.import_module(module), function or "convert")(state, config)

@@ -7,11 +7,13 @@ hold) is dropped: ours is rebuilt. Gate and value of the feed-forward become one
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from vgen.generator import Generator
 from vgen.models.llamagen import LlamaGen
 from vtok.checkpoint import load_strict
 from vtok.convert.table import Rule, check, highest, shape, translate
@@ -44,44 +46,70 @@ RULES = [
 
 def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> LlamaGen:
     """config: {"Transformer_ModelArgs": arguments}, at least n_head and, where it is not 256, block_size."""
+
+    def make(found: Found) -> LlamaGen:
+        side = math.isqrt(found.tokens)
+        if side * side != found.tokens:
+            raise ValueError(f"{SOURCE}: block_size={found.tokens} is not a square grid")
+        part = Part(found.tokens, found.vocab_size, CODE_CHANNELS)
+        return LlamaGen(TokenSpec(SequenceLayout.raster(side, side), (part,), 16 * side), found.classes, **found.sizes)
+
+    return convert_as(state, config, make, source=SOURCE)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What weights and arguments tell: arguments as given, and `sizes`, ours for every family of this kind."""
+
+    arguments: dict[str, Any]
+    tokens: int
+    vocab_size: int
+    classes: int
+    sizes: dict[str, Any]
+
+
+def convert_as(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    make: Callable[[Found], Generator],
+    *,
+    source: str,
+    rules: Sequence[Rule] = (),
+    more: frozenset[str] = frozenset(),
+) -> Generator:
+    """A model of LlamaGen's kind. make: builds the module; rules, more: keys and arguments that LlamaGen lacks."""
     arguments = dict(config.get(CLASS, {}))
-    unknown = (set(arguments) - ARGUMENTS) | (set(config) - {CLASS})
+    unknown = (set(arguments) - ARGUMENTS - more) | (set(config) - {CLASS})
     if unknown:
-        raise ValueError(f"{SOURCE}: unknown arguments {sorted(unknown)}")
+        raise ValueError(f"{source}: unknown arguments {sorted(unknown)}")
     if "n_head" not in arguments:
-        raise ValueError(f"{SOURCE}: the weights do not tell the number of heads: give {CLASS}.n_head")
-    heads, tokens = arguments["n_head"], arguments.get("block_size", 256)
-    refused = {"n_kv_head": (None, heads), "model_type": ("c2i",), "cls_token_num": (1,), "norm_eps": (1e-5,)}
-    for name, allowed in refused.items():
+        raise ValueError(f"{source}: the weights do not tell the number of heads: give {CLASS}.n_head")
+    refused = {"n_kv_head": (None, arguments["n_head"]), "model_type": ("c2i",), "cls_token_num": (1,)}
+    for name, allowed in (refused | {"norm_eps": (1e-5,), "drop_path_rate": (0.0,)}).items():
         if arguments.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{SOURCE}: {name}={arguments[name]} is not supported, only {allowed[-1]}")
+            raise ValueError(f"{source}: {name}={arguments[name]} is not supported, only {allowed[-1]}")
     if arguments.get("resid_dropout_p", 0.1) != arguments.get("ffn_dropout_p", 0.1):
-        raise ValueError(f"{SOURCE}: resid_dropout_p and ffn_dropout_p differ; our block has one dropout")
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(f"{SOURCE}: block_size={tokens} is not a square grid")
-    tensors = translate(state, RULES, SOURCE)
-    rows, width = shape(state, "cls_embedding.embedding_table.weight", SOURCE)
-    vocab_size = shape(state, "tok_embeddings.weight", SOURCE)[0]
-    depth = highest(state, r"layers\.(\d+)\..*", SOURCE)
-    hidden = shape(state, "layers.0.feed_forward.w1.weight", SOURCE)[0]
-    check(arguments, {"dim": width, "n_layer": depth, "vocab_size": vocab_size, "num_classes": rows - 1}, SOURCE)
-    layout = SequenceLayout.raster(side, side)
-    module = LlamaGen(
-        TokenSpec(layout, (Part(tokens, vocab_size, CODE_CHANNELS),), 16 * side),
-        rows - 1,
-        depth=depth,
-        width=width,
-        heads=heads,
-        multiple_of=arguments.get("multiple_of", 256),
-        theta=float(arguments.get("rope_base", 10000)),
-        token_dropout=arguments.get("token_dropout_p", 0.1),
-        dropout=arguments.get("resid_dropout_p", 0.1),
-        attention_dropout=arguments.get("attn_dropout_p", 0.0),
-        label_drop=arguments.get("class_dropout_prob", 0.1),
-    )
-    if module.trunk.blocks[0].ffn.down.in_features != hidden:
-        have = module.trunk.blocks[0].ffn.down.in_features
-        raise ValueError(f"{SOURCE}: multiple_of makes the feed-forward {have} wide, but the weights have {hidden}")
-    load_strict(module, tensors, SOURCE)
+        raise ValueError(f"{source}: resid_dropout_p and ffn_dropout_p differ; our block has one dropout")
+    tensors = translate(state, [*RULES, *rules], source)
+    rows, width = shape(state, "cls_embedding.embedding_table.weight", source)
+    vocab_size = shape(state, "tok_embeddings.weight", source)[0]
+    depth = highest(state, r"layers\.(\d+)\..*", source)
+    hidden = shape(state, "layers.0.feed_forward.w1.weight", source)[0]
+    check(arguments, {"dim": width, "n_layer": depth, "vocab_size": vocab_size, "num_classes": rows - 1}, source)
+    sizes = {
+        "depth": depth,
+        "width": width,
+        "heads": arguments["n_head"],
+        "multiple_of": arguments.get("multiple_of", 256),
+        "theta": float(arguments.get("rope_base", 10000)),
+        "token_dropout": arguments.get("token_dropout_p", 0.1),
+        "dropout": arguments.get("resid_dropout_p", 0.1),
+        "attention_dropout": arguments.get("attn_dropout_p", 0.0),
+        "label_drop": arguments.get("class_dropout_prob", 0.1),
+    }
+    module = make(Found(arguments, arguments.get("block_size", 256), vocab_size, rows - 1, sizes))
+    have = module.trunk.blocks[0].ffn.down.in_features
+    if have != hidden:
+        raise ValueError(f"{source}: multiple_of makes the feed-forward {have} wide, but the weights have {hidden}")
+    load_strict(module, tensors, source)
     return module.eval()

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vgen.models.var import VAR
@@ -113,7 +114,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> VAR:
     tensors = translate(state, RULES, SOURCE)
     if not any(key.startswith("quantizer.") for key in tensors):
         tensors |= {
-            k: v.new_full(v.shape, math.nan) for k, v in module.state_dict().items() if k.startswith("quantizer.")
+            k: torch.full(v.shape, math.nan) for k, v in module.state_dict().items() if k.startswith("quantizer.")
         }
     load_strict(module, tensors, SOURCE)
     return module.eval()

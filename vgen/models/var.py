@@ -30,6 +30,10 @@ class VAR(Generator):
     spec: residual tokens on growing square maps; its `quantizer` is rebuilt here. l2_attention: q and k normalised,
     with a learned temperature a head; without it the softmax scale is 0.25 / sqrt(E). gate_init: factor on the gate
     rows of the modulation at the start (1e-3 for d16, d20; 1e-4 d24; 1e-5 larger).
+
+    Progressive training, off in all published runs: until the share `progressive_until` of training is done, only the
+    first scales are trained, from `progressive_first` of them on, one more at a time; the loss of the newest one rises
+    from 0.01 to full weight over the share `progressive_ramp`.
     """
 
     def __init__(
@@ -48,8 +52,15 @@ class VAR(Generator):
         label_drop: float = 0.1,
         gate_init: float = 1e-3,
         checkpointing: bool = False,
+        progressive_until: float = 0.0,
+        progressive_first: int = 5,
+        progressive_ramp: float = 0.005,
     ) -> None:
         super().__init__()
+        if not 0 <= progressive_until <= 1 or progressive_first < 1 or progressive_ramp <= 0:
+            got = f"{progressive_until}, {progressive_first}, {progressive_ramp}"
+            raise ValueError(f"progressive_until in 0..1, progressive_first >= 1, progressive_ramp > 0, got {got}")
+        self.progressive = progressive_until, progressive_first, progressive_ramp
         spec = TokenSpec.from_config(spec)
         self.accepts(spec)
         width, heads = width or 64 * depth, heads or depth
@@ -131,6 +142,30 @@ class VAR(Generator):
         super().train(mode)
         self.quantizer.eval()  # frozen: no codebook statistics may move
         return self
+
+    def scales_at(self, progress: float) -> tuple[int, float]:
+        """How many scales are trained at this share of training, and the weight of the newest one."""
+        until, first, ramp = self.progressive
+        extra = self.layout.steps - first
+        if progress >= until or extra <= 0:
+            return self.layout.steps, 1.0
+        added = round(progress / until * extra)
+        if added == 0 or added == extra:
+            return first + added, 1.0
+        since = progress - (added - 0.5) / extra * until
+        return first + added, min(max(since / ramp, 0.01), 1.0)
+
+    def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
+        scales, newest = self.scales_at(progress) if self.training else (self.layout.steps, 1.0)
+        if scales == self.layout.steps:
+            return super().loss(batch, progress=progress)
+        canvas = self.arrange(batch["tokens"])
+        context = self.arrange(batch["context"]) if "context" in batch else canvas
+        h = self(context, self.conditioner(batch["label"], self.dropped(batch)), 0, scales)
+        a, b = canvas.layout.written(scales - 1, scales)
+        nats = self.head.loss(h, canvas.tokens[:, :b], canvas.layout.sizes[:scales])
+        weighted = nats[:, :a].sum(1) + newest * nats[:, a:].sum(1)
+        return {"loss": weighted.mean() / canvas.layout.length, "nats": nats.detach()}
 
     def inputs(self, canvas: Canvas, cond: Cond, start: int, stop: int) -> Inputs:
         a, b = canvas.layout.written(start, stop)

@@ -37,17 +37,19 @@ def ancestral(
     rows = len(noise.seeds)
     if len(cond.start) != guide.streams * rows:
         raise ValueError(f"cond has {len(cond.start)} rows, expected {guide.streams} streams x {rows} samples")
-    canvas = generator.blank(rows) if canvas is None else canvas
+    canvas = generator.begin(noise) if canvas is None else canvas
     layout = canvas.layout
     prefix = 0 if cond.prefix is None else cond.prefix.shape[1]
-    cache = generator.cache(guide.streams * rows, prefix=prefix) if cached else None
+    other = {} if layout is generator.layout else {"layout": layout}
+    cache = generator.cache(guide.streams * rows, prefix=prefix, **other) if cached else None
     for k in range(layout.steps if stop is None else stop):
         a, b = layout.written(k, k + 1)
         progress = Progress(k, layout.steps, a / layout.length, b / layout.length)
         chosen = rule if isinstance(rule, DrawRule) else rule(progress)
         tokens = generator.draw(canvas, cond, k, cache=cache, noise=noise, guide=guide, rule=chosen)
         if canvas.known is not None:
-            tokens = torch.where(canvas.known[:, a:b], canvas.tokens[:, a:b], tokens)
+            known = canvas.known[:, a:b] if tokens.dim() == 2 else canvas.known[:, a:b, None]
+            tokens = torch.where(known, canvas.tokens[:, a:b], tokens)
         canvas.tokens[:, a:b] = tokens
         if on_step is not None:
             on_step(canvas, progress)

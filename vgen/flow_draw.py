@@ -1,0 +1,82 @@
+"""Drawing continuous tokens by solving a flow: keyed noise, guidance on the velocity, the solver of choice.
+
+Noise is keyed by the token's position and the solver step (stream 0: the start; stream 1 + i: step i of a stochastic
+solver), so that a sample does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vgen.guidance import Guidance, Progress
+from vgen.heads import DrawRule
+from vtok.flow import settle, solve, solve_stochastic, times
+from vtok.noise import SampleNoise
+
+SOLVERS = ("euler", "heun", "ab2", "euler_maruyama")
+
+
+@dataclass(frozen=True)
+class FlowDraw:
+    """How many steps of which solver walk from noise to a token, where the draw rule does not say otherwise.
+
+    euler, heun and ab2 take even steps; euler_maruyama is stochastic, down to time 0.04, with one last step to 0.
+    """
+
+    steps: int
+    solver: str = "euler"
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver!r}: choose {', '.join(SOLVERS)}")
+        if self.steps < (2 if self.solver == "euler_maruyama" else 1):
+            raise ValueError(f"solver_steps={self.steps} is too few for solver={self.solver}")
+
+    def __call__(
+        self,
+        velocity: Callable[[Tensor, float], Tensor],
+        channels: int,
+        *,
+        guide: Guidance,
+        noise: SampleNoise,
+        position: Tensor,
+        rule: DrawRule,
+        progress: Progress,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens float32 [B, n, channels].
+
+        velocity(x, t): of every guidance stream, [S * B, n, channels], at x float32 [B, n, channels]. position: int64
+        [n] or [B, n], keys the noise. start: x at time 1 where it is not fresh noise. The state is float64: forty
+        small steps add up.
+        """
+        if rule.top_k or rule.top_p != 1 or rule.processors:
+            raise ValueError("top_k, top_p and processors are for ids; these tokens are continuous: leave them out")
+        if rule.solver is not None or rule.solver_steps is not None:
+            return FlowDraw(rule.solver_steps or self.steps, rule.solver or self.solver)(
+                velocity,
+                channels,
+                guide=guide,
+                noise=noise,
+                position=position,
+                rule=replace(rule, solver=None, solver_steps=None),
+                progress=progress,
+                start=start,
+            )
+        wide = torch.float32 if position.device.type == "mps" else torch.float64
+
+        def normal(stream: int) -> Tensor:
+            return noise.normal(position, channels, stream).to(wide) * rule.temperature
+
+        def guided(x: Tensor, t: float) -> Tensor:
+            out = velocity(x.float(), t).to(wide)
+            return guide(out.unflatten(0, (guide.streams, -1)), replace(progress, time=t))
+
+        x = normal(0) if start is None else start.to(wide)
+        if self.solver == "euler_maruyama":
+            return solve_stochastic(guided, x, settle(self.steps), lambda i: normal(1 + i)).float()
+        return solve(guided, x, times(self.steps), solver=self.solver).float()

@@ -1,0 +1,26 @@
+"""The head of a trunk that is the velocity network itself (xAR, arXiv 2502.20388)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class VelocityHead(nn.Module):
+    """The velocity of every token straight from the trunk: one linear map, in float32, as errors add up in a solve."""
+
+    def __init__(self, *, dim: int, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, channels)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Velocity float32 [.., C] of h [.., D]."""
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.float(), self.linear.weight.float(), self.linear.bias.float())
+
+    def loss(self, h: Tensor, velocity: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Squared error, mean over channels, float32 [B, n], of h [B, n, D] and velocities [B, n, C]."""
+        return (self(h) - velocity).square().mean(-1)

@@ -1,0 +1,53 @@
+"""DetailFlow's generator: coarse-to-fine 1D tokens, the first group one by one, then g at once (arXiv 2505.21473).
+
+Position p predicts token p and reads the class, the first `first` tokens, g - 1 special tokens, then the token g places
+back; positions of a group see each other. Rope on a grid with a row a group, by the place of what is read; the class
+has the row of zeros. LlamaGen-L's trunk.
+
+Self-correction: for a share of the samples the inputs hold a group with wrong tokens, and the targets
+what the tokenizer says repairs the picture after it. Those rows need a tokenizer that re-encodes behind a given prefix;
+where the batch holds them, as "corrupted" and "repaired" (train.py: corrections=true), a sample uses them with
+probability 0.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgen.models.grouped import Grouped, Plan
+from vtok.layout import SequenceLayout
+from vtok.noise import SampleNoise
+from vtok.tokenizer import TokenSpec
+
+CORRECTED, CORRECTION_STREAM = 0.3, 7201
+
+
+class DetailFlow(Grouped):
+    """Published: L 24 x 1024, 16 heads, 8,192 codes, group 8, 326,140,928 parameters for 128, 256 or 512 tokens.
+
+    group: 8 where None; first: a multiple of it, one group where None.
+    """
+
+    @classmethod
+    def plan(cls, spec: TokenSpec, *, group: int | Sequence[int] | None, first: int | None, start: str) -> Plan:
+        group = 8 if group is None else group
+        length, first = spec.layout.length, group if first is None else first
+        if not isinstance(group, int) or start != "hybrid":
+            raise ValueError(f"DetailFlow takes group as a number of tokens and start=hybrid, got {group}, {start}")
+        if length % group or first % group or not 0 < first < length:
+            raise ValueError(f"{length} tokens, first={first}: both must be multiples of group={group}")
+        layout = SequenceLayout((1,) * first + (group,) * ((length - first) // group), spec.layout.coords)
+        return Plan(layout, [(0, place // group, place % group) for place in range(length - 1)])
+
+    def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
+        if self.training and "corrupted" in batch:
+            place = torch.zeros(1, dtype=torch.int64, device=batch["key"].device)
+            chosen = SampleNoise(batch["key"]).uniform(place, CORRECTION_STREAM) < CORRECTED
+            clean, wrong = batch["tokens"], batch["corrupted"]
+            context = torch.where(chosen, wrong, batch.get("context", clean))
+            batch = {**batch, "tokens": torch.where(chosen, batch["repaired"], clean), "context": context}
+        return super().loss(batch, progress=progress)

@@ -1,0 +1,190 @@
+"""FlexVAR: next-scale prediction of the map itself, on any list of scales (Jiao et al., arXiv 2502.20313).
+
+VAR, except: the target of a scale is the code map of the latent downsampled to it, with no residual, so every scale
+decodes to a picture alone. The input of scale k is the embedded map of scale k - 1, resized. No level embedding; the
+learned 32 x 32 position table is averaged down to each scale's side. A scale's tokens do not depend on the list that it
+stands in, so a tokenizer that emits all sides 1..16 serves every list, and training draws a new one a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vgen.conditioning import Cond
+from vgen.generator import Canvas
+from vgen.guidance import Progress
+from vgen.heads import DrawRule
+from vgen.models.var import VAR
+from vtok.layers.trunk import Inputs
+from vtok.layout import SequenceLayout
+from vtok.noise import SampleNoise
+from vtok.tokenizer import TokenSpec
+
+TABLE = 32  # side of the position table
+SCALES_STREAM = 7301
+TRAINED = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)  # sides that the original samples; the others it draws greedily
+
+
+class FlexVAR(VAR):
+    """Published sizes at 256 px: depth D in 16, 20, 24 with width 64 D and D heads.
+
+    spec: independent maps on growing square sides, the first 1 x 1. sides: the list that is written, some of the spec's
+    (None = all). sample_scales: draw a list from the spec's sides at every training step. Other arguments as VAR's.
+    """
+
+    def __init__(
+        self,
+        spec: TokenSpec | Mapping[str, Any],
+        num_classes: int,
+        *,
+        depth: int,
+        sides: Sequence[int] | None = None,
+        sample_scales: bool = True,
+        width: int | None = None,
+        heads: int | None = None,
+        drop_path: float | None = None,
+        modulation: Literal["own", "shared"] = "own",
+        gate_init: float = 1e-3,
+        label_drop: float = 0.1,
+        l2_attention: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
+        options = {"depth": depth, "width": width, "heads": heads, "modulation": modulation, "gate_init": gate_init}
+        options |= {"label_drop": label_drop, "drop_path": drop_path, "l2_attention": l2_attention}
+        super().__init__(spec, num_classes, checkpointing=checkpointing, **options)
+        del self.level_embedding, self.levels
+        self.sample_scales = sample_scales
+        self.known_sides = tuple(side for side, _ in self.spec.layout.sides)
+        self.layout = self.layout_of(self.known_sides if sides is None else sides)
+        self.position = nn.Parameter(positions(TABLE, self.trunk.dim))
+
+    @classmethod
+    def accepts(cls, spec: TokenSpec) -> None:
+        if not spec.discrete or len(spec.parts) != 1 or spec.quantizer is None:
+            raise ValueError("FlexVAR embeds codes of one codebook; choose a tokenizer that hands over its quantizer")
+        if spec.quantizer["family"] == "MultiScaleVQ":
+            raise ValueError("FlexVAR predicts maps, not residuals of maps: choose tokenizer=flexvar_*, or model=var_*")
+        sides = [side for side, _ in spec.layout.sides]
+        if spec.layout != SequenceLayout.scales(sides) or sides[0] != 1 or len(sides) < 2:
+            raise ValueError(f"FlexVAR writes square maps from 1 x 1 up, these tokens lie on {spec.layout.sides}")
+
+    def blank(self, rows: int, layout: SequenceLayout | None = None) -> Canvas:
+        """An empty canvas; layout: SequenceLayout.scales of any sides, seen in training or not (up to the table's 32
+        the positions are known ones). Decode what is written there with `decode(tokens, layout=canvas.layout)`.
+        """
+        layout = self.layout if layout is None else layout
+        ids = torch.zeros(rows, layout.length, dtype=torch.int64, device=self.position.device)
+        return Canvas(ids, layout)
+
+    def layout_of(self, sides: Sequence[int]) -> SequenceLayout:
+        """The layout of a list of sides. Raises ValueError unless it is some of the spec's, from 1 on, growing."""
+        sides = tuple(sides)
+        if sides[0] != 1 or tuple(sorted(set(sides))) != sides or not set(sides) <= set(self.known_sides):
+            raise ValueError(f"sides={list(sides)}: start with 1, grow, and stay among {list(self.known_sides)}")
+        return SequenceLayout.scales(sides)
+
+    # --- lists of scales ----------------------------------------------------------------------------------------------
+
+    def arrange(self, tokens: Tensor, layout: SequenceLayout | None = None) -> Canvas:
+        """The scales of `layout` (None = own) out of tokens [B, L] or codes [B, L, C] of all scales of the spec."""
+        layout = self.layout if layout is None else layout
+        return Canvas(tokens if layout == self.spec.layout else tokens[:, self._places(layout, tokens)], layout)
+
+    def restore(self, canvas: Canvas) -> Tensor:
+        """Tokens [B, L] of the spec; scales that were not written hold zeros (a decoder reads the last one alone).
+
+        Sides that the spec lacks: the tokens as they are, to be decoded with the layout of the canvas.
+        """
+        sides = {side for side, _ in canvas.layout.sides}
+        if canvas.layout == self.spec.layout or not sides <= set(self.known_sides):
+            return canvas.tokens
+        tokens = canvas.tokens.new_zeros(len(canvas.tokens), self.spec.layout.length, *canvas.tokens.shape[2:])
+        tokens[:, self._places(canvas.layout, tokens)] = canvas.tokens
+        return tokens
+
+    def _places(self, layout: SequenceLayout, tokens: Tensor) -> Tensor:
+        spans = (self.spec.layout.written(k, k + 1) for k in map(self.known_sides.index, (s for s, _ in layout.sides)))
+        return torch.cat([torch.arange(a, b, device=tokens.device) for a, b in spans])
+
+    def arrange_batch(self, tokens: Tensor, batch: Mapping[str, Any], progress: float) -> Canvas:
+        if not (self.training and self.sample_scales):
+            return self.arrange(tokens)
+        return self.arrange(tokens, self.layout_of(self.draw_sides(batch["key"])))
+
+    def draw_sides(self, key: Tensor) -> tuple[int, ...]:
+        """The list of one training step, from the key of its first sample (a batch shares its shapes).
+
+        Section 3.3 and the original's trainer, with 16 and 680 replaced by the spec's largest side and the tokens of
+        the model's own list: in 5 % that list; else the first two sides, 5 up to 10/16 of the largest, 2 above it, and
+        the largest. Up to four inner ones are dropped (10, 5, 2, 1 %), then one of the last four while it is too long.
+        """
+        place = torch.arange(64, device=key.device)
+        draws = iter(SampleNoise(key[:1]).uniform(place, SCALES_STREAM)[0].clamp(max=1 - 1e-7).tolist())
+        own, known, largest = [s for s, _ in self.layout.sides], self.known_sides, self.known_sides[-1]
+        chosen = list(own)
+        if next(draws) >= 0.05:
+            low = [s for s in known[2:-1] if s <= largest * 10 / 16]
+            high = [s for s in known[2:-1] if s > largest * 10 / 16]
+            picked = [
+                pool.pop(int(next(draws) * len(pool))) for pool, n in ((low, 5), (high, 2)) for _ in range(n) if pool
+            ]
+            chosen = sorted({*known[:2], *picked, largest})
+        level = next(draws)
+        for threshold in (0.9, 0.95, 0.98, 0.99):
+            if level > threshold and len(chosen) > 3:
+                chosen.pop(2 + int(next(draws) * (len(chosen) - 3)))
+        while sum(s * s for s in chosen) > self.layout.length and len(chosen) > 2:
+            last = min(4, len(chosen) - 1)  # the first side always stays
+            chosen.pop(len(chosen) - last + int(next(draws) * last))
+        return tuple(chosen)
+
+    # --- inputs -------------------------------------------------------------------------------------------------------
+
+    def inputs(self, canvas: Canvas, cond: Cond, start: int, stop: int) -> Inputs:
+        return self.read(self.maps(canvas, start, stop), cond, canvas.layout, start, stop)
+
+    def maps(self, canvas: Canvas, start: int, stop: int) -> Tensor:
+        """Input maps of steps max(start, 1)..stop-1, float32 [R, n, C]: the codes of the step before, resized."""
+        found, layout = [], canvas.layout
+        with torch.autocast(canvas.tokens.device.type, enabled=False):  # float32: what the codes were fitted with
+            for step in range(max(start, 1), stop):
+                a, b = layout.written(step - 1, step)
+                given = canvas.tokens[:, a:b]
+                codes = given if given.is_floating_point() else self.quantizer.lookup(given)
+                grid = codes.float().transpose(1, 2).unflatten(2, layout.sides[step - 1])
+                found.append(F.interpolate(grid, size=layout.sides[step], mode="bicubic").flatten(2).transpose(1, 2))
+        empty = torch.zeros(len(canvas.tokens), 0, self.spec.parts[0].channels, device=canvas.tokens.device)
+        return torch.cat(found, dim=1) if found else empty
+
+    def read(self, maps: Tensor, cond: Cond, layout: SequenceLayout, start: int, stop: int) -> Inputs:
+        """The trunk's inputs of steps start..stop-1 with input maps [R, n, C]."""
+        table = self.position.unsqueeze(0)
+        spots = [F.interpolate(table, size=layout.sides[step], mode="area").flatten(2) for step in range(start, stop)]
+        parts = [cond.start + self.start] if start == 0 else []
+        with torch.autocast(maps.device.type, enabled=False):
+            parts.append(F.linear(maps, self.map_embedding.weight.float(), self.map_embedding.bias.float()))
+        x = torch.cat(parts, dim=1) + torch.cat(spots, dim=2).transpose(1, 2)
+        rank, pattern = layout.ranks(start, stop, device=x.device), layout.pattern(start, stop)
+        return Inputs(x=x, rank=rank, pattern=pattern, vector=cond.vector, at=cond.at)
+
+
+def positions(side: int, width: int) -> Tensor:
+    """Start of the position table, float32 [D, side, side]: even channels sin(row w), odd ones cos(column w)."""
+    frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    turn = torch.arange(side).float()[:, None] * frequency  # [side, D / 2]
+    table = torch.empty(side, side, width)
+    table[..., 0::2], table[..., 1::2] = turn.sin()[:, None], turn.cos()[None]
+    return table.permute(2, 0, 1).contiguous()
+
+
+def greedy_beyond(rule: DrawRule, layout: SequenceLayout, *, largest: int = 16) -> Callable[[Progress], DrawRule]:
+    """`rule`, but the argmax on sides that the original does not sample: odd ones and those above `largest`."""
+    sure = DrawRule(temperature=0.0, processors=rule.processors)
+    greedy = [side > largest or side not in TRAINED for side, _ in layout.sides]
+    return lambda progress: sure if greedy[progress.step] else rule
