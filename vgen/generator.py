@@ -110,8 +110,8 @@ class Generator(Configured, nn.Module):
         return self.blank(len(noise.seeds))
 
     def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
-        """The canvas that sampling with `noise` would leave if it drew tokens [B, L] (the tokenizer's order): what token
-        constraints keep a part of (vgen/editing.py). Families that write noisy values on the way noise them here."""
+        """The canvas that sampling with `noise` would leave if it drew tokens [B, L] (the tokenizer's order), of which
+        token constraints keep a part (vgen/editing.py). Families that write noisy values on the way noise them here."""
         return self.arrange(tokens)
 
     def set_steps(self, steps: int) -> None:

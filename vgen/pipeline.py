@@ -50,40 +50,45 @@ class Pipeline:
             )
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
         self.chunk, self.class_names = chunk, class_names or []
+        self.weight_file: Path | None = None  # where the generator's weights were read, for records
 
     @classmethod
     def load(
         cls,
         path: str | os.PathLike,
         *,
-        weights: Weights = "ema",
+        weights: Weights | str | os.PathLike = "ema",
         tokenizer: str | os.PathLike | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         chunk: int = 64,
+        accept_license: bool = False,
     ) -> Pipeline:
-        """From a run directory, a .ckpt in it, or an exported folder.
+        """From a run directory, a .ckpt in it, an exported folder, "hf:<owner>/<name>" (an exported folder on the hub),
+        or "zoo:<name>" (a published model, vgen/zoo.py).
 
-        tokenizer: another place of the tokenizer than the folder `tokenizer` beside the generator. dtype: of the trunk;
-        embeddings, logits and the decoder stay float32.
+        weights: ema or raw; for the zoo also a local file or folder. tokenizer: another place of the tokenizer than the
+        folder `tokenizer` beside the generator. dtype: of the trunk; embeddings, logits and the decoder stay float32.
+        accept_license: consent to the terms of a published model that is for research only.
         """
-        generator = load_module(path, FAMILIES, weights)
-        if not isinstance(generator, Generator):
-            raise CheckpointError(f"{path} holds a tokenizer ({type(generator).__name__}): give a generator's run")
-        if is_folder(path):
-            home, described = Path(path), read_config(path)
+        names: list[str] = []
+        if str(path).startswith("zoo:"):
+            from vgen.published import load_generator
+
+            given = None if weights in ("ema", "raw", None) else weights
+            inside = "raw" if weights == "raw" else None
+            loaded, shown = load_generator(path, given, tokenizer, inside=inside, accept_license=accept_license)
+            generator, decoder, file = loaded.module, shown.module, loaded.file
         else:
-            file = find_checkpoint(path)
-            home, described = file.parent.parent, read_checkpoint(file)["module"]
-        place = home / "tokenizer" if tokenizer is None else Path(tokenizer)
-        if tokenizer is None and not is_folder(place):
-            raise CheckpointError(f"{place} is missing: pass tokenizer_from=<run or folder of the tokenizer>")
-        decoder = load_module(place, FAMILIES, "ema")
-        if not isinstance(decoder, Tokenizer):
-            raise CheckpointError(f"{place} holds a {type(decoder).__name__}, expected a tokenizer")
+            if str(path).startswith("hf:"):
+                from vgen.hub import download
+
+                path = download(path)
+            generator, decoder, names, file = _from_disk(path, weights, tokenizer)
         generator.trunk.to(dtype)
-        names = list(described.get("class_names") or [])
-        return cls(generator.to(device), decoder.to(device), chunk=chunk, class_names=names)
+        pipeline = cls(generator.to(device), decoder.to(device), chunk=chunk, class_names=names)
+        pipeline.weight_file = file
+        return pipeline
 
     @property
     def device(self) -> torch.device:
@@ -98,14 +103,19 @@ class Pipeline:
         guide: Guidance,
         rule: DrawRule | Callable[[Progress], DrawRule],
         on_step: Callable[[Canvas, Progress], None] | None = None,
+        canvas: Canvas | None = None,
     ) -> Tensor:
-        """Tokens in the tokenizer's order, [B, L], of labels and seeds [B], in one batch."""
+        """Tokens in the tokenizer's order, [B, L], of labels and seeds [B], in one batch.
+
+        canvas: what is given already (vgen/editing.py); None starts from an empty one.
+        """
         generator = self.generator
         labels, seeds = labels.to(self.device), seeds.to(self.device)
         streams = [generator.conditioner(labels)]
         streams += [generator.conditioner.null(len(labels)) for _ in range(guide.streams - 1)]
+        start = {} if canvas is None else {"canvas": canvas}
         canvas = generator.sampler(
-            generator, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, on_step=on_step
+            generator, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, on_step=on_step, **start
         )
         return generator.restore(canvas)
 
@@ -143,6 +153,25 @@ class Pipeline:
             if on_chunk is not None:
                 on_chunk(start, images)
         return torch.cat(done)
+
+
+def _from_disk(path: str | os.PathLike, weights: str, tokenizer: str | os.PathLike | None) -> tuple:
+    """(generator, tokenizer, class names, file of the generator's weights) of a run, a .ckpt or a folder."""
+    generator = load_module(path, FAMILIES, weights)
+    if not isinstance(generator, Generator):
+        raise CheckpointError(f"{path} holds a tokenizer ({type(generator).__name__}): give a generator's run")
+    if is_folder(path):
+        home, described, file = Path(path), read_config(path), Path(path) / "model.safetensors"
+    else:
+        file = find_checkpoint(path)
+        home, described = file.parent.parent, read_checkpoint(file)["module"]
+    place = home / "tokenizer" if tokenizer is None else Path(tokenizer)
+    if tokenizer is None and not is_folder(place):
+        raise CheckpointError(f"{place} is missing: pass tokenizer_from=<run or folder of the tokenizer>")
+    decoder = load_module(place, FAMILIES, "ema")
+    if not isinstance(decoder, Tokenizer):
+        raise CheckpointError(f"{place} holds a {type(decoder).__name__}, expected a tokenizer")
+    return generator, decoder, list(described.get("class_names") or []), file
 
 
 def _guide(value: Guidance | float) -> Guidance:

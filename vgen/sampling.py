@@ -29,9 +29,10 @@ def sample(config: Mapping[str, Any]) -> Path:
     if out.exists() and not config["overwrite"]:
         raise ValueError(f"{out} exists; pass overwrite=true or another out=")
     device = resolve_device(config["device"])
-    solver = {"solver_steps": config.get("solver_steps"), "solver": config.get("solver")}
-    rule = DrawRule(float(config["temperature"]), int(config["top_k"]), float(config["top_p"]), **solver)
-    guide = guidance(float(config["guidance"]), config["schedule"], **config["schedule_options"])
+    drawn = settings(config)
+    solver = {"solver_steps": drawn["solver_steps"], "solver": drawn["solver"]}
+    rule = DrawRule(float(drawn["temperature"]), int(drawn["top_k"]), float(drawn["top_p"]), **solver)
+    guide = guidance(float(drawn["guidance"]), drawn["schedule"], **drawn["schedule_options"])
     pipeline = Pipeline.load(
         config["from"],
         weights=config["weights"],
@@ -39,12 +40,14 @@ def sample(config: Mapping[str, Any]) -> Path:
         device=device,
         dtype=resolve_dtype(config["dtype"]),
         chunk=int(config["chunk"]),
+        accept_license=bool(config.get("accept_license", False)),
     )
-    if config.get("steps"):
-        pipeline.generator.set_steps(int(config["steps"]))
+    if drawn["steps"]:
+        pipeline.generator.set_steps(int(drawn["steps"]))
     known, names = pipeline.generator.num_classes, pipeline.class_names
     labels = plan(config["classes"], config["per_class"], config["num_images"], known, names, grid=out.suffix == ".png")
     seeds = sample_seeds(int(config["seed"]), 0, len(labels))
+    evaluation = published_evaluation(config["from"])
     with progress_bar(len(labels)) as advance:
         images = pipeline(
             labels, seeds, guidance=guide, rule=rule, on_chunk=lambda start, part: advance(len(part))
@@ -52,21 +55,62 @@ def sample(config: Mapping[str, Any]) -> Path:
     record = {
         "command": "python sample.py " + " ".join(sys.argv[1:]),
         "from": str(config["from"]),
-        "checkpoint_sha256": checkpoint_hash(config["from"]),
+        "checkpoint_sha256": file_hash(pipeline.weight_file),
         "weights": config["weights"],
         "num_images": len(labels),
         "classes": labels.tolist(),
         "seed": int(config["seed"]),
         "seeds": "vtok.noise.sample_seeds(seed, 0, num_images)",
-        **{k: config[k] for k in ("guidance", "schedule", "temperature", "top_k", "top_p", "dtype", "chunk")},
-        **{k: config.get(k) for k in ("steps", "solver_steps", "solver")},
-        "schedule_options": dict(config["schedule_options"]),
+        **{k: config[k] for k in ("dtype", "chunk")},
+        **drawn,
         "device": device.type,
         "torch": torch.__version__,
+        **({"evaluation": evaluation} if evaluation else {}),
     }
     write(out, images, labels, names, record)
     print(f"wrote {len(images)} images to {out}")
     return out
+
+
+PLAIN = {"guidance": 1.0, "schedule": "constant", "schedule_options": {}, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+PLAIN |= {"steps": None, "solver_steps": None, "solver": None}
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How to draw: what the config says, else what the paper of a zoo model says (printed), else PLAIN.
+
+    A schedule given without schedule_options has none: the paper's belong to its own schedule.
+    """
+    chosen, found = {k: config.get(k) for k in PLAIN}, dict(PLAIN)
+    if str(config.get("from")).startswith("zoo:"):
+        from vgen.published import entry_of
+
+        entry = entry_of(config["from"])
+        paper = getattr(entry, "sampling", None)
+        if paper is None:
+            print(f"{entry.name}: no sampling settings are published; drawing as the model says, overridden by yours")
+        else:
+            found |= dict(paper)
+            if chosen["schedule"] not in (None, found["schedule"]):
+                found["schedule_options"] = {}
+    found |= {k: v for k, v in chosen.items() if v is not None}
+    found["schedule_options"] = dict(found["schedule_options"])
+    if str(config.get("from")).startswith("zoo:"):
+        mine = [k for k, v in chosen.items() if v is not None]
+        shown = ", ".join(f"{k}={v}" for k, v in found.items() if v not in (None, {}))
+        print(f"{entry.name}: {shown}" + (f" (yours: {', '.join(mine)})" if mine else " (the paper's settings)"))
+    return found
+
+
+def published_evaluation(source: str | os.PathLike) -> dict[str, Any]:
+    """What a zoo model was reported with: size, how it was brought to 256 px, evaluator, FID. Empty for others."""
+    if not str(source).startswith("zoo:"):
+        return {}
+    from vgen.published import entry_of
+
+    entry = entry_of(source)
+    names = ("image_size", "resize", "evaluator", "fid", "inception_score", "source")
+    return {"name": entry.name, **{name: getattr(entry, name, None) for name in names}}
 
 
 def plan(

@@ -129,7 +129,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | os
     if wrong:
         k = wrong[0]
         raise CheckpointError(f"{source} does not fit: {k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}")
-    module.load_state_dict(state)
+    hollow = any(tensor.is_meta for tensor in own.values())  # built without memory: take the tensors as they are
+    module.load_state_dict(state, assign=hollow)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
