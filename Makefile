@@ -19,8 +19,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup  ## digits: tokenizer, generator, samples, evaluation; outputs/demo/
 	SET_UP_SECONDS=$$(cat $(VENV)/set_up_seconds) $(RUN) scripts/demo.py out=outputs/demo
 
-test: setup  ## the test suite
-	$(RUN) -m pytest
+test: setup  ## the test suite, one process a core
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
 
 photos: setup  ## CIFAR-10, both kinds; BUDGET seconds a training stage; DATA=<folder with train/ and test/>, or cifar10-jpg.tar.xz in . or data
 	$(RUN) scripts/photos.py budget=$(BUDGET) out=outputs/photos $(if $(DATA),folder=$(DATA))
