@@ -219,14 +219,18 @@ def test_best_is_the_best_validation(tmp_path):
 def test_pictures_validation_and_saving_leave_no_trace(tmp_path):
     folder = tokenizer_folder(tmp_path / "tokenizer")
     small = ("pictures.samples.classes=2", "pictures.samples.per_class=1")
-    for kind, base in (("tokenizer", TOKENIZER), ("generator", (*LLAMAGEN, f"tokenizer_from={folder}"))):
+    steps = {"reconstructions": range(5), "samples": range(5), "code_use": range(1, 5)}  # use is counted in validation
+    for kind, names, base in (
+        ("tokenizer", ("reconstructions", "code_use"), TOKENIZER),
+        ("generator", ("samples",), (*LLAMAGEN, f"tokenizer_from={folder}")),
+    ):
         quiet, busy = tmp_path / f"{kind}_quiet", tmp_path / f"{kind}_busy"
         run(*base, "steps=4", "val_every=4", f"run_dir={quiet}")
         run(*base, *small, "steps=4", "val_every=1", "picture_every=1", "save_every=1", f"run_dir={busy}")
         assert everything(busy) == everything(quiet)
-        name = "reconstructions" if kind == "tokenizer" else "samples"
+        expected = [f"{name}_{step:07d}.png" for name in names for step in steps[name]]
         pictures = sorted(p.name for p in (busy / "pictures").iterdir())
-        assert pictures == [f"{name}_{step:07d}.png" for step in range(5)]
+        assert pictures == sorted(expected)
         assert min(Image.open(busy / "pictures" / pictures[-1]).size) > 16
 
 
