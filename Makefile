@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 BUDGET ?= 900
 DATA ?=
 
-.PHONY: demo test photos lint setup clean
+.PHONY: demo test photos lint setup clean full-size bench-gpu
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -24,6 +24,12 @@ test: setup  ## the test suite, one process a core
 
 photos: setup  ## CIFAR-10, both kinds; BUDGET seconds a training stage; DATA=<folder with train/ and test/>, or cifar10-jpg.tar.xz in . or data
 	$(RUN) scripts/photos.py budget=$(BUDGET) out=outputs/photos $(if $(DATA),folder=$(DATA))
+
+full-size: setup  ## files of published size with random weights: load, sample, round trip; minutes, up to 4 GB
+	$(RUN) scripts/full_size.py
+
+bench-gpu: setup  ## speed on one GPU, in calls of under nine minutes; call it again until nothing is left
+	$(RUN) scripts/bench_gpu.py && $(RUN) scripts/benchmarks.py
 
 lint: setup
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -27,7 +27,7 @@ INCEPTION_PAGE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 
 class Activations(NamedTuple):
     features: Tensor  # float32 [B, dim]
-    logits: Tensor  # float32 [B, classes]
+    logits: Tensor | None  # float32 [B, classes], where the extractor classifies
     spatial: Tensor | None = None  # float32 [B, spatial_dim], where the extractor has features with places (sFID)
 
 
@@ -117,13 +117,17 @@ def make_extractor(
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
 ) -> Extractor:
-    """name: inception | cifar | auto. `say` gets the sentence that tells what `auto` chose."""
+    """name: inception | cifar | dinov2 | auto. `say` gets the sentence that tells what `auto` chose."""
     if name == "inception":
         return Inception(weights_path=weights_path, device=device)
     if name == "cifar":
         return CifarJudge(weights_path=weights_path, device=device)
+    if name == "dinov2":
+        from eval.dinov2 import DinoV2
+
+        return DinoV2(weights_path=weights_path, device=device)
     if name != "auto":
-        raise ValueError(f"extractor={name}: choose inception, cifar or auto")
+        raise ValueError(f"extractor={name}: choose inception, cifar, dinov2 or auto")
     if find_inception(weights_path) is not None:
         return Inception(weights_path=weights_path, device=device)
     if weights_path is not None:

@@ -1,300 +1,228 @@
 """`python -m eval.fid`: Frechet distance and Inception score of samples against a reference, with the protocol.
 
     python -m eval.fid samples=samples.npz reference=val data=digits
+    python -m eval.fid from=outputs/my_run protocol=adm guidance=1.5
     python -m eval.fid from=outputs/my_run images=10000 guidance=1.5 reference=statistics.npz
 
 The number is called FID only with the 2015 Inception network (Heusel et al. 2017, arXiv 1706.08500); with another
-extractor it is FD[its name]. Images go from the generator straight into float64 moments: no files between.
+extractor it is FD[its name]. Images go from the generator straight into float64 moments: no files between. A job that
+was killed goes on where it was; several processes share it as in scripts/cache_codes.py.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from eval.blocks import Job
+from eval.drawing import samples_of
 from eval.features import Extractor, make_extractor
+from eval.kernel import kernel_distance
 from eval.manifold import density_coverage, precision_recall
-from eval.moments import InceptionScore, Moments, Statistics, frechet_distance
-from eval.progress import progress_bar
+from eval.measure import Measured
+from eval.moments import frechet_distance
+from eval.presets import settle
 from eval.protocol import Protocol, library_versions, metric_name
-from eval.sources import Images, from_data, from_run, npz_names, open_images
-from vtok.checkpoint import file_hash, write_json
+from eval.references import DATA_SPLITS, described, find, reference_images, statistics_hash
+from vtok.checkpoint import file_hash, weights_hash, write_json
 from vtok.cli import entry
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-DEFAULT_IMAGES = 1000  # drawn from a run when `images` is not given
-DATA_SPLITS = ("train", "val")
-
-
-@dataclass
-class Measured:
-    """What one pass over images gives. right: share whose label the extractor's classifier names, if it was asked."""
-
-    moments: Moments
-    spatial: Moments | None
-    score: InceptionScore | None
-    right: float | None
-
-
-def measure(
-    images: Images,
-    extractor: Extractor,
-    *,
-    batch_size: int,
-    splits: int | None = None,
-    permutation: int = 2020,
-    class_accuracy: bool = False,
-    keep: np.ndarray | None = None,
-    text: str = "features",
-) -> Measured:
-    """One pass: moments, with `splits` also the Inception score, with `class_accuracy` also right labels.
-
-    keep: array [count, dim] that gets the features (a memory map, where they do not fit in memory).
-    """
-    moments = Moments(extractor.dim)
-    spatial = Moments(extractor.spatial_dim) if extractor.spatial_dim else None
-    score = InceptionScore(images.count, splits=splits, seed=permutation) if splits else None
-    right = start = 0
-    with progress_bar(text, images.count) as advance:
-        for batch in images.batches(batch_size):
-            features, logits, places = extractor(batch)
-            moments.add(features)
-            if spatial is not None:
-                spatial.add(places)
-            if keep is not None:
-                keep[start : start + len(batch)] = features.cpu().numpy()
-            index = torch.arange(start, start + len(batch))
-            if score is not None:
-                score.add(index, logits)
-            if class_accuracy:
-                right += int((logits.argmax(1).cpu() == images.labels[index]).sum())
-            start += len(batch)
-            advance(len(batch))
-    return Measured(moments, spatial, score, right / images.count if class_accuracy else None)
-
-
-def reference_statistics(
-    reference: str, data: Any | None, extractor: Extractor, *, batch_size: int
-) -> tuple[Statistics, str, str]:
-    """Statistics of the other side, its description and a hash that identifies it.
-
-    reference: npz of statistics (ours, ADM's, MAR's), npz of images, folder, or train | val of the data config.
-    """
-    if reference in DATA_SPLITS:
-        if data is None:
-            raise ValueError(
-                f"reference={reference} is a split of a data set: add data=<config>, for example data=digits"
-            )
-        return _fresh(from_data(data, reference), extractor, batch_size)
-    path = Path(reference)
-    if path.suffix != ".npz":
-        return _fresh(open_images(path), extractor, batch_size)
-    names = npz_names(path)
-    if not {"mu", "sigma"} <= set(names):
-        return _fresh(open_images(path), extractor, batch_size)
-    found = Statistics.load(path)
-    if len(found.mu) == extractor.dim:
-        if found.about.get("hash", extractor.hash) != extractor.hash:
-            raise ValueError(
-                f"{path} was made with {found.about.get('feature')} {found.about['hash'][:12]}, this is "
-                f"{extractor.name} {extractor.hash[:12]}; change reference or extractor"
-            )
-        return found, str(path), file_hash(path)
-    if "arr_0" not in names:
-        raise ValueError(
-            f"{path} holds statistics of {len(found.mu)} features, {extractor.name} has {extractor.dim}; "
-            "change reference or extractor"
-        )
-    print(f"{path}: its statistics are not of {extractor.name}, so its images are used")
-    return _fresh(open_images(path), extractor, batch_size)
-
-
-def _fresh(images: Images, extractor: Extractor, batch_size: int) -> tuple[Statistics, str, str]:
-    measured = measure(images, extractor, batch_size=batch_size, text="reference")
-    statistics = measured.moments.statistics(
-        feature=extractor.name,
-        hash=extractor.hash,
-        resize=extractor.resize,
-        source=images.name,
-        file_format=images.file_format,
-    )
-    statistics.spatial = measured.spatial.statistics() if measured.spatial else None
-    digest = statistics_hash(statistics)
-    return statistics, images.name, digest
-
-
-def reference_images(reference: str, data: Any | None) -> Images:
-    """The images behind `reference`, for what needs more than statistics. ValueError where it has none."""
-    if reference in DATA_SPLITS:
-        return from_data(data, reference)
-    path = Path(reference)
-    if path.suffix == ".npz" and "arr_0" not in npz_names(path):
-        raise ValueError(f"manifold=true needs the images of reference={reference}, which holds statistics only")
-    return open_images(path)
 
 
 class FeatureFile:
-    """Features [count, dim] float32 in a memory-mapped file beside the result; its size is printed first."""
+    """Features [count, dim] float32 in a memory-mapped file beside the result."""
 
-    def __init__(self, config: Mapping[str, Any], part: str, count: int, dim: int) -> None:
-        self.path = Path(config["out"] or default_out(config)).with_suffix(f".{part}.features")
+    def __init__(self, out: Path, part: str, count: int, dim: int) -> None:
+        self.path = out.with_suffix(f".{part}.features")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        print(
-            f"manifold=true keeps {count} x {dim} features in {self.path} ({count * dim * 4 / 2**20:.0f} MB) meanwhile"
-        )
         self.array = np.memmap(self.path, np.float32, "w+", shape=(count, dim))
 
     def remove(self) -> None:
         del self.array
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
 
 
-def statistics_hash(statistics: Statistics) -> str:
-    """SHA-256 of mean and covariance: names a reference whose images were read here."""
-    from vtok.checkpoint import weights_hash
+def evaluate(
+    config: Mapping[str, Any], data: Any | None = None, *, pipeline: Any | None = None
+) -> dict[str, Any] | None:
+    """The command: measures, prints, writes JSON to `out`; returns what it wrote.
 
-    return weights_hash({"mu": statistics.mu, "sigma": statistics.sigma})
-
-
-def samples_of(config: Mapping[str, Any], device: torch.device) -> tuple[Images, dict[str, Any]]:
-    """The images to judge, and the protocol's fields that say how they came about."""
-    given = [key for key in ("samples", "from") if config[key]]
-    if len(given) != 1:
-        raise ValueError("give exactly one of samples=<npz or folder> and from=<run or exported folder>")
-    if config["samples"]:
-        images = open_images(config["samples"]).first(config["images"])
-        facts = {
-            "seed": None,
-            "guidance": None,
-            "rule": None,
-            "weights": None,
-            "labels": "given",
-            "rounding": "as stored",
-        }
-        return images, {**facts, "source": images.name}
-    from vgen.guidance import guidance
-    from vgen.heads import DrawRule
-    from vgen.pipeline import Pipeline
-    from vgen.sampling import checkpoint_hash, resolve_dtype
-
-    pipeline = Pipeline.load(
-        config["from"],
-        weights=config["weights"],
-        tokenizer=config["tokenizer_from"],
-        device=device,
-        dtype=resolve_dtype(config["dtype"]),
-        chunk=int(config["chunk"]),
-    )
-    rule = DrawRule(float(config["temperature"]), int(config["top_k"]), float(config["top_p"]))
-    scale, schedule, options = float(config["guidance"]), config["schedule"], dict(config["schedule_options"])
-    images = from_run(
-        pipeline,
-        name=str(config["from"]),
-        count=int(config["images"] or DEFAULT_IMAGES),
-        plan=config["labels"],
-        seed=int(config["seed"]),
-        guidance=guidance(scale, schedule, **options),
-        rule=rule,
-    )
-    extra = "".join(f", {k} {v}" for k, v in options.items())
-    facts = {
-        "seed": int(config["seed"]),
-        "guidance": f"{schedule} {scale:g}{extra}",
-        "rule": f"temperature {rule.temperature:g}, top_k {rule.top_k}, top_p {rule.top_p:g}, chunk {config['chunk']}, "
-        f"{config['dtype']}",
-        "weights": config["weights"],
-        "labels": config["labels"] if pipeline.generator.num_classes else "none",
-        "rounding": "nearest",
-        "source": f"{config['from']} (checkpoint sha256 {checkpoint_hash(config['from'])})",
-    }
-    return images, facts
-
-
-def evaluate(config: Mapping[str, Any], data: Any | None = None) -> dict[str, Any]:
-    """The command: measures, prints, writes JSON to `out`; returns what it wrote."""
+    None where other tasks of the same job are not done yet: the last one to finish writes. pipeline: of `from`, where
+    it is loaded already.
+    """
     from vgen.sampling import resolve_device
+    from vtok.data.tasks import task_from_environment
 
+    config = settle(config)
+    task = task_from_environment(config.get("task_id"), config.get("num_tasks"), os.environ)
     device = resolve_device(config["device"])
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)
-    images, facts = samples_of(config, device)
+    images, facts = samples_of(config, device, pipeline)
     if config["class_accuracy"] and (images.labels is None or extractor.classes is None):
         raise ValueError("class_accuracy=true needs labels of the samples and extractor=cifar")
-    batch = int(config["batch_size"])
-    statistics, reference, digest = reference_statistics(str(config["reference"]), data, extractor, batch_size=batch)
-    if config["save_reference"]:
-        statistics.save(config["save_reference"])
-    splits, permutation = min(int(config["splits"]), images.count), int(config["permutation"])
-    kept = None
-    if config["manifold"]:  # the reference's images: statistics alone have no neighbours
-        real = reference_images(str(config["reference"]), data)
-        kept = [
-            FeatureFile(config, part, n, extractor.dim) for part, n in (("real", real.count), ("made", images.count))
-        ]
-    measured = measure(
-        images,
-        extractor,
-        batch_size=batch,
-        splits=splits,
-        permutation=permutation,
-        class_accuracy=bool(config["class_accuracy"]),
-        keep=kept[1].array if kept else None,
-        text="samples",
-    )
-    protocol = Protocol(
-        name="custom",
-        images=images.count,
-        resize=extractor.resize,
-        file_format=images.file_format,
-        reference=reference,
-        reference_images=statistics.n,
-        reference_hash=digest,
-        splits=splits,
-        permutation=permutation,
-        extractor=extractor.name,
-        extractor_hash=extractor.hash,
-        batch_size=batch,
-        device=device.type,
-        versions=library_versions(),
-        **facts,
-    )
-    distance = frechet_distance(measured.moments.statistics(), statistics)
-    metrics: dict[str, Any] = {
-        metric_name("FID", extractor.name): distance,
-        metric_name("IS", extractor.name): measured.score.result(),
-    }
-    if measured.spatial is not None and statistics.spatial is not None:
-        metrics[metric_name("sFID", extractor.name)] = frechet_distance(
-            measured.spatial.statistics(), statistics.spatial
+    statistics, real = find(str(config["reference"]), data, extractor)
+    clouds = bool(config["manifold"] or config.get("kid"))
+    if real is None and clouds:  # statistics alone have no neighbours
+        why = "manifold=true" if config["manifold"] else "kid=true"
+        real = reference_images(str(config["reference"]), data, why=why)
+    out = Path(config["out"] or default_out(config))
+    parts = out.with_suffix(".parts")
+    if config.get("overwrite"):
+        if task[1] > 1:
+            raise ValueError(f"overwrite=true would drop the parts of the other tasks; delete {parts} instead")
+        shutil.rmtree(parts, ignore_errors=True)
+    batch, splits = int(config["batch_size"]), min(int(config["splits"]), images.count)
+    splits = splits if getattr(extractor, "has_logits", True) else None  # no classes, no Inception score
+    common = dict(batch_size=batch, size=config.get("block"), keep=clouds, task=task)
+    versions = library_versions()
+    jobs = {
+        "made": Job(
+            images, extractor, parts / "samples", about=facts | {"device": device.type, "versions": versions},
+            splits=splits, permutation=int(config["permutation"]), class_accuracy=bool(config["class_accuracy"]),
+            text="samples", **common,
         )
-    if kept:
-        measure(real, extractor, batch_size=batch, keep=kept[0].array, text="neighbours of the reference")
-        clouds = [torch.from_numpy(part.array).to(device) for part in kept]
-        figures = precision_recall(*clouds) | density_coverage(*clouds)
-        metrics |= {f"{key}[{extractor.name}]": value for key, value in figures.items()}
-        metrics["manifold_images"] = {"real": real.count, "generated": images.count}
-        for part in kept:
-            part.remove()
-    if measured.right is not None:
-        metrics[f"class_accuracy[{extractor.name}]"] = measured.right
+    }  # fmt: skip
+    if real is not None:
+        about = {"device": device.type, "versions": versions}
+        jobs["real"] = Job(real, extractor, parts / "reference", about=about, text="reference", **common)
+    if clouds:
+        counts = " and ".join(f"{job.images.count} x {extractor.dim}" for job in jobs.values())
+        size = 2 * sum(4 * job.images.count * extractor.dim for job in jobs.values()) / 2**20
+        print(f"manifold=true or kid=true keeps {counts} features beside {out} ({size:.0f} MB) meanwhile")
+    need = sum(job.bytes() for job in jobs.values())
+    if need > 2**28:
+        print(f"parts of the job take up to {need / 2**30:.1f} GB in {parts}; they are removed at the end")
+    if not all([job.run() for job in jobs.values()]):
+        print(f"task {task[0]} of {task[1]} has done its share; the last one to finish writes {out}")
+        return None
+    try:
+        result = finish(config, jobs, extractor, statistics, facts, splits, versions, out)
+    except FileNotFoundError:
+        if task[1] > 1 and out.is_file():  # another task was faster, and has removed the parts
+            print(f"another task wrote {out}")
+            return json.loads(out.read_text())
+        raise
+    shutil.rmtree(parts, ignore_errors=True)
+    return result
+
+
+def finish(
+    config: Mapping[str, Any],
+    jobs: Mapping[str, Job],
+    extractor: Extractor,
+    statistics: Any,
+    facts: Mapping[str, Any],
+    splits: int | None,
+    versions: dict[str, str],
+    out: Path,
+) -> dict[str, Any]:
+    """From complete jobs to the result: metrics, protocol, JSON."""
+    files = {}
+    if config["manifold"] or config.get("kid"):
+        files = {name: FeatureFile(out, name, job.images.count, extractor.dim) for name, job in jobs.items()}
+    try:
+        measured = {name: job.merge(files[name].array if files else None) for name, job in jobs.items()}
+        if statistics is None:
+            real = jobs["real"].images
+            statistics = described(measured["real"], real, extractor)
+            reference, digest = real.name, statistics_hash(statistics)
+        else:
+            reference = str(config["reference"])
+            digest = file_hash(reference)
+        if config["save_reference"]:
+            statistics.save(config["save_reference"])
+        images = jobs["made"].images
+        protocol = Protocol(
+            name=config["protocol"],
+            images=images.count,
+            resize=extractor.resize,
+            file_format=images.file_format,
+            reference=reference,
+            reference_images=statistics.n,
+            reference_hash=digest,
+            splits=splits or 0,
+            permutation=int(config["permutation"]),
+            extractor=extractor.name,
+            extractor_hash=extractor.hash,
+            batch_size=int(config["batch_size"]),
+            device=jobs["made"].about["device"],
+            versions=versions,
+            score_order=config["order"],
+            **facts,
+        )
+        metrics = figures(config, measured["made"], statistics, extractor)
+        if files:
+            metrics |= neighbourhoods(config, measured["real"], measured["made"], extractor)
+    finally:
+        for file in files.values():
+            file.remove()
     reasons = protocol.adm_reasons()
     result = {
         "metrics": metrics,
         "protocol": protocol.to_json(),
         "adm_comparable": not reasons,
         "not_comparable_because": reasons,
+        "moments_sha256": moments_hash(measured["made"]),
         "command": "python -m eval.fid " + " ".join(sys.argv[1:]),
     }
     show(metrics, protocol, reasons)
-    out = Path(config["out"] or default_out(config))
     write_json(out, result)
     print(f"wrote {out}")
+    if config.get("wandb"):
+        log_wandb(config["wandb"], result)
     return result
+
+
+def figures(config: Mapping[str, Any], made: Measured, statistics: Any, extractor: Extractor) -> dict[str, Any]:
+    """Distances, Inception score, class accuracy."""
+    name = extractor.name
+    metrics: dict[str, Any] = {
+        metric_name("FID", name): frechet_distance(made.moments.statistics(), statistics),
+    }
+    if made.score is not None:
+        metrics[metric_name("IS", name)] = inception_scores(made, config["order"])
+    if made.spatial is not None and statistics.spatial is not None:
+        metrics[metric_name("sFID", name)] = frechet_distance(made.spatial.statistics(), statistics.spatial)
+    if made.right is not None:
+        metrics[f"class_accuracy[{name}]"] = made.right
+    return metrics
+
+
+def moments_hash(made: Measured) -> str:
+    """SHA-256 over the bits of all sums: two passes with the same one saw the same features of as many images."""
+    arrays = {k: torch.from_numpy(np.atleast_1d(v)) for k, v in made.arrays().items() if k != "features"}
+    return weights_hash(arrays)
+
+
+def inception_scores(made: Measured, order: str) -> dict[str, float]:
+    """mean and std in the protocol's order, the value as one split, and the mean and std in the other order."""
+    permuted, file = made.score.result(), made.file_order.result()
+    main, other, name = (permuted, file, "file_order") if order == "permuted" else (file, permuted, "permuted")
+    return {**main, name: other["mean"], f"{name}_std": other["std"]}
+
+
+def neighbourhoods(config: Mapping[str, Any], real: Measured, made: Measured, extractor: Extractor) -> dict[str, Any]:
+    """What needs the features of both sides."""
+    device = getattr(extractor, "device", torch.device("cpu"))
+    a, b = (torch.from_numpy(side.features).to(device) for side in (real, made))
+    found: dict[str, Any] = {}
+    if config["manifold"]:
+        found |= precision_recall(a, b) | density_coverage(a, b)
+    if config.get("kid"):
+        found |= kernel_distance(a, b)
+    found = {f"{key}[{extractor.name}]": value for key, value in found.items()}
+    return found | {"manifold_images": {"real": len(a), "generated": len(b)}}
 
 
 def show(metrics: Mapping[str, Any], protocol: Protocol, reasons: list[str]) -> None:
@@ -302,9 +230,10 @@ def show(metrics: Mapping[str, Any], protocol: Protocol, reasons: list[str]) -> 
         if name == "manifold_images":
             print(f"  (precision and the like: {value['generated']} generated against {value['real']} real images)")
         elif isinstance(value, dict):
+            other = next(k for k in ("file_order", "permuted") if k in value)
             print(
-                f"{name} {value['mean']:.4f} +- {value['std']:.4f} ({protocol.splits} splits), "
-                f"{value['one_split']:.4f} as one split"
+                f"{name} {value['mean']:.4f} +- {value['std']:.4f} ({protocol.splits} splits, {protocol.score_order}), "
+                f"{value[other]:.4f} {other.replace('_', ' ')}, {value['one_split']:.4f} as one split"
             )
         else:
             print(f"{name} {value:.4f}")
@@ -312,6 +241,17 @@ def show(metrics: Mapping[str, Any], protocol: Protocol, reasons: list[str]) -> 
     print("\n".join(protocol.lines()[1:]))
     if reasons:
         print("not comparable with the FID-50k of ImageNet papers: " + "; ".join(reasons))
+
+
+def log_wandb(project: str, result: Mapping[str, Any]) -> None:
+    """Metrics and protocol as a run of its own at W&B (WANDB_MODE=offline works)."""
+    import wandb
+
+    protocol = dict(result["protocol"])
+    flat = {k: v["mean"] if isinstance(v, dict) and "mean" in v else v for k, v in result["metrics"].items()}
+    run = wandb.init(project=project, job_type="eval", config={"protocol": protocol, "command": result["command"]})
+    run.log({f"eval/{k}": v for k, v in flat.items() if isinstance(v, (int, float))})
+    run.finish()
 
 
 def default_out(config: Mapping[str, Any]) -> Path:

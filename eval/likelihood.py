@@ -8,6 +8,11 @@ Three figures, in nats a token:
   step pooled): what a model loses that knows how often each code occurs at each step, and nothing else.
 - shuffled: as held_out, with labels permuted among the images so that no image keeps its class. Whether right labels
   lose less is decided on the paired differences per image by a one-sided t test and a sign test.
+
+Continuous tokens have no likelihood and no codes: there held_out is the family's own loss, and histogram that of the
+best Gaussian for each place at the same times and noises, in the same units. MaskGIT, whose steps choose what they
+decide: held_out is the mean over the tokens that a random mask hides, histogram that of the codes of each place. For
+both see eval/keyed.py.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import torch
 from torch import Tensor
 
 from eval.fid import CONFIGS
+from eval.keyed import flow_losses, masked_losses
 from eval.progress import progress_bar
 from vtok.cli import entry
 
@@ -145,20 +151,24 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
         weights=config["weights"],
         tokenizer=config["tokenizer_from"],
         device=resolve_device(config["device"]),
+        trust=config.get("trust") or (),
     )
-    if not pipeline.tokenizer.spec.discrete:
-        raise ValueError(f"from={config['from']} generates continuous tokens: they have no histogram of codes")
     held = from_data(data, "val", int(config["images"]))
     seen = from_data(data, "train", config["train_images"])
     batch = int(config["batch_size"])
     tokens = encode(pipeline.tokenizer, held.batches(batch), held.count)
     train_tokens = encode(pipeline.tokenizer, seen.batches(batch), seen.count)
     labels = torch.zeros(held.count, dtype=torch.int64) if held.labels is None else held.labels
-    result = likelihood(pipeline.generator, train_tokens, tokens, labels, batch_size=batch, seed=int(config["seed"]))
+    measure, unit = likelihood, "nats a token"
+    if not pipeline.tokenizer.spec.discrete:
+        measure, unit = flow_losses, "(the family's loss)"
+    elif not pipeline.generator.closed:
+        measure, unit = masked_losses, "nats a hidden token"
+    result = measure(pipeline.generator, train_tokens, tokens, labels, batch_size=batch, seed=int(config["seed"]))
     result |= {"weights": config["weights"], "command": "python -m eval.likelihood " + " ".join(sys.argv[1:])}
     for name, value in result.items():
         if isinstance(value, float):
-            print(f"{name} {value:.4f} nats a token")
+            print(f"{name} {value:.4f} {unit}")
     if "labels" in result:
         test = result["labels"]
         print(

@@ -9,6 +9,7 @@ usual eigenvalues of S1 S2 and matrix square roots are off by 1e-4. Inception sc
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,6 +92,21 @@ class Moments:
         self.total += other.total.to(self.total)
         self.outer += other.outer.to(self.outer)
 
+    def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """What `restore` takes, bit for bit."""
+        return {
+            f"{prefix}count": np.array(self.count),
+            f"{prefix}total": self.total.cpu().numpy(),
+            f"{prefix}outer": self.outer.cpu().numpy(),
+        }
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, np.ndarray], prefix: str = "") -> Moments:
+        found = cls(len(arrays[f"{prefix}total"]))
+        found.count = int(arrays[f"{prefix}count"])
+        found.total, found.outer = (torch.from_numpy(arrays[f"{prefix}{k}"]) for k in ("total", "outer"))
+        return found
+
     def statistics(self, **about: str) -> Statistics:
         """Mean and unbiased covariance. Raises ValueError for fewer than two samples."""
         if self.count < 2:
@@ -124,16 +140,17 @@ class InceptionScore:
     """Streaming Inception score over N images: one accumulator per split, filled by image index in any order.
 
     The image at place j of the fixed permutation `RandomState(seed).permutation(N)` belongs to the split that holds j,
-    as in torch-fidelity (its default: 10 splits, seed 2020).
+    as in torch-fidelity (its default: 10 splits, seed 2020). seed None: in file order, as ADM's evaluator has it.
     """
 
-    def __init__(self, images: int, *, splits: int = 10, seed: int = 2020) -> None:
+    def __init__(self, images: int, *, splits: int = 10, seed: int | None = 2020) -> None:
         if not 1 <= splits <= images:
             raise ValueError(f"splits={splits} does not fit {images} images: choose 1..{images}")
         place = np.arange(images)
         bounds = np.array([i * images // splits for i in range(1, splits)], dtype=np.int64)
         split = np.empty(images, dtype=np.int64)
-        split[np.random.RandomState(seed).permutation(images)] = np.searchsorted(bounds, place, side="right")
+        order = place if seed is None else np.random.RandomState(seed).permutation(images)
+        split[order] = np.searchsorted(bounds, place, side="right")
         self.split = torch.from_numpy(split)
         self.count = torch.zeros(splits, dtype=torch.float64)
         self.negentropy = torch.zeros(splits, dtype=torch.float64)  # sum over images of sum_c p log p
@@ -149,6 +166,20 @@ class InceptionScore:
         self.count.index_add_(0, split, torch.ones(len(split), dtype=torch.float64))
         self.negentropy.index_add_(0, split, torch.where(p > 0, p * log_p, 0.0).sum(1))
         self.marginal.index_add_(0, split, p)
+
+    def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """What `take` adds, bit for bit."""
+        parts = {"count": self.count, "negentropy": self.negentropy, "marginal": self.marginal}
+        return {f"{prefix}{k}": v.numpy() for k, v in parts.items() if v is not None}
+
+    def take(self, arrays: Mapping[str, np.ndarray], prefix: str = "") -> None:
+        """Add the sums of other images of the same set."""
+        count, negentropy, marginal = (
+            torch.from_numpy(arrays[f"{prefix}{k}"]) for k in ("count", "negentropy", "marginal")
+        )
+        self.count += count
+        self.negentropy += negentropy
+        self.marginal = marginal.clone() if self.marginal is None else self.marginal + marginal
 
     def result(self) -> dict[str, float]:
         """mean and std over the splits, and the value of all images as one split."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "numpy", "pillow", "vtok-vgen")
 ADM_IMAGES = 50_000
+ADM_REFERENCES = ("VIRTUAL_imagenet256_labeled.npz", "adm_in256_stats.npz")  # the second holds mu, sigma of the first
 # Fields that describe circumstances: numbers that differ only in these may stand in one table.
 INCIDENTAL = ("name", "source", "seed", "versions", "device", "batch_size")
 
@@ -28,7 +29,8 @@ class Protocol:
     rounding: float to uint8. resize: what the extractor does to reach its input size. file_format: how samples were
     stored; "direct" when they went from the generator straight to the extractor.
     reference, reference_images, reference_hash: the other side. splits, permutation: of the Inception score.
-    extractor, extractor_hash: name and SHA-256 of its weights.
+    extractor, extractor_hash: name and SHA-256 of its weights. score_order: in which order images were split for the
+    Inception score: "permuted" or "file".
     """
 
     name: str
@@ -52,17 +54,19 @@ class Protocol:
     batch_size: int
     device: str
     versions: dict[str, str] = field(default_factory=dict)
+    score_order: str = "permuted"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Protocol:
-        """Inverse of `to_json`. ValueError where a field is missing or unknown."""
+        """Inverse of `to_json`. ValueError where a field is missing or unknown; files of before a field may lack it."""
         names = {f.name for f in fields(cls)}
-        if set(data) != names:
+        later = {"score_order"}
+        if set(data) | later != names | later or set(data) - names:
             raise ValueError(
-                f"a protocol misses {sorted(names - set(data))} and has unknown {sorted(set(data) - names)}"
+                f"a protocol misses {sorted(names - later - set(data))} and has unknown {sorted(set(data) - names)}"
             )
         return cls(**data)
 
@@ -85,8 +89,8 @@ class Protocol:
             reasons.append(f"extractor is {self.extractor}, not the 2015 Inception")
         if self.images != ADM_IMAGES:
             reasons.append(f"{self.images} images, not {ADM_IMAGES}")
-        if not self.reference.endswith("VIRTUAL_imagenet256_labeled.npz"):
-            reasons.append("reference is not VIRTUAL_imagenet256_labeled.npz")
+        if not self.reference.endswith(ADM_REFERENCES):
+            reasons.append(f"reference is not {' or '.join(ADM_REFERENCES)}")
         if self.file_format not in ("direct", "npz", "png"):
             reasons.append(f"samples were stored as {self.file_format}")
         return reasons

@@ -2,8 +2,8 @@
 
     python -m eval.reconstruction from=outputs/digits_tokenizer data=digits
 
-PSNR and SSIM on 8-bit images, rFID (or rFD[name]) between reconstructions and the same originals, codebook usage and
-perplexity over the whole set, bits per pixel, and the share of tokens that survive encode(decode(tokens)).
+PSNR, SSIM and LPIPS on 8-bit images, rFID (or rFD[name]) between reconstructions and the same originals, codebook usage
+and perplexity over the whole set, bits per pixel, and the share of tokens that survive encode(decode(tokens)).
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from eval.features import Extractor, make_extractor
-from eval.fid import CONFIGS, statistics_hash
+from eval.fid import CONFIGS
 from eval.moments import Moments, frechet_distance
 from eval.pixels import PixelErrors, codebook_use
 from eval.progress import progress_bar
 from eval.protocol import Protocol, library_versions, metric_name
+from eval.references import statistics_hash
 from eval.sources import from_data
 from vtok.checkpoint import write_atomic, write_json
 from vtok.cli import entry
@@ -42,13 +43,24 @@ class Pass:
     survived: int
     tokens: int
     pairs: list[tuple[Tensor, Tensor]]
+    perceptual: float = 0.0  # sum over the images
 
 
 @torch.inference_mode()
 def run_through(
-    tokenizer: Any, images: Any, extractor: Extractor | None, *, batch_size: int, keep: int, device: torch.device
+    tokenizer: Any,
+    images: Any,
+    extractor: Extractor | None,
+    *,
+    batch_size: int,
+    keep: int,
+    device: torch.device,
+    perceptual: Any | None = None,
 ) -> Pass:
-    """Encode and decode every image once. keep: how many pairs to hold on to, evenly spaced over the set."""
+    """Encode and decode every image once. keep: how many pairs to hold on to, evenly spaced over the set.
+
+    perceptual: LPIPS of two batches in [-1, 1], if it is to be measured.
+    """
     from vtok.data.transforms import to_uint8
 
     dim = extractor.dim if extractor else 1
@@ -72,6 +84,11 @@ def run_through(
                     start += part.count
                 done.survived += int((tokenizer.encode(decoded.clamp(-1, 1)) == tokens).sum())
                 done.tokens += tokens.numel()
+            if perceptual is not None:
+                shown = (
+                    copies.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+                )  # the pictures as one would store them
+                done.perceptual += float(perceptual(shown, x).double().sum())
             if extractor is not None:
                 done.originals.add(extractor(batch).features)
                 done.copies.add(extractor(copies).features)
@@ -88,10 +105,11 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     from vgen.models import FAMILIES
     from vgen.sampling import checkpoint_hash, resolve_device
     from vtok.checkpoint import load_module
+    from vtok.config import Families
     from vtok.tokenizer import Tokenizer
 
     device = resolve_device(config["device"])
-    tokenizer = load_module(config["from"], FAMILIES, config["weights"])
+    tokenizer = load_module(config["from"], Families(FAMILIES, config.get("trust") or ()), config["weights"])
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"from={config['from']} holds a {type(tokenizer).__name__}: give a tokenizer's run")
     tokenizer = tokenizer.to(device).eval()
@@ -105,8 +123,14 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     if config["extractor"] != "none":
         extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)
     keep = images.count if config["npz"] else GRID if config["grid"] else 0
-    done = run_through(tokenizer, images, extractor, batch_size=int(config["batch_size"]), keep=keep, device=device)
+    lpips = perceptual_distance(config.get("lpips"), config.get("lpips_path"))
+    done = run_through(
+        tokenizer, images, extractor, batch_size=int(config["batch_size"]), keep=keep, device=device,
+        perceptual=lpips.to(device) if lpips else None,
+    )  # fmt: skip
     metrics = done.errors.result() | token_figures(tokenizer.spec, done)
+    if lpips:
+        metrics["lpips_vgg"] = done.perceptual / images.count
     identity: dict[str, Any] = {
         "images": images.count,
         "source": images.name,
@@ -129,6 +153,21 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     print(f"wrote {out}")
     write_pairs(done.pairs, config["npz"], config["grid"])
     return result
+
+
+def perceptual_distance(wanted: bool | None, weights_path: str | None) -> Any | None:
+    """LPIPS on VGG16. wanted: None takes it where its two files are, True insists on them."""
+    from vtok.losses.frozen import weights_folder
+    from vtok.losses.reconstruction import HEADS_FILE, LPIPS, VGG_FILE
+
+    folder = weights_folder(weights_path)
+    there = all((folder / name).is_file() for name in (VGG_FILE, HEADS_FILE))
+    if wanted is False or (wanted is None and not there and weights_path is None):
+        return None
+    try:
+        return LPIPS(weights_path=weights_path).eval()
+    except ValueError as error:
+        raise ValueError(str(error).replace("set perceptual_weight=0", "pass lpips=false")) from None
 
 
 def token_figures(spec: Any, done: Pass) -> dict[str, float | int]:

@@ -6,6 +6,7 @@ checked against the size of the file before anything is allocated, and pickled a
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,7 +25,9 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class Images:
     """count images; read(batch) yields uint8 [B, H, W, 3] in a fixed order; labels int64 [count] or None.
 
-    file_format: npz, png, jpg ..., or "direct" for images that were never stored.
+    file_format: npz, png, jpg ..., or "direct" for images that were never stored. span(batch, start, stop) yields those
+    images only, without the work of the earlier ones; None where there is no way but through them. identity: what
+    changes when other images would come (hashes of files, seeds, guidance); unit: a span starts at a multiple of it.
     """
 
     name: str
@@ -32,6 +35,26 @@ class Images:
     read: Callable[[int], Iterator[Tensor]]
     labels: Tensor | None
     file_format: str
+    span: Callable[[int, int, int], Iterator[Tensor]] | None = None
+    identity: str = ""
+    unit: int = 1
+
+    def part(self, size: int, start: int, stop: int) -> Iterator[Tensor]:
+        """Batches of up to `size` of the images start..stop-1. Raises ValueError where another number arrives."""
+        seen = 0
+        for batch in self.span(size, start, stop) if self.span else self._skipped(size, start, stop):
+            seen += len(batch)
+            yield batch
+        if seen != stop - start:
+            raise ValueError(f"{self.name} gave {seen} images for {start}..{stop - 1}, expected {stop - start}")
+
+    def _skipped(self, size: int, start: int, stop: int) -> Iterator[Tensor]:
+        place = 0
+        for batch in self.read(size):
+            yield from (b for b in batch[max(0, start - place) : max(0, stop - place)].split(size) if len(b))
+            place += len(batch)
+            if place >= stop:
+                return
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Batches of up to `size` images. Raises ValueError where another number arrives than was promised."""
@@ -58,7 +81,7 @@ class Images:
                     return
 
         labels = None if self.labels is None else self.labels[:count]
-        return Images(self.name, count, read, labels, self.file_format)
+        return Images(self.name, count, read, labels, self.file_format, self.span, self.identity, self.unit)
 
 
 # --- npz ------------------------------------------------------------------------------------------------------------
@@ -91,13 +114,14 @@ def from_npz(path: str | Path, images: str = "arr_0", labels: str = "arr_1") -> 
         if len(answers) != shape[0]:
             raise ValueError(f"{path}: {shape[0]} images, but {len(answers)} labels in {labels}")
 
-    def read(size: int) -> Iterator[Tensor]:
+    def span(size: int, first: int, last: int) -> Iterator[Tensor]:
         pixels = shape[1] * shape[2] * shape[3]
         try:
             with zipfile.ZipFile(path) as archive, archive.open(f"{images}.npy") as file:
                 _header(file, path, archive.getinfo(f"{images}.npy").file_size)
-                for start in range(0, shape[0], size):
-                    count = min(size, shape[0] - start)
+                file.seek(file.tell() + first * pixels)
+                for start in range(first, last, size):
+                    count = min(size, last - start)
                     data = bytearray(file.read(count * pixels))
                     if len(data) < count * pixels:
                         raise ValueError(f"{path} is truncated: {images} ends in image {start + len(data) // pixels}")
@@ -105,7 +129,9 @@ def from_npz(path: str | Path, images: str = "arr_0", labels: str = "arr_1") -> 
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path} is damaged ({error})") from None
 
-    return Images(str(path), shape[0], read, answers, "npz")
+    stat = Path(path).stat()
+    identity = f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    return Images(str(path), shape[0], lambda size: span(size, 0, shape[0]), answers, "npz", span, identity)
 
 
 def _header(file: Any, path: str | Path, size: int) -> tuple[tuple[int, ...], np.dtype]:
@@ -141,11 +167,11 @@ def from_folder(folder: str | Path) -> Images:
         labels = torch.tensor([classes[parts[0]] for parts in parents])
     formats = sorted({p.suffix.lower().lstrip(".").replace("jpeg", "jpg") for p in paths})
 
-    def read(size: int) -> Iterator[Tensor]:
+    def span(size: int, first: int, last: int) -> Iterator[Tensor]:
         shape = None
-        for start in range(0, len(paths), size):
+        for start in range(first, last, size):
             arrays = []
-            for path in paths[start : start + size]:
+            for path in paths[start : min(start + size, last)]:
                 try:
                     with Image.open(path) as image:
                         arrays.append(np.asarray(image.convert("RGB")))
@@ -159,7 +185,11 @@ def from_folder(folder: str | Path) -> Images:
                     )
             yield torch.from_numpy(np.stack(arrays))
 
-    return Images(str(folder), len(paths), read, labels, "+".join(formats))
+    listing = "\n".join(f"{p.relative_to(folder)} {p.stat().st_size}" for p in paths)
+    identity = hashlib.sha256(listing.encode()).hexdigest()
+    return Images(
+        str(folder), len(paths), lambda size: span(size, 0, len(paths)), labels, "+".join(formats), span, identity
+    )
 
 
 # --- data sets ------------------------------------------------------------------------------------------------------
@@ -181,12 +211,14 @@ def from_data(data: Any, split: str, count: int | None = None) -> Images:
         source = Limited(source, count)
     items = KeyedImages(source, data.transform, seed=data.seed, augment=False)
 
-    def read(size: int) -> Iterator[Tensor]:
-        for start in range(0, len(items), size):
-            stop = min(start + size, len(items))
-            yield to_uint8(torch.stack([items[0, i]["image"] for i in range(start, stop)]))
+    def span(size: int, first: int, last: int) -> Iterator[Tensor]:
+        for start in range(first, last, size):
+            yield to_uint8(torch.stack([items[0, i]["image"] for i in range(start, min(start + size, last))]))
 
-    return Images(f"{type(data).__name__} {split}", len(items), read, _labels(source), "direct")
+    name = f"{type(data).__name__} {split}"
+    names = hashlib.sha256("\n".join(source.name(i) for i in range(len(source))).encode()).hexdigest()
+    identity = f"{name} {data.image_size} {names}"
+    return Images(name, len(items), lambda size: span(size, 0, len(items)), _labels(source), "direct", span, identity)
 
 
 def _labels(source: Any) -> Tensor | None:
@@ -210,7 +242,9 @@ def open_images(path: str | Path) -> Images:
 # --- a generator ----------------------------------------------------------------------------------------------------
 
 
-def from_run(pipeline: Any, *, name: str, count: int, plan: str, seed: int, guidance: Any, rule: Any) -> Images:
+def from_run(
+    pipeline: Any, *, name: str, count: int, plan: str, seed: int, guidance: Any, rule: Any, identity: str = ""
+) -> Images:
     """Images that a vgen Pipeline draws while they are read; nothing is stored.
 
     plan: see `label_plan`. Image i has the same seed, label and chunk whatever `count` is.
@@ -220,12 +254,14 @@ def from_run(pipeline: Any, *, name: str, count: int, plan: str, seed: int, guid
     labels = label_plan(plan, count, pipeline.generator.num_classes, seed)
     seeds = sample_seeds(seed, 0, count)
 
-    def read(size: int) -> Iterator[Tensor]:
-        for start in range(0, count, pipeline.chunk):
-            part = slice(start, start + pipeline.chunk)
+    def span(size: int, first: int, last: int) -> Iterator[Tensor]:
+        assert first % pipeline.chunk == 0, "an image belongs to one chunk, wherever the drawing starts"
+        for start in range(first, last, pipeline.chunk):
+            part = slice(start, min(start + pipeline.chunk, last))
             yield from pipeline(labels[part], seeds[part], guidance=guidance, rule=rule).split(size)
 
-    return Images(name, count, read, labels if pipeline.generator.num_classes else None, "direct")
+    known = labels if pipeline.generator.num_classes else None
+    return Images(name, count, lambda size: span(size, 0, count), known, "direct", span, identity, unit=pipeline.chunk)
 
 
 def label_plan(plan: str, count: int, classes: int, seed: int) -> Tensor:

@@ -25,8 +25,9 @@ def main(config: Any) -> None:
 
     from vtok.config import instantiate
     from vtok.data.codes import frozen
-    from vtok.data.extract import extract, task_from_environment
+    from vtok.data.extract import extract
     from vtok.data.module import ImageData
+    from vtok.data.tasks import task_from_environment
 
     task = task_from_environment(config.task_id, config.num_tasks, os.environ)
     data = instantiate(config.data)
@@ -42,7 +43,7 @@ def main(config: Any) -> None:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
     complete = extract(
         data,
-        frozen(config["from"], config.weights),
+        frozen(config["from"], config.weights, trust=config.trust),
         config.out,
         crops=config.crops,
         batch=config.batch_size,

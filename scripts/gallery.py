@@ -46,7 +46,7 @@ def main(config: Any) -> None:
     if len(titles) != len(paths) or not paths:
         raise ValueError(f"names={titles} must hold one name for each of from={paths}")
     device = resolve_device(config.device)
-    tokenizers = [frozen(path, config.weights).to(device) for path in paths]
+    tokenizers = [frozen(path, config.weights, trust=config.trust).to(device) for path in paths]
     found = list_images(Path(config["in"]))
     if not found or config.count < 1:
         raise ValueError(

@@ -47,9 +47,32 @@ class Family:
     status: str = "published"
 
 
+UNOFFICIAL = "unofficial"
+DRY = ["model.token_dropout=0", "model.dropout=0"]  # a small budget sees every image once or twice
+FLOW = ["optimizer.lr=1e-3"]
 FAMILIES: dict[str, Family] = {
-    "llamagen": Family("cnn_vq", ["model=llamagen_small", "model.token_dropout=0", "model.dropout=0"]),
+    "llamagen": Family("cnn_vq", ["model=llamagen_small", *DRY]),
+    "llamagen_factorised": Family("lfq", ["model=llamagen_factorised_small", *DRY]),
+    "ifsq": Family("ifsq", ["model=ifsq_small"]),
+    "rar": Family("cnn_vq", ["model=rar_small"]),
+    "gigatok": Family("gigatok", ["model=gigatok_small"]),
+    "dar": Family("dar", ["model=dar_small"]),
+    "hita": Family("hita", ["model=hita_small"]),
+    "nbp": Family("cnn_vq", ["model=nbp_small"], status=UNOFFICIAL),
+    "par": Family("cnn_vq", ["model=par_small"], status=UNOFFICIAL),
+    "har": Family("restok", ["model=har_small"]),
+    "detailflow": Family("detailflow", ["model=detailflow_small"]),
     "var": Family("var", ["model=var_small"]),
+    "flexvar": Family("flexvar", ["model=flexvar_small"]),
+    "maskgit": Family("titok", ["model=maskgit_small"], ["guidance=3.0", "temperature=4.0", "steps=8"]),
+    # latents; iterative heads walk fewer steps than published (MAR 64 x 100, xAR 40, FlowAR 25)
+    "mar": Family("kl", ["model=mar_small", *FLOW], ["guidance=2.0", "steps=16", "solver_steps=25"]),
+    "xar": Family("kl", ["model=xar_small", *FLOW], ["guidance=2.0", "solver_steps=12"]),
+    "flowar": Family("kl", ["model=flowar_small", *FLOW], ["guidance=2.0", "solver_steps=12"], UNOFFICIAL),
+    "ecar": Family("kl", ["model=ecar_small", *FLOW], ["guidance=2.0", "solver_steps=8"], UNOFFICIAL),
+    "dtm": Family("kl", ["model=dtm_small", *FLOW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
+    "artm": Family("kl", ["model=artm_small", *FLOW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
+    "fhtm": Family("kl", ["model=fhtm_small", *FLOW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
 }
 
 
@@ -104,7 +127,7 @@ def row(name: str, folder: Path, budget: float) -> None:
         return
     from vgen.models import FAMILIES as CLASSES
 
-    stages, run = Stages(8), RUNS / name
+    stages, run = Stages(9), RUNS / name
     tokenizer, codes = tokens_of(stages, family.tokenizer, folder, budget)
     options = ["data=codes", f"data.folder={codes}", f"tokenizer_from={tokenizer}", *SHARED, *family.train]
     began = time.perf_counter()

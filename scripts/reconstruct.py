@@ -47,7 +47,7 @@ def main(config: Any) -> None:
                 f"{places[place]} and {name} would both become {place}.png; rename one, or pass one folder"
             )
         places[place] = name
-    tokenizer = frozen(config["from"], config.weights).to(resolve_device(config.device))
+    tokenizer = frozen(config["from"], config.weights, trust=config.trust).to(resolve_device(config.device))
     if config.keep is not None and not tokenizer.prefixes:
         raise ValueError(f"keep={config.keep}: {type(tokenizer).__name__} decodes whole images only; leave keep away")
     errors, bad, done, earlier = PixelErrors(), [], 0, 0

@@ -1,5 +1,6 @@
 """Published sizes of the discrete families and their recipes, read from the configurations, on the meta device."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from vgen.generator import Generator
 from vtok.config import describe, instantiate
 from vtok.layout import SequenceLayout
+from vtok.quantize.fsq import FSQ
 from vtok.quantize.independent import IndependentVQ
 from vtok.tokenizer import Part, TokenSpec
 
@@ -66,7 +68,7 @@ SMALL = {
     "detailflow_small": line(64, 512),
     "nbp_small": grid(8, 512),
     "par_small": grid(8, 512),
-    "ifsq_small": grid(8, 256),
+    "ifsq_small": replace(grid(8, 625), quantizer=describe(FSQ(levels=[5] * 4, groups=[2, 2]))),
     "flexvar_small": map_spec((1, 2, 3, 4, 5, 6, 7, 8)),
     "ifsq_l": grid(16, 17**4),
     "ifsq_l_factorised": grid(16, 17**4),

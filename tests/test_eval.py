@@ -14,11 +14,13 @@ from torch import Tensor
 
 from eval import likelihood, neighbours
 from eval.features import INCEPTION_FILE, Activations, CifarJudge, Inception, make_extractor
-from eval.fid import evaluate, measure, reference_statistics
+from eval.fid import evaluate
 from eval.judge import Judge, load_judge, save_judge
 from eval.manifold import density_coverage, precision_recall
+from eval.measure import measure
 from eval.pixels import PixelErrors, codebook_use, ssim
 from eval.protocol import Protocol, library_versions, metric_name
+from eval.references import reference_statistics
 from eval.sources import Images, from_data, from_folder, from_npz, from_run, label_plan
 
 FID_CONFIG = {
@@ -367,7 +369,7 @@ def test_fid_command_names_mistakes(tmp_path) -> None:
         evaluate(good | {"from": "somewhere"})
     with pytest.raises(ValueError, match="exactly one of samples"):
         evaluate(good | {"samples": None})
-    with pytest.raises(ValueError, match="choose inception, cifar or auto"):
+    with pytest.raises(ValueError, match="choose inception, cifar, dinov2 or auto"):
         evaluate(good | {"extractor": "vgg"})
     with pytest.raises(ValueError, match="add data="):
         evaluate(good | {"reference": "val"})

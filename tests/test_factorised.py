@@ -8,6 +8,7 @@ from vgen.guidance import ClassifierFree, Constant, Progress, Unguided
 from vgen.heads import CategoricalHead, DrawRule
 from vgen.heads_factorised import FactorisedEmbedding, FactorisedHead, check_factors, join, split
 from vgen.models.llamagen import LlamaGen
+from vtok.config import describe
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.fsq import FSQ
@@ -124,3 +125,17 @@ def test_mistakes_are_named():
         check_factors([1, 24], 24)
     with pytest.raises(ValueError, match="pass ids"):
         make("llamagen_factorised_depth").head.logits(torch.randn(1, 2, 16))
+
+
+def test_factors_may_come_from_the_tokenizers_quantizer():
+    layout = SequenceLayout.raster(2, 2)
+
+    def spec(quantizer):
+        return TokenSpec(layout, (Part(4, quantizer.vocab_size, quantizer.channels),), 16, describe(quantizer))
+
+    grouped = spec(FSQ(levels=[5, 5, 3], groups=[2, 1]))
+    assert llamagen(grouped, factors="auto").head.factors == (25, 3)
+    with pytest.raises(ValueError, match=r"factors=auto.*FSQ has none"):
+        llamagen(spec(FSQ(levels=[5, 5, 3])), factors="auto")
+    with pytest.raises(ValueError, match="quantizer none"):
+        llamagen(grid_spec(), factors="auto")

@@ -6,7 +6,7 @@ from references import assert_close, read
 
 from vgen.conditioning import Cond
 from vgen.convert import convert
-from vgen.guidance import ClassifierFree, Count, Unguided
+from vgen.guidance import ClassifierFree, Constant, Count, Unguided
 from vgen.heads import DrawRule
 from vgen.masking import masked_layout
 from vgen.samplers.ancestral import ancestral
@@ -95,3 +95,19 @@ def test_sampling():
     tape = Tape(numbers, 2, model.head.solver_steps, doubled=False)  # from the start of the tape again
     assert_close(sampled(model, inputs, tape, 3, Unguided(), DrawRule(), False), outputs["sampled_uncond"])
     assert tape.used == second
+
+
+def test_sampling_with_other_schedules_and_temperatures():
+    """Guidance that does not move, noise of half the size, and one token a step without guidance."""
+    state, inputs, outputs, info = read("mar_sampling")
+    model = convert("mar", state, info["ctor"])
+    runs = {
+        "constant": (3, ClassifierFree(Constant(3.0)), 1.0),
+        "cold": (5, ClassifierFree(Count(2.9, tokens=16)), 0.5),
+        "one_a_step": (16, Unguided(), 0.95),
+    }
+    for (name, (steps, guide, temperature)), used in zip(runs.items(), outputs["tape_used"].tolist()):
+        tape = Tape(inputs["tape"], 2, model.head.solver_steps, doubled=guide.streams == 2)
+        got = sampled(model, inputs, tape, steps, guide, DrawRule(temperature=temperature), True)
+        assert_close(got, outputs[name])
+        assert tape.used == used, name

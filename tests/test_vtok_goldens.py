@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from references import read
 
 from vtok.convert import convert
 from vtok.convert.table import Rule, translate
 from vtok.quantize.fsq import FSQ
 
-GOLDENS = Path(__file__).parents[2] / "shared" / "goldens"
-needs_goldens = pytest.mark.skipif(not (GOLDENS / "read.py").is_file(), reason=f"no recorded outputs in {GOLDENS}")
 TOLERANCE = 1e-4  # max|a - b| / max|b| over a tensor: float32 through some dozen layers
-
-
-def read(name: str):
-    spec = importlib.util.spec_from_file_location("read_goldens", GOLDENS / "read.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.read(name, GOLDENS)
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -33,7 +22,6 @@ def channels_first(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-@needs_goldens
 @torch.no_grad()
 def test_llamagen_vq():
     state, given, want, info = read("llamagen_vq")
@@ -52,7 +40,6 @@ def test_llamagen_vq():
     close(module.decode(given["indices"], size=16), want["image_from_given"])
 
 
-@needs_goldens
 @torch.no_grad()
 def test_var_vqvae():
     state, given, want, info = read("var_vqvae")
@@ -73,7 +60,6 @@ def test_var_vqvae():
     close(module.decode(given["indices"]).clamp(-1, 1), want["image_from_given"])
 
 
-@needs_goldens
 @pytest.mark.parametrize(
     "name, quantizer",
     (
@@ -93,7 +79,6 @@ def test_ifsq_quantizer(name, quantizer):
 FAMILY = {"llamagen": "llamagen_vq", "var": "var_vqvae"}
 
 
-@needs_goldens
 @pytest.mark.parametrize("family", FAMILY)
 def test_every_key_counts(family):
     state, _, _, info = read(FAMILY[family])
@@ -109,7 +94,6 @@ def test_every_key_counts(family):
         convert(family, state | {key: state[key][:, :-1]}, info["ctor"])
 
 
-@needs_goldens
 @pytest.mark.parametrize("family, name", (("llamagen", "VQModel_ModelArgs"), ("var", "VQVAE")))
 def test_configs_are_checked(family, name):
     state, _, _, info = read(FAMILY[family])

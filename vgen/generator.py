@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
+from vgen.gaussian import Moments
 from vgen.guidance import Guidance, Progress
 from vgen.heads import CategoricalHead, DrawRule
 from vtok.config import Configured
@@ -57,10 +58,12 @@ class Generator(Configured, nn.Module):
 
     spec: the tokens it was built for; num_classes: 0 = unconditional; label_drop: share of training samples whose class
     is hidden; layout: its own order; caches: whether earlier steps stay as they are, so that their keys and values can
-    be kept.
+    be kept; reads_also: which of "patches" (of a teacher) and "corrupted" (corrections) its loss takes from a batch.
     """
 
     caches: bool = True
+    closed: bool = True  # whether log_prob is a likelihood of the ids: no, where steps choose what they decide
+    reads_also: tuple[str, ...] = ()
     spec: TokenSpec
     num_classes: int
     label_drop: float
@@ -199,6 +202,15 @@ class Generator(Configured, nn.Module):
         h = self(context, self.conditioner(batch["label"], self.dropped(batch)))
         nats = self.head.loss(h, canvas.tokens, canvas.layout.sizes)
         return {"loss": nats.mean(), "nats": nats.detach()}
+
+    def moments(self, tokens: Tensor) -> Moments:
+        """What `gaussian_loss` knows of the data: mean and variance at each place of training tokens [N, L, C]."""
+        return Moments.of(self.arrange(tokens).tokens)
+
+    def gaussian_loss(self, batch: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
+        """As `loss`, at the same times and noises, of the best Gaussian for each place in the network's place: the
+        baseline of families of continuous tokens (vgen/gaussian.py)."""
+        raise ValueError(f"{type(self).__name__} has no loss of a Gaussian: its baseline is the histogram of the codes")
 
     def dropped(self, batch: Mapping[str, Any]) -> Tensor | None:
         """Which labels are hidden, bool [B]: a coin keyed by the sample, the same on any batch and world size."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgen.cross_entropy import linear_cross_entropy
 from vgen.guidance import Guidance, Progress
 from vtok.noise import SampleNoise
 
@@ -67,7 +68,10 @@ def draw_ids(logits: Tensor, rule: DrawRule, noise: SampleNoise, position: Tenso
     if rule.top_k == 0 and rule.top_p == 1:
         ids = torch.arange(logits.shape[-1], device=logits.device)
         return (logits + noise.gumbel(position, ids, stream)).argmax(-1)
-    kept, ids = survivors(logits, rule.top_k, rule.top_p)
+    if rule.top_p == 1 and rule.top_k < logits.shape[-1]:  # a race needs no order among the survivors
+        kept, ids = logits.topk(rule.top_k, dim=-1, sorted=False)
+    else:
+        kept, ids = survivors(logits, rule.top_k, rule.top_p)
     winner = (kept + noise.gumbel(position, ids, stream)).argmax(-1, keepdim=True)
     return ids.gather(-1, winner).squeeze(-1)
 
@@ -88,7 +92,8 @@ class CategoricalHead(nn.Module):
 
     def loss(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         """Cross-entropy in nats, float32 [B, n], of h [B, n, D] and ids [B, n]."""
-        return F.cross_entropy(self.logits(h)[0].transpose(1, 2), target, reduction="none")
+        weight, bias = self.linear.weight, self.linear.bias
+        return linear_cross_entropy(h.flatten(0, 1), weight, bias, target.flatten()).view(target.shape)
 
     def log_prob(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         """log p(target), float32 [B, n]."""

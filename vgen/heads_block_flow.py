@@ -124,11 +124,16 @@ class BlockFlowHead(nn.Module):
 
     def loss(self, h: Tensor, target: Tensor, sizes: Sequence[int], *, noise: SampleNoise) -> Tensor:
         """The same for targets [B, L, C], at one uniform time a sample and step, keyed by `noise`."""
-        device = h.device
+        t, x, velocity, _ = self.noised(target, sizes, noise)
+        return self.error(h, x, t, velocity, sizes)
+
+    def noised(self, target: Tensor, sizes: Sequence[int], noise: SampleNoise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(t [B, K], x and its velocity [B, L, C], the time of every token [B, L]) that training shows the head."""
+        device = target.device
         steps = torch.tensor([k for k, size in enumerate(sizes) for _ in range(size)], device=device)
         t = noise.uniform(torch.arange(len(sizes), device=device), TIME_STREAM)
         error = noise.normal(torch.arange(sum(sizes), device=device), self.channels, NOISE_STREAM)
-        return self.error(h, interpolate(target, error, t[:, steps]), t, error - target, sizes)
+        return t, interpolate(target, error, t[:, steps]), error - target, t[:, steps]
 
     def draw(
         self,

@@ -6,14 +6,17 @@ token on its own, a few residual blocks modulated by its hidden state plus a tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgen.gaussian import velocity_network
 from vtok.layers.time import TimeEmbedding
 from vtok.noise import SampleNoise
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LOSS_STREAM = 7200  # of the times and noises in training: one stream a repeat for the times, one for the noise
 
@@ -83,16 +86,30 @@ class ContinuousHead(nn.Module):
         """Training times of uniform numbers in (0, 1]."""
         raise NotImplementedError
 
-    def denoising_loss(self, h: Tensor, target: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def denoising_loss(
+        self, h: Tensor, target: Tensor, t: Tensor, noise: Tensor, network: Network | None = None
+    ) -> Tensor:
         """Loss float32 [..] of targets [.., C] noised to times t [..] by `noise` [.., C], given h [.., D]."""
         raise NotImplementedError
 
+    def gaussian(self) -> Network:
+        """What predicts best where h is [mean, variance] of a Gaussian, in the network's place."""
+        return velocity_network
+
     def loss(
-        self, h: Tensor, target: Tensor, sizes: Sequence[int], *, noise: SampleNoise, position: Tensor | None = None
+        self,
+        h: Tensor,
+        target: Tensor,
+        sizes: Sequence[int],
+        *,
+        noise: SampleNoise,
+        position: Tensor | None = None,
+        network: Network | None = None,
     ) -> Tensor:
         """float32 [B, n], the mean over `repeats`, of h [B, n, D] and latents [B, n, C].
 
         noise: of the samples' keys; position int64 [n] or [B, n]: what tells tokens apart (their cells; 0 .. n - 1).
+        network: of (noisy tokens, times, h), in the place of the head's own.
         """
         index = torch.arange(h.shape[1], device=h.device) if position is None else position
         total = 0
@@ -101,7 +118,7 @@ class ContinuousHead(nn.Module):
             for repeat in range(self.repeats):
                 t = self.times(noise.uniform(index, LOSS_STREAM + 2 * repeat))
                 e = noise.normal(index, self.channels, LOSS_STREAM + 2 * repeat + 1)
-                total = total + self.denoising_loss(h, target, t, e)
+                total = total + self.denoising_loss(h, target, t, e, network)
         return total / self.repeats
 
     def log_prob(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vgen.gaussian import noise_network
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule
-from vgen.heads_continuous import ContinuousHead, TokenMLP
+from vgen.heads_continuous import ContinuousHead, Network, TokenMLP
 from vtok.noise import SampleNoise
 
 STEPS = 1000
@@ -96,11 +97,16 @@ class DiffusionHead(ContinuousHead):
     def times(self, uniform: Tensor) -> Tensor:
         return (uniform * STEPS).long().clamp(max=STEPS - 1)
 
-    def denoising_loss(self, h: Tensor, target: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def gaussian(self) -> Network:
+        return functools.partial(noise_network, self.tables)
+
+    def denoising_loss(
+        self, h: Tensor, target: Tensor, t: Tensor, noise: Tensor, network: Network | None = None
+    ) -> Tensor:
         """Squared error of eps plus the variational bound in bits, which trains the variance alone; t int64 [..]."""
         signal, spread, mean_data, mean_noisy, low, high = self.tables[:, t].unsqueeze(-1)
         noisy = signal * target + spread * noise
-        eps, fraction = self.mlp(noisy, t / STEPS, h).float().chunk(2, dim=-1)
+        eps, fraction = (network or self.mlp)(noisy, t / STEPS, h).float().chunk(2, dim=-1)
         log_variance = _between(fraction, low, high)
         data = (noisy - spread * eps.detach()) / signal
         gap = mean_data * (target - data)  # between the true and the predicted posterior mean

@@ -11,7 +11,8 @@ them, which is the same family of functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,27 @@ from torch import Tensor, nn
 
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule, draw_ids
+from vtok.config import build
 from vtok.layers.trunk import Inputs, Trunk
+from vtok.models import FAMILIES
 from vtok.noise import SampleNoise
 
 
-def check_factors(factors: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """Sizes of the sub-codes; ValueError unless each is at least 2 and their product is the vocabulary."""
+def check_factors(
+    factors: Sequence[int] | Literal["auto"], vocab_size: int, quantizer: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """Sizes of the sub-codes; ValueError unless each is at least 2 and their product is the vocabulary.
+
+    "auto": those of the described quantizer of a TokenSpec; ValueError where it has one factor only.
+    """
+    if factors == "auto":
+        factors = () if quantizer is None else build(quantizer, FAMILIES).factors
+        if len(factors) < 2:
+            name = "none" if quantizer is None else quantizer["family"]
+            raise ValueError(
+                f"factors=auto takes the sub-codes of the tokenizer's quantizer, but quantizer {name} has none; set "
+                "its groups (FSQ, LFQ), or list the factors"
+            )
     sizes = tuple(int(f) for f in factors)
     if not sizes or min(sizes) < 2 or math.prod(sizes) != vocab_size:
         raise ValueError(f"factors={list(sizes)} multiply to {math.prod(sizes)}, the tokens have {vocab_size} codes")

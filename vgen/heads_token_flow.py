@@ -14,7 +14,7 @@ from torch import Tensor
 from vgen.flow_draw import FlowDraw
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule
-from vgen.heads_continuous import ContinuousHead, TokenMLP
+from vgen.heads_continuous import ContinuousHead, Network, TokenMLP
 from vtok.flow import interpolate
 from vtok.noise import SampleNoise
 
@@ -40,9 +40,11 @@ class FlowHead(ContinuousHead):
     def times(self, uniform: Tensor) -> Tensor:
         return uniform
 
-    def denoising_loss(self, h: Tensor, target: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def denoising_loss(
+        self, h: Tensor, target: Tensor, t: Tensor, noise: Tensor, network: Network | None = None
+    ) -> Tensor:
         """Mean squared error of the velocity, float32 [..]."""
-        velocity = self.mlp(interpolate(target, noise, t), t, h).float()
+        velocity = (network or self.mlp)(interpolate(target, noise, t), t, h).float()
         return ((noise - target - velocity) ** 2).mean(-1)
 
     def draw(

@@ -7,7 +7,7 @@ same device type gives the same bytes for any number of images, any world size, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from vtok.checkpoint import (
     read_checkpoint,
     read_config,
 )
+from vtok.config import Families
 from vtok.data.transforms import to_uint8
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Tokenizer
@@ -63,13 +64,15 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         chunk: int = 64,
         accept_license: bool = False,
+        trust: Sequence[str] = (),
     ) -> Pipeline:
         """From a run directory, a .ckpt in it, an exported folder, "hf:<owner>/<name>" (an exported folder on the hub),
         or "zoo:<name>" (a published model, vgen/zoo.py).
 
         weights: ema or raw; for the zoo also a local file or folder. tokenizer: another place of the tokenizer than the
         folder `tokenizer` beside the generator. dtype: of the trunk; embeddings, logits and the decoder stay float32.
-        accept_license: consent to the terms of a published model that is for research only.
+        accept_license: consent to the terms of a published model that is for research only. trust: modules of yours
+        that a run or folder on this machine may name.
         """
         names: list[str] = []
         if str(path).startswith("zoo:"):
@@ -84,7 +87,8 @@ class Pipeline:
                 from vgen.hub import download
 
                 path = download(path)
-            generator, decoder, names, file = _from_disk(path, weights, tokenizer)
+            known = Families(FAMILIES, trust)
+            generator, decoder, names, file = _from_disk(path, weights, tokenizer, known)
         generator.trunk.to(dtype)
         pipeline = cls(generator.to(device), decoder.to(device), chunk=chunk, class_names=names)
         pipeline.weight_file = file
@@ -128,11 +132,12 @@ class Pipeline:
         guidance: Guidance | float = 1.0,
         rule: DrawRule | Callable[[Progress], DrawRule] = DrawRule(),  # noqa: B008 (frozen)
         on_chunk: Callable[[int, Tensor], None] | None = None,
+        on_tokens: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """uint8 images [N, H, W, 3] of labels and seeds int64 [N].
 
         labels: 0..num_classes - 1, or num_classes for "no class". guidance: a scale for all steps, or a Guidance.
-        on_chunk: called with the first index and the images of every finished chunk.
+        on_chunk: called with the first index and the images of every finished chunk; on_tokens: so with its tokens.
         """
         if len(labels) != len(seeds) or labels.dim() != 1 or len(labels) == 0:
             shapes = f"{tuple(labels.shape)}, {tuple(seeds.shape)}"
@@ -150,14 +155,16 @@ class Pipeline:
             tokens = self.tokens(labels[index], seeds[index], guide=guide, rule=rule)
             images = to_uint8(self.tokenizer.decode(tokens))[: stop - start].cpu()
             done.append(images)
+            if on_tokens is not None:
+                on_tokens(start, tokens[: stop - start])
             if on_chunk is not None:
                 on_chunk(start, images)
         return torch.cat(done)
 
 
-def _from_disk(path: str | os.PathLike, weights: str, tokenizer: str | os.PathLike | None) -> tuple:
+def _from_disk(path: str | os.PathLike, weights: str, tokenizer: str | os.PathLike | None, families: Families) -> tuple:
     """(generator, tokenizer, class names, file of the generator's weights) of a run, a .ckpt or a folder."""
-    generator = load_module(path, FAMILIES, weights)
+    generator = load_module(path, families, weights)
     if not isinstance(generator, Generator):
         raise CheckpointError(f"{path} holds a tokenizer ({type(generator).__name__}): give a generator's run")
     if is_folder(path):
@@ -168,7 +175,7 @@ def _from_disk(path: str | os.PathLike, weights: str, tokenizer: str | os.PathLi
     place = home / "tokenizer" if tokenizer is None else Path(tokenizer)
     if tokenizer is None and not is_folder(place):
         raise CheckpointError(f"{place} is missing: pass tokenizer_from=<run or folder of the tokenizer>")
-    decoder = load_module(place, FAMILIES, "ema")
+    decoder = load_module(place, families, "ema")
     if not isinstance(decoder, Tokenizer):
         raise CheckpointError(f"{place} holds a {type(decoder).__name__}, expected a tokenizer")
     return generator, decoder, list(described.get("class_names") or []), file

@@ -14,11 +14,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from vgen.chunks import Chunks
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
-from vtok.checkpoint import file_hash, find_checkpoint, is_folder, write_atomic, write_json
+from vgen.previews import Previews
+from vtok.checkpoint import file_hash, find_checkpoint, is_folder, read_config, write_atomic, write_json
+from vtok.data.tasks import task_from_environment
 from vtok.noise import sample_seeds
+from vtok.sharing import without_places
 
 GRID_CLASSES = 10
 
@@ -26,7 +30,10 @@ GRID_CLASSES = 10
 def sample(config: Mapping[str, Any]) -> Path:
     """Run the command of configs/sample.yaml; returns the file or folder written."""
     out = Path(config["out"])
-    if out.exists() and not config["overwrite"]:
+    task = task_from_environment(config.get("task_id"), config.get("num_tasks"), os.environ)
+    if task[1] > 1 and out.suffix:
+        raise ValueError(f"out={out} is one file, and {task[1]} processes share the work: give out=<folder>")
+    if out.exists() and not config["overwrite"] and out.suffix:
         raise ValueError(f"{out} exists; pass overwrite=true or another out=")
     device = resolve_device(config["device"])
     drawn = settings(config)
@@ -41,6 +48,7 @@ def sample(config: Mapping[str, Any]) -> Path:
         dtype=resolve_dtype(config["dtype"]),
         chunk=int(config["chunk"]),
         accept_license=bool(config.get("accept_license", False)),
+        trust=config.get("trust") or (),
     )
     if drawn["steps"]:
         pipeline.generator.set_steps(int(drawn["steps"]))
@@ -48,13 +56,10 @@ def sample(config: Mapping[str, Any]) -> Path:
     labels = plan(config["classes"], config["per_class"], config["num_images"], known, names, grid=out.suffix == ".png")
     seeds = sample_seeds(int(config["seed"]), 0, len(labels))
     evaluation = published_evaluation(config["from"])
-    with progress_bar(len(labels)) as advance:
-        images = pipeline(
-            labels, seeds, guidance=guide, rule=rule, on_chunk=lambda start, part: advance(len(part))
-        ).numpy()
+    preview = Previews(pipeline, config["preview"]) if config.get("preview") else None
     record = {
-        "command": "python sample.py " + " ".join(sys.argv[1:]),
-        "from": str(config["from"]),
+        "command": "python sample.py " + without_places(" ".join(sys.argv[1:])),
+        "from": without_places(str(config["from"])),
         "checkpoint_sha256": file_hash(pipeline.weight_file),
         "weights": config["weights"],
         "num_images": len(labels),
@@ -67,6 +72,27 @@ def sample(config: Mapping[str, Any]) -> Path:
         "torch": torch.__version__,
         **({"evaluation": evaluation} if evaluation else {}),
     }
+    if not out.suffix:
+        if preview is not None:
+            raise ValueError("preview= goes with a grid or an npz file: give out=<name>.png")
+        chunks = Chunks(out, labels, size=pipeline.chunk, task=task)
+        chunks.claim(record, overwrite=bool(config["overwrite"]))
+        todo = chunks.left()
+        with progress_bar(sum(stop - start for start, stop in todo)) as advance:
+            for start, stop in todo:
+                part = pipeline(labels[start:stop], seeds[start:stop], guidance=guide, rule=rule).numpy()
+                chunks.write(start, part)
+                advance(len(part))
+        made, there = sum(stop - start for start, stop in todo), len(labels) - chunks.missing()
+        rest = "" if there == len(labels) else f", {there} of {len(labels)} are there"
+        print(f"wrote {made} images to {out}{rest}")
+        return out
+    with progress_bar(len(labels)) as advance:
+        images = pipeline(
+            labels, seeds, guidance=guide, rule=rule, on_chunk=lambda start, part: advance(len(part)), on_tokens=preview
+        ).numpy()
+    if preview is not None:
+        preview.write(images)
     write(out, images, labels, names, record)
     print(f"wrote {len(images)} images to {out}")
     return out
@@ -82,24 +108,32 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     A schedule given without schedule_options has none: the paper's belong to its own schedule.
     """
     chosen, found = {k: config.get(k) for k in PLAIN}, dict(PLAIN)
-    if str(config.get("from")).startswith("zoo:"):
-        from vgen.published import entry_of
-
-        entry = entry_of(config["from"])
-        paper = getattr(entry, "sampling", None)
-        if paper is None:
-            print(f"{entry.name}: no sampling settings are published; drawing as the model says, overridden by yours")
-        else:
-            found |= dict(paper)
-            if chosen["schedule"] not in (None, found["schedule"]):
-                found["schedule_options"] = {}
+    name, paper = published_settings(config.get("from"))
+    if paper:
+        found |= paper
+        if chosen["schedule"] not in (None, found["schedule"]):
+            found["schedule_options"] = {}
     found |= {k: v for k, v in chosen.items() if v is not None}
     found["schedule_options"] = dict(found["schedule_options"])
-    if str(config.get("from")).startswith("zoo:"):
-        mine = [k for k, v in chosen.items() if v is not None]
-        shown = ", ".join(f"{k}={v}" for k, v in found.items() if v not in (None, {}))
-        print(f"{entry.name}: {shown}" + (f" (yours: {', '.join(mine)})" if mine else " (the paper's settings)"))
+    if name:
+        mine = ", ".join(k for k, v in chosen.items() if v is not None)
+        shown = ", ".join(f"{k}={v}" for k, v in found.items() if v is not None and v != {})
+        source = "the paper's settings" if paper else "no settings of this model are published"
+        print(f"{name}: {shown} ({source}{f'; yours: {mine}' if mine else ''})")
     return found
+
+
+def published_settings(source: str | os.PathLike | None) -> tuple[str, dict[str, Any]]:
+    """(name, the paper's settings or {}) of a zoo model or of a folder that scripts/convert.py wrote from one."""
+    if str(source).startswith("zoo:"):
+        from vgen.published import entry_of
+
+        entry = entry_of(source)
+        return entry.name, dict(getattr(entry, "sampling", None) or {})
+    if source is not None and is_folder(source):
+        described = read_config(source)
+        return str((described.get("converted_from") or {}).get("zoo") or ""), dict(described.get("sampling") or {})
+    return "", {}
 
 
 def published_evaluation(source: str | os.PathLike) -> dict[str, Any]:
@@ -157,14 +191,8 @@ def write(out: Path, images: np.ndarray, labels: Tensor, names: Sequence[str], r
         write_atomic(out, lambda file: picture.save(file, "PNG"))
     elif out.suffix == ".npz":
         write_atomic(out, lambda file: np.savez_compressed(file, arr_0=images, arr_1=labels.numpy()))
-    elif out.suffix:
-        raise ValueError(f"out={out}: the ending must be .png, .npz, or none for a folder")
     else:
-        for i, (image, label) in enumerate(zip(images, labels.tolist())):
-            picture = Image.fromarray(image)
-            write_atomic(out / f"{i:06d}_class{label:04d}.png", lambda file, p=picture: p.save(file, "PNG"))
-        write_json(out / "metadata.json", record)
-        return
+        raise ValueError(f"out={out}: the ending must be .png, .npz, or none for a folder")
     write_json(out.with_suffix(".metadata.json"), record)
 
 
@@ -195,6 +223,8 @@ def labelled_grid(
 
 def resolve_device(name: str) -> torch.device:
     """auto picks cuda, then mps, then cpu; a device that is not there is an error."""
+    if str(name) == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # torchrun: one process a GPU
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device("cuda" if have["cuda"] else "mps" if have["mps"] else "cpu")

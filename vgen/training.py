@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from vgen.callbacks import Samples
@@ -22,18 +23,20 @@ from vgen.generator import Generator
 from vgen.lit import LitGenerator
 from vgen.models import FAMILIES
 from vtok import run as runs
+from vtok.acceleration import checkpoint_blocks, compile_blocks, training_operations
 from vtok.callbacks import Progress, Reconstructions, quiet
 from vtok.ckpt_files import AtomicCheckpointIO
 from vtok.collapse import CodeUse
-from vtok.config import describe, instantiate
+from vtok.config import Families, describe, instantiate
 from vtok.data.codes import OnlineTokens
 from vtok.data.module import ImageData, micro_batch_size
 from vtok.lit import Lit, LitTokenizer
 from vtok.noise import key
 from vtok.optim import Recipe, memory
-from vtok.resume import Checkpoints, Preempted, ResumeState
+from vtok.resume import EXIT_PREEMPTED, Checkpoints, Preempted, ResumeState
 from vtok.rng import seed_all
 from vtok.warmstart import warm_start
+from vtok.watch import DataWatch
 
 # keys whose change makes a resumed run another one than it was
 PART_OF_THE_RUN = (
@@ -61,9 +64,14 @@ def train(config: DictConfig) -> float | None:
     seed_all(key(config.seed))
     data = build_data(config, trust)
     lit = build_module(config, data, trust)
+    if config.get("checkpointing", False):
+        checkpoint_blocks(lit.module)
+    if config.get("compile", False):
+        compile_blocks(lit.module)
     step = runs.check_same(resumed, lit.kind, describe(lit.module)) if resumed else 0
     if config.init_from and resumed is None:
-        warm = warm_start(lit.module, config.init_from, FAMILIES, class_names=data.class_names)
+        known = Families(FAMILIES, trust)
+        warm = warm_start(lit.module, config.init_from, known, class_names=data.class_names)
         if isinstance(lit, LitGenerator):
             lit.module.adopt(data.tokenizer)  # the codebook of the data, not that of the earlier run
         if lit.ema is not None:
@@ -93,6 +101,8 @@ def train(config: DictConfig) -> float | None:
         say(f"nothing to do: {resumed} already has {step} steps; raise steps")
     try:
         trainer.fit(lit, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except SIGTERMException:  # Lightning's, before the first batch: it would leave with code 0, as if all were done
+        raise Preempted(EXIT_PREEMPTED) from None
     except Exception as error:
         code = getattr(error, "exit_code", None)  # of a process that Lightning spawned
         if code:
@@ -148,7 +158,9 @@ def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
         if config.get("corrections", False):
             raise ValueError("corrections=true encodes images anew, data=codes has none: pass data=... of images")
         given = {"tokenizer": source, "weights": config.tokenizer_weights}
-        section = OmegaConf.merge(config.data, given) if source else config.data
+        section = OmegaConf.merge(config.data, given) if source else config.data.copy()
+        OmegaConf.set_struct(section, False)
+        section.trust = list(trust)
         return instantiate(section, trust=trust, _convert_="all")
     if not source:
         raise ValueError("a generator needs tokens: pass tokenizer_from=<run or folder of a tokenizer>, or data=codes")
@@ -158,6 +170,7 @@ def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
         weights=config.tokenizer_weights,
         keep_images=config.get("teacher") is not None,
         corrections=bool(config.get("corrections", False)),
+        trust=trust,
     )
     data.setup()
     return data
@@ -189,6 +202,10 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
     if not (isinstance(make.func, type) and issubclass(make.func, Generator)):
         raise ValueError(f"model._target_={config.model._target_} is not a generator")
     make.func.accepts(data.spec)
+    for name, part, who in (("teacher", "patches", "LlamaGenREPA"), ("corrections", "corrupted", "DetailFlow")):
+        if config.get(name) and part not in make.func.reads_also:
+            wrong = make.func.__name__
+            raise ValueError(f"{name} is for models that learn from it ({who}), not {wrong}: pass {name}=null")
     module = make(spec=data.spec, num_classes=data.num_classes)
     module.adopt(data.tokenizer)
     corruption = None
@@ -205,7 +222,10 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
         from vtok.losses.backbone import Backbone
         from vtok.losses.frozen import Frozen
 
-        teacher = Frozen(Backbone(**OmegaConf.to_container(config.teacher, resolve=True)))
+        given = OmegaConf.to_container(config.teacher, resolve=True) if OmegaConf.is_dict(config.teacher) else {}
+        if not {"model", "size"} <= set(given) <= {"model", "size", "weights_path"}:
+            raise ValueError(f"teacher={config.teacher}: give {{model: <timm name>, size: <pixels>}}, and weights_path")
+        teacher = Frozen(Backbone(**given, remedy="train another model, with teacher=null"))
     return LitGenerator(module, recipe, class_names=data.class_names, corruption=corruption, teacher=teacher)
 
 
@@ -214,19 +234,32 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
     stop = min(config.steps, config.stop_after or config.steps)
     callbacks: list[L.Callback] = [
         ResumeState(seed=config.seed),
-        Progress(batch_size=config.batch_size, stop=stop, every=config.log_every, bar=config.bar),
+        Progress(
+            batch_size=config.batch_size,
+            stop=stop,
+            every=config.log_every,
+            bar=config.bar,
+            operations=training_operations(lit.module),
+        ),
     ]
-    if config.picture_every:
+    sharded = (
+        OmegaConf.is_dict(config.trainer.strategy) and config.trainer.strategy.get("_target_") == "vtok.fsdp.Sharded"
+    )
+    if sharded and getattr(lit, "discriminator", None) is not None:
+        raise ValueError("trainer=fsdp has no GAN: tokenizers fit one GPU, so pass trainer=ddp, or objective=plain")
+    if config.picture_every and not sharded:  # one process draws, and there it has only a part of the weights
         options = OmegaConf.to_container(config.pictures, resolve=True)
         kind = "samples" if isinstance(lit, LitGenerator) else "reconstructions"
         picture = Samples if kind == "samples" else Reconstructions
         callbacks.append(picture(folder / "pictures", every=config.picture_every, **options[kind]))
         if isinstance(lit, LitTokenizer) and lit.module.spec.discrete:
             callbacks.append(CodeUse(folder / "pictures"))
-    if config.monitor.removeprefix("val/").removesuffix("_raw") not in lit.monitors or config.monitor[:4] != "val/":
-        known = ", ".join(f"val/{name}" for name in lit.monitors)
-        raise ValueError(f"monitor={config.monitor}: choose one of {known}")
-    callbacks += [instantiate(c, trust=trust, _convert_="all") for c in (config.callbacks or {}).values()]
+    own = [instantiate(c, trust=trust, _convert_="all") for c in (config.callbacks or {}).values()]
+    known = [f"val/{name}" for name in lit.monitors] + [m for c in own for m in getattr(c, "monitors", ())]
+    if config.monitor.removesuffix("_raw") not in known:
+        raise ValueError(f"monitor={config.monitor}: choose one of {', '.join(known)}")
+    callbacks += own
+    callbacks.append(DataWatch(timeout=config.get("data_timeout")))
     if config.save:
         callbacks.append(
             Checkpoints(
@@ -250,6 +283,7 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
         check_val_every_n_epoch=None,
         limit_val_batches=config.val_batches,
         num_sanity_val_steps=0,
+        inference_mode=not sharded,  # weights gathered in inference mode could not be trained with
         use_distributed_sampler=False,  # the data module slices the global batch itself
         enable_checkpointing=False,  # Checkpoints above
         enable_progress_bar=False,
@@ -317,9 +351,18 @@ def summary(config: DictConfig, lit: Lit, data: Any, trainer: L.Trainer, batch: 
         + (f", stops after {trainer.max_steps:,}" if trainer.max_steps < config.steps else "")
         + (f", goes on from step {step:,}" if step else ""),
         "memory": f"{_size(sum(need.values()))} and activations ({parts})",
+        "operations": _operations(lit),
         "device": f"{trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}, precision {config.precision}",
     }
-    return "\n".join(f"{name:>14}  {text}" for name, text in lines.items())
+    return "\n".join(f"{name:>14}  {text}" for name, text in lines.items() if text)
+
+
+def _operations(lit: Lit) -> str | None:
+    """How many operations the progress line's MFU counts, and as what."""
+    count = training_operations(lit.module)
+    if count is None:
+        return None
+    return f"{count / 1e9:.3g} GFLOP an image and step = 6 matmul parameters x positions + 12 width x depth x pairs"
 
 
 def _size(count: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import resource
 import sys
 import time
 import warnings
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 
 from vtok import rng
+from vtok.acceleration import peak_rate, utilisation
 from vtok.checkpoint import write_atomic
 from vtok.data.transforms import to_uint8
 
@@ -143,11 +145,13 @@ class Progress(L.Callback):
     """Images a second, time left and the share of time spent waiting for data: a bar on a terminal, else plain lines.
 
     batch_size: global. every: steps between two lines and two records for the loggers. Validation, pictures and
-    saving do not count as training time.
+    saving do not count as training time. operations: an image and step, for the MFU (vtok/acceleration.py).
     """
 
-    def __init__(self, *, batch_size: int, stop: int, every: int = 20, bar: bool | None = None) -> None:
-        self.batch_size, self.stop, self.every = batch_size, stop, every
+    def __init__(
+        self, *, batch_size: int, stop: int, every: int = 20, bar: bool | None = None, operations: float | None = None
+    ) -> None:
+        self.batch_size, self.stop, self.every, self.operations = batch_size, stop, every, operations
         self.wants_bar = bar
         self._bar: Any = None
         self._task: Any = None
@@ -204,9 +208,12 @@ class Progress(L.Callback):
         speed = self._steps * self.batch_size / seconds
         waits = self._waited / seconds
         left = (self.stop - step) * self.batch_size / speed
-        pl_module.record({"speed/images_per_second": speed, "speed/data_wait": waits})
+        mfu = utilisation(speed, self.operations, peak_rate(pl_module.device), trainer.world_size)
+        found = {"speed/images_per_second": speed, "speed/data_wait": waits, "speed/memory_gib": _memory()}
+        pl_module.record(found if mfu is None else found | {"speed/mfu": mfu})
         loss = pl_module.latest.get("train/loss", float("nan"))
         text = f"loss {loss:.4f}  {speed:.1f} images/s  data wait {waits:.0%}"
+        text += "" if mfu is None else f"  MFU {mfu:.1%}"
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
@@ -233,6 +240,13 @@ class Progress(L.Callback):
             self._bar.console.print(line, highlight=False)
         else:
             print(line, flush=True)
+
+
+def _memory() -> float:
+    """Largest memory of this process so far, GiB: of its GPU where it uses one, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
 
 
 def _clock(seconds: float) -> str:

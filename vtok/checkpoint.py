@@ -8,10 +8,12 @@ part (Lightning's own writer moves through $TMPDIR and can tear).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from vtok.config import Configured, build, describe
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk, in the quota, in a file
 Weights = Literal["ema", "raw"]
 FORMAT = 1
 
@@ -29,8 +32,12 @@ class CheckpointError(ValueError):
     """A checkpoint or folder that cannot be used; the message names the file and what to do."""
 
 
-def write_atomic(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
-    """Call `write(file)` on a temporary binary file beside `path`, flush it to disk, and rename it to `path`."""
+def write_atomic(path: str | os.PathLike, write: Callable[[Any], None], *, size: int | None = None) -> None:
+    """Call `write(file)` on a temporary binary file beside `path`, flush it to disk, and rename it to `path`.
+
+    size: how many bytes it will be, where that is known: a full disk is then an OSError that says how many are needed.
+    What stood under the name before stays.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -40,6 +47,15 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        number = _full(error)
+        if number is None:
+            raise
+        free = shutil.disk_usage(path.parent).free + temporary.stat().st_size
+        need = f"it needs {size:,} bytes" if size else "it needs more than that"
+        raise OSError(
+            number, f"no space left to write {path}: {need}, {free:,} bytes are free; what was there is untouched"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
@@ -47,6 +63,16 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _full(error: BaseException | None) -> int | None:
+    """The error number of a full disk behind what a writer raised, or None. torch.save raises a RuntimeError of its
+    own in the course of it, and numpy's of a short write has no number."""
+    while error is not None:
+        if isinstance(error, OSError) and (error.errno in FULL or "requested and" in str(error)):
+            return error.errno or errno.ENOSPC
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_json(path: str | os.PathLike, data: Any) -> None:

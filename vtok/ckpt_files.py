@@ -7,7 +7,6 @@ every moment the side file knows the checkpoint that stands under the name.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from vtok.checkpoint import CheckpointError, file_hash, read_checkpoint, write_atomic
+from vtok.checkpoint import FULL, CheckpointError, file_hash, read_checkpoint, write_atomic
 
 PATTERN = "step_*.ckpt"
 
@@ -116,7 +115,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             # a full disk: give up the oldest generation, never the newest or the best
             old = [p for p in generations(path.parent)[1:] if p.stat().st_nlink == 1]
-            if error.errno not in (errno.ENOSPC, errno.EFBIG) or not old:
+            if error.errno not in FULL or not old:
                 raise
             print(f"warning: no space left for {path}; removing {old[-1].name} and trying again", flush=True)
             self.remove_checkpoint(old[-1])
@@ -136,4 +135,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.flush()
             _write_side(path, [file_hash(Path(file.name))])
 
-        write_atomic(path, write)
+        write_atomic(path, write, size=bytes_of(checkpoint))
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of the tensors in nested data: nearly the size of a checkpoint of it."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(bytes_of(item) for item in value.values())
+    return sum(bytes_of(item) for item in value) if isinstance(value, (list, tuple)) else 0

@@ -2,7 +2,8 @@
 
 Two doors. `describe` and `build` serve shared folders and checkpoints: a family name from a table of ours plus plain
 constructor arguments, so a downloaded config cannot name code. `instantiate` serves the user's own Hydra configs and
-refuses targets outside an allow-list (Hydra's instantiate on untrusted configs is CVE-2026-68508).
+refuses targets outside an allow-list (Hydra's instantiate on untrusted configs is CVE-2026-68508). A family of the
+user's own is described as "module:Class"; neither door imports its module unless the user names that in `trust`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 ALLOWED_MODULES = ("vtok.", "vgen.", "eval.")
@@ -25,6 +26,26 @@ ALLOWED_TARGETS = (
     "lightning.pytorch.callbacks.LearningRateMonitor",
     "lightning.pytorch.strategies.DDPStrategy",
 )
+
+
+OWN_PACKAGES = ("vtok", "vgen", "eval")
+
+
+class Families(dict):
+    """A table of families, and "module:Class" for the modules in `trust` and below them."""
+
+    def __init__(self, families: Mapping[str, str], trust: Sequence[str] = ()) -> None:
+        super().__init__(families)
+        self.trust = tuple(getattr(families, "trust", ())) + tuple(trust)
+
+    def __contains__(self, name: object) -> bool:
+        module = str(name).partition(":")[0]
+        return super().__contains__(name) or (":" in str(name) and _trusted(module, self.trust))
+
+    def __missing__(self, name: str) -> str:
+        if name not in self:
+            raise KeyError(name)
+        return name
 
 
 class Configured:
@@ -51,19 +72,36 @@ class Configured:
 
 
 def describe(module: Configured) -> dict:
-    """Plain data from which `build` makes the same module (weights apart): {"family", "arguments"}."""
-    return {"family": type(module).__name__, "arguments": {k: _plain(v) for k, v in module.arguments.items()}}
+    """Plain data from which `build` makes the same module (weights apart): {"family", "arguments"}.
+
+    family: the class's name, "module:Class" where it is not of this toolkit.
+    """
+    cls = type(module)
+    ours = cls.__module__.partition(".")[0] in OWN_PACKAGES
+    family = cls.__name__ if ours else f"{cls.__module__}:{cls.__qualname__}"
+    return {"family": family, "arguments": {k: _plain(v) for k, v in module.arguments.items()}}
 
 
 def build(description: Mapping, families: Mapping[str, str]) -> Any:
-    """Make the module of a description. `families` maps a family name to "module:Class"."""
+    """Make the module of a description. `families` maps a family name to "module:Class".
+
+    With `Families(table, trust)` a description may name a class of the user's own; it must be a Configured one.
+    """
     if not isinstance(description, Mapping) or set(description) != {"family", "arguments"}:
         raise ValueError(f"a module's description holds `family` and `arguments`, got {description!r:.200}")
     name = description["family"]
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
+        if isinstance(name, str) and ":" in name:
+            module = name.partition(":")[0]
+            raise ValueError(f"family {name!r} is code outside this toolkit; if you trust it pass trust=[{module}]")
         raise ValueError(f"unknown family {name!r}; known are {', '.join(sorted(families))}")
     module, _, attribute = families[name].partition(":")
-    cls = getattr(importlib.import_module(module), attribute)
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"family {name!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
+    if not (isinstance(cls, type) and issubclass(cls, Configured)):
+        raise ValueError(f"family {name!r} is no tokenizer, generator or part of one")
     arguments = {k: _built(v, families) for k, v in description["arguments"].items()}
     unknown = set(arguments) - set(inspect.signature(cls.__init__).parameters)
     if unknown:
@@ -76,11 +114,14 @@ def instantiate(config: Any, *args: Any, trust: tuple[str, ...] = (), **kwargs: 
     from hydra.utils import instantiate as hydra_instantiate
 
     for target in _targets(config):
-        if target not in ALLOWED_TARGETS and not target.startswith(ALLOWED_MODULES + tuple(t + "." for t in trust)):
-            raise ValueError(
-                f"_target_ {target!r} is not allowed; to trust its module pass trust=[{target.split('.')[0]}]"
-            )
+        module = target.rpartition(".")[0]
+        if target not in ALLOWED_TARGETS and not target.startswith(ALLOWED_MODULES) and not _trusted(module, trust):
+            raise ValueError(f"_target_ {target!r} is not allowed; to trust its module pass trust=[{module}]")
     return hydra_instantiate(config, *args, **kwargs)
+
+
+def _trusted(module: str, trust: Sequence[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in trust if name)
 
 
 def _targets(config: Any) -> list[str]:

@@ -15,8 +15,18 @@ from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
-FORWARD_METHODS = ("loss", "encode", "decode", "embed", "log_prob")
+FORWARD_METHODS = ("loss",)  # further ones would nest, and the inner of three frees what the outer still needs
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Sharded(ModelParallelStrategy):
@@ -35,6 +45,40 @@ class Sharded(ModelParallelStrategy):
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path)
         self.barrier()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As an optimizer of one process has it, keys counted in its own order. Lightning's counts in the module's,
+        which only it reads right."""
+        state = get_optimizer_state_dict(self.model, _inner(optimizer), options=WHOLE)
+        if not self.is_global_zero:
+            return {}
+        place = {name: i for i, name in enumerate(_names(state))}
+        groups = [{**g, "params": [place[n] for n in g["params"]]} for g in state["param_groups"]]
+        return {"state": {place[n]: v for n, v in state["state"].items()}, "param_groups": groups}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Every process reads the file and keeps its parts. Nothing but weights is unpickled."""
+        path = self.broadcast(checkpoint_path)
+        checkpoint = self.checkpoint_io.load_checkpoint(path)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(full_state_dict=True))
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
+            names = _names(get_optimizer_state_dict(self.model, _inner(optimizer)))
+            order = [i for group in saved["param_groups"] for i in group["params"]]
+            assert len(names) == len(order), (len(names), len(order))
+            name = dict(zip(order, names))
+            groups = [{**g, "params": [name[i] for i in g["params"]]} for g in saved["param_groups"]]
+            state = {"state": {name[i]: v for i, v in saved["state"].items()}, "param_groups": groups}
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(self.model, _inner(optimizer), state, options=options)
+        return checkpoint
+
+
+def _names(state: dict[str, Any]) -> list[str]:
+    return [name for group in state["param_groups"] for name in group["params"]]
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    return getattr(optimizer, "_optimizer", optimizer)
 
 
 def shard(modules: list[nn.Module], mesh: Any) -> None:
@@ -58,4 +102,3 @@ def whole(value: Tensor) -> Tensor:
 
 def is_sharded(strategy: Any) -> bool:
     return isinstance(strategy, Sharded)
-

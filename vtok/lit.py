@@ -25,6 +25,7 @@ from vtok.config import describe
 from vtok.fsdp import is_sharded, shard, whole
 from vtok.optim import Recipe, average, check_arguments, check_optimizer, make_optimizer, rate, set_rate
 from vtok.quantize.statistics import perplexity, usage
+from vtok.watch import shown_images
 
 SKIPS_IN_A_ROW = 10  # with on_nan=skip: more non-finite steps than this are not bad luck
 
@@ -53,7 +54,9 @@ class Lit(L.LightningModule):
         self._sums: dict[str, Tensor] = {}
         self._skipped = 0
         self._bad: Tensor | None = None
+        self._seen: dict[int, list[Tensor]] = {}  # step to the indices of its images, since the last check
         self._totals: dict[str, Tensor] = {}
+        self.described: dict[str, Any] | None = None
         self.histograms: dict[str, Tensor] = {}  # of the newest validation, over all processes
         self.latest: dict[str, float] = {}  # the newest value of every metric, for the progress line
         self.began = 0.0
@@ -88,13 +91,14 @@ class Lit(L.LightningModule):
         """Under trainer=fsdp cut the module and its averaged copy over the processes, once."""
         if not is_sharded(self.trainer.strategy) or hasattr(self.module, "unshard"):
             return
+        self.described = describe(self.module)  # cutting changes its class
         shard([m for m in (self.module, self.ema) if m is not None], self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [make_optimizer([self.module], **self.recipe.optimizer)]
 
     def on_fit_start(self) -> None:
-        self._micro, self._sums, self._skipped, self._bad = 0, {}, 0, None
+        self._micro, self._sums, self._skipped, self._bad, self._seen = 0, {}, 0, None, {}
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         self.began = time.monotonic()
@@ -106,6 +110,8 @@ class Lit(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         last = self._micro == self.recipe.accumulate - 1
+        if "index" in batch:
+            self._seen.setdefault(self.global_step + 1, []).append(batch["index"])
         strategy = self.trainer.strategy
         waits = not last and hasattr(strategy, "block_backward_sync")
         with strategy.block_backward_sync() if waits else nullcontext():
@@ -157,6 +163,8 @@ class Lit(L.LightningModule):
                 return
             self._skipped += 1
             if self._skipped <= SKIPS_IN_A_ROW:
+                images = shown_images(self.trainer.datamodule, self._seen.get(step + 1, ()))
+                print(f"note: step {step + 1} is not finite and was skipped{images}", flush=True)
                 for parameter in self.parameters():  # the discriminator's too: it saw the same images
                     parameter.grad = None
                 return
@@ -168,10 +176,12 @@ class Lit(L.LightningModule):
     def check_finite(self) -> None:
         """Raise NotFinite if a step since the start was not finite."""
         if self._bad is not None and int(self._bad) > 0:
+            images = shown_images(self.trainer.datamodule, self._seen.get(int(self._bad), ()))
             raise NotFinite(
                 f"the loss or its gradient is not finite at step {int(self._bad)}: lower optimizer.lr, raise "
-                "schedule.warmup, use precision=32-true, or pass on_nan=skip; the last checkpoint is untouched"
+                "schedule.warmup, use precision=32-true, or pass on_nan=skip; the last checkpoint is untouched" + images
             )
+        self._seen = {k: v for k, v in self._seen.items() if k > self.global_step}
 
     def record(self, metrics: Mapping[str, Tensor | float], *, reduce: bool = False) -> None:
         """Hand metrics to every logger under the number of finished optimizer steps.
@@ -231,7 +241,7 @@ class Lit(L.LightningModule):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["module"] = {**describe(self.module), "kind": self.kind}
+        checkpoint["module"] = {**(self.described or describe(self.module)), "kind": self.kind}
         # Saved while a batch starts, its counter `ready` is one ahead, and a resumed Lightning would validate one batch
         # too early: in the middle of an accumulated step, whose gradients it then drops.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

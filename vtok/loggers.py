@@ -1,18 +1,23 @@
-"""metrics.csv of a run: Lightning's CSV logger, kept in the run directory itself and continued after a resume.
+"""metrics.csv of a run, continued after a resume, and W&B that never stops a training.
 
-Lightning's own deletes the file of an earlier start; here the rows up to the resumed step stay.
+Lightning's CSV logger deletes the file of an earlier start; here the rows up to the resumed step stay. Its W&B logger
+raises where the service does not answer; here the run goes on offline, and `wandb sync` sends it later.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from vtok.checkpoint import write_atomic
+from vtok.sharing import without_places
 
 
 class MetricsFile(CSVLogger):
@@ -35,6 +40,79 @@ class MetricsFile(CSVLogger):
 
     def log_hyperparams(self, params: object) -> None:
         """config.yaml holds them already."""
+
+
+# what W&B would send of the machine and its user besides what the run logs (the console names its folders)
+PRIVATE = {
+    "save_code": False,
+    "disable_code": True,
+    "x_disable_machine_info": True,
+    "host": "",
+    "username": "",
+    "console": "off",
+}
+
+
+class SafeWandbLogger(WandbLogger):
+    """W&B without code, host and user name. A service that does not answer makes the run an offline one, said once."""
+
+    def __init__(
+        self,
+        *,
+        project: str,
+        name: str,
+        save_dir: str,
+        id: str | None = None,
+        resume: str = "allow",
+        offline: bool = False,
+        timeout: float = 60,
+    ) -> None:
+        settings = {**PRIVATE, "init_timeout": timeout}
+        super().__init__(
+            project=project, name=name, save_dir=save_dir, id=id, resume=resume, offline=offline, settings=settings
+        )
+        self._given_up = False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None and not self._offline and os.environ.get("WANDB_MODE", "online") == "online":
+            import wandb
+
+            try:
+                return super().experiment
+            except (wandb.errors.Error, OSError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                print(
+                    f"note: W&B does not answer ({reason:.100}); the run goes on offline, `wandb sync {self.save_dir}"
+                    "/wandb/offline-run-*` sends it later",
+                    flush=True,
+                )
+                wandb.teardown()  # its service still holds the id of the run that could not start
+                self._offline = True
+                self._wandb_init["mode"] = "offline"
+        return super().experiment
+
+    def _try(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        if self._given_up:
+            return
+        import wandb
+
+        try:
+            call(*arguments, **named)
+        except (wandb.errors.Error, OSError) as error:
+            self._given_up = True
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"note: W&B takes no more records ({reason:.100}); metrics.csv goes on", flush=True)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self._try(super().log_metrics, metrics, step)
+
+    def log_hyperparams(self, params: Any) -> None:
+        self._try(super().log_hyperparams, without_places(params))
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **named: Any) -> None:
+        self._try(super().log_image, key, images, step, **named)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -70,7 +70,8 @@ class Checkpoints(L.Callback):
     generations are kept. Everything happens when a batch starts that opens an optimizer step: validation of the step
     before is over then, and the loops' counters are consistent.
 
-    SIGTERM and SIGUSR1 only set a flag; at the next such moment all ranks agree, save once and exit with code 85.
+    SIGTERM, SIGUSR1 and, in a job of submitit, SIGUSR2 only set a flag; at the next such moment all ranks agree, save
+    once and exit with code 85.
     """
 
     def __init__(
@@ -110,7 +111,9 @@ class Checkpoints(L.Callback):
         self._signal = signal.SIGTERM if trainer.received_sigterm else None
         if threading.current_thread() is threading.main_thread():
             # after Lightning's own handlers, which would stop without an exact checkpoint
-            self._handlers = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+            submitit = (signal.SIGUSR2,) if callable(signal.getsignal(signal.SIGUSR2)) else ()
+            numbers = (signal.SIGTERM, signal.SIGUSR1, *submitit)
+            self._handlers = {s: signal.signal(s, self._note) for s in numbers}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
@@ -145,6 +148,8 @@ class Checkpoints(L.Callback):
         if wanted and trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             if trainer.is_global_zero:
                 print(f"stopped on request after step {step}; go on with resume=auto", flush=True)
+            if self._signal == signal.SIGUSR2:  # submitit's own handler queues the job again, and leaves
+                self._handlers[signal.SIGUSR2](signal.SIGUSR2, None)
             # Lightning's launcher kills rank 0 when a child of its own fails, so there only rank 0 says 85
             own_child = type(trainer.strategy.launcher).__name__ == "_SubprocessScriptLauncher" and trainer.global_rank
             raise Preempted(0 if own_child else EXIT_PREEMPTED)

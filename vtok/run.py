@@ -46,6 +46,7 @@ NUMBERS: dict[str, tuple[tuple[type, ...], float | None, bool]] = {
     "val_batches": ((int,), 1, True),
     "save_every": ((int,), 1, False),
     "save_minutes": ((int, float), 0, True),
+    "data_timeout": ((int, float), 0, True),
     "picture_every": ((int,), 1, True),
     "schedule.warmup": ((int, float), 0, False),
     "schedule.final": ((int, float), 0, False),

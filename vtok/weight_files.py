@@ -61,7 +61,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({str(error).splitlines()[0]:.120})") from None
+        raise CheckpointError(f"{path} is damaged or truncated ({_first(error)})") from None
 
 
 def _torch(path: Path) -> Any:
@@ -72,13 +72,18 @@ def _torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-        reason = lines[0] if lines else str(error).splitlines()[0]
+        reason = lines[0] if lines else _first(error)
         raise CheckpointError(
             f"{path} holds more than weights, or is damaged; nothing in it was run ({reason:.160}). If you trust it, "
             "load it on a machine where that does no harm, and save only its tensors with torch.save"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({str(error).splitlines()[0]:.120})") from None
+        raise CheckpointError(f"{path} is damaged or truncated ({_first(error)})") from None
+
+
+def _first(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def choose(data: Any, which: str, source: str | os.PathLike) -> dict[str, Tensor]:
@@ -128,7 +133,8 @@ def without_weights() -> Iterator[None]:
     """
 
     def hollow(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
+        before = module._parameters.get(name)
+        if parameter is None or parameter.is_meta or (before is not None and before.is_meta):  # the last: it is loaded
             return None
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 

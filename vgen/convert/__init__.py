@@ -21,6 +21,7 @@ CONVERTERS: dict[str, str] = {
     "har": "vgen.convert.llamagen_family:har",
     "detailflow": "vgen.convert.llamagen_family:detailflow",
     "hita": "vgen.convert.llamagen_family:hita",
+    "ifsq": "vgen.convert.llamagen_family:ifsq",
     "rar": "vgen.convert.rar",
     "flexvar": "vgen.convert.flexvar",
     "mar": "vgen.convert.mar",

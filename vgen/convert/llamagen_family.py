@@ -1,4 +1,4 @@
-"""Generators that are "LlamaGen, except": GigaTok and ReTok, D-AR, ResTok's HAR, DetailFlow and Hita.
+"""Generators that are "LlamaGen, except": GigaTok and ReTok, D-AR, ResTok's HAR, DetailFlow, Hita and iFSQ's.
 
 Keys are LlamaGen's and a few more; the functions here say which, and what the original's own arguments mean.
 Files: GigaTok and ReTok GPT_*.pt, D-AR-{L,XL}-360K.pt, llamagen_l_c2i_restok_l_128.r256_in1k, DetailFlow-*-GPT-L,
@@ -8,7 +8,7 @@ Hita's GPT-{B,L,XL,XXL,2B}-*e.pt; strip `_orig_mod.` and take the weights out of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from vgen.models.detailflow import DetailFlow
 from vgen.models.har import HAR
 from vgen.models.hita import HitaGPT
 from vgen.models.llamagen import LlamaGen
+from vgen.models.repa import LlamaGenREPA
 from vtok.convert.table import Rule
 from vtok.layout import SequenceLayout
 from vtok.tokenizer import Part, TokenSpec
@@ -114,6 +115,38 @@ def hita(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Generator:
         return HitaGPT(hita_spec(queries, side, found.vocab_size), found.classes, **found.sizes)
 
     return convert_as(state, config, make, source="Hita GPT", rules=rules, more=frozenset({"num_slots"}))
+
+
+def ifsq(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Generator:
+    """LlamaGen, or with z_dims LlamaGen-REPA. Of tokens in sub-codes, the original's own depth transformer (tied
+    tables, rope, one norm for both) is another function than ours: its files are refused. None is published.
+    """
+    arguments = dict(config.get("Transformer_ModelArgs", {}))
+    sizes = arguments.get("vocab_size")
+    if isinstance(sizes, Sequence):
+        if len(sizes) > 1:
+            raise ValueError(f"iFSQ GPT: vocab_size={list(sizes)}: sub-codes are not supported, only one vocabulary")
+        arguments["vocab_size"] = sizes[0]
+    widths = arguments.get("z_dims") or []
+    if len(widths) > 1:
+        raise ValueError(f"iFSQ GPT: z_dims={list(widths)}: only one vision model is supported")
+    rules = [Rule(rf"projectors\.0\.([024])\.{BOTH}", r"projector.\1.\2")] if widths else []
+
+    def make(found: Found) -> LlamaGen:
+        side = math.isqrt(found.tokens)
+        part = Part(found.tokens, found.vocab_size, CODE_CHANNELS)
+        spec = TokenSpec(SequenceLayout.raster(side, side), (part,), 16 * side)
+        if not widths:
+            return LlamaGen(spec, found.classes, **found.sizes)
+        if found.sizes["theta"] != 10000 or found.sizes["attention_dropout"]:
+            raise ValueError("iFSQ GPT: with z_dims only rope_base=10000 and attn_dropout_p=0 are supported")
+        taken = {k: v for k, v in found.sizes.items() if k not in ("theta", "attention_dropout")}
+        block, hidden = found.arguments.get("encoder_depth", 8), found.arguments.get("projector_dim", 2048)
+        return LlamaGenREPA(spec, found.classes, block=block, channels=widths[0], hidden=hidden, **taken)
+
+    more = frozenset({"factorized_n_layer", "use_checkpoint", "z_dims", "encoder_depth", "projector_dim"})
+    config = {**config, "Transformer_ModelArgs": arguments}
+    return convert_as(state, config, make, source="iFSQ GPT", rules=rules, more=more)
 
 
 def hita_spec(queries: int, side: int, vocab_size: int) -> TokenSpec:

@@ -32,6 +32,8 @@ class DetailFlow(Grouped):
     group: 8 where None; first: a multiple of it, one group where None.
     """
 
+    reads_also = ("corrupted",)
+
     @classmethod
     def plan(cls, spec: TokenSpec, *, group: int | Sequence[int] | None, first: int | None, start: str) -> Plan:
         group = 8 if group is None else group

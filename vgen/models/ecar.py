@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vgen.conditioning import Cond
+from vgen.gaussian import Moments
 from vgen.generator import Canvas
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule
@@ -29,7 +30,7 @@ from vgen.latents import enlarge, scale_map, shrink
 from vgen.models.flowar import FlowAR
 from vtok.flow import interpolate
 from vtok.layers.cache import KVCache
-from vtok.noise import SampleNoise
+from vtok.noise import SampleNoise, sample_seeds
 from vtok.tokenizer import TokenSpec
 
 
@@ -158,8 +159,25 @@ class ECAR(FlowAR):
         canvas, noise = self.arrange_batch(batch["tokens"], batch, progress), SampleNoise(batch["key"])
         starts, ends = self.stages(canvas, noise)
         h = self(Canvas(ends, self.layout), self.conditioner(batch["label"], self.dropped(batch)))
-        share = noise.uniform(torch.arange(self.layout.steps, device=h.device), TIME_STREAM)
-        x = interpolate(ends, starts, share[:, self.layout.steps_of_tokens(device=h.device)])
+        share, each = self.shares(noise)
+        x = interpolate(ends, starts, each)
         low, high = (torch.tensor(times, device=h.device) for times in (self.ends, self.starts))
         error = self.head.error(h, x, low + share * (high - low), starts - ends, self.layout.sizes)
         return self.weighted(error)
+
+    def shares(self, noise: SampleNoise) -> tuple[Tensor, Tensor]:
+        """How far along each stage's path training looks, [B, K], and the same of every token [B, L]."""
+        share = noise.uniform(torch.arange(self.layout.steps, device=noise.seeds.device), TIME_STREAM)
+        return share, share[:, self.layout.steps_of_tokens(device=share.device)]
+
+    def moments(self, tokens: Tensor) -> Moments:
+        keys = sample_seeds(0, 0, len(tokens)).to(tokens.device)
+        starts, ends = self.stages(self.arrange(tokens), SampleNoise(keys))
+        return Moments.of(ends, starts)
+
+    def gaussian_loss(self, batch: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
+        noise = SampleNoise(batch["key"])
+        starts, ends = self.stages(self.arrange(batch["tokens"]), noise)
+        _, each = self.shares(noise)
+        best = moments.velocity(interpolate(ends, starts, each), each)
+        return self.weighted((best - (starts - ends)).square().mean(-1))

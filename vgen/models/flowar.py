@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
 from vgen.flow_draw import FlowDraw
+from vgen.gaussian import Moments
 from vgen.generator import Canvas, Generator
 from vgen.heads_block_flow import BlockFlowHead
 from vgen.latents import enlarge, gather_index, halved, pyramid, require_square, scale_map, shrink, stretched_rope
@@ -131,6 +132,11 @@ class FlowAR(Generator):
         h = self(context, self.conditioner(batch["label"], self.dropped(batch)))
         error = self.head.loss(h, canvas.tokens, self.layout.sizes, noise=SampleNoise(batch["key"]))
         return self.weighted(error)
+
+    def gaussian_loss(self, batch: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
+        target, noise = self.arrange(batch["tokens"]).tokens, SampleNoise(batch["key"])
+        _, x, velocity, time = self.head.noised(target, self.layout.sizes, noise)
+        return self.weighted((moments.velocity(x, time) - velocity).square().mean(-1))
 
     def weighted(self, error: Tensor) -> dict[str, Tensor]:
         return {"loss": error.sum(1).mean() / self.layout.sizes[-1], "nats": error.detach()}

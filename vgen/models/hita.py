@@ -26,6 +26,8 @@ from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
 from vtok.tokenizer import TokenSpec
 
+LOWEST = torch.finfo(torch.float32).min
+
 
 class PartHead(nn.Module):
     """One softmax a part of the sequence; which one a place has is known from the layout. Logits are float32.
@@ -40,7 +42,8 @@ class PartHead(nn.Module):
         self.linear = nn.Linear(dim, sum(v for _, v in parts), bias=False)
 
     def logits(self, h: Tensor, start: int = 0) -> tuple[Tensor]:
-        """float32 [.., n, V] of h [.., n, D] at places start..; V is the widest vocabulary, missing ids are -inf."""
+        """float32 [.., n, V] of h [.., n, D] at places start..; V is the widest vocabulary, missing ids have the lowest
+        float (not -inf: guidance subtracts logits, and -inf - -inf is NaN)."""
         stop, pieces, place, row = start + h.shape[-2], [], 0, 0
         assert stop <= self.length, f"places {start}..{stop - 1} of {self.length}"
         with torch.autocast(h.device.type, enabled=False):
@@ -49,7 +52,7 @@ class PartHead(nn.Module):
                 if a < b:
                     weight = self.linear.weight[row : row + size].float()
                     logits = F.linear(h[..., a - start : b - start, :].float(), weight)
-                    pieces.append(F.pad(logits, (0, self.widest - size), value=-torch.inf))
+                    pieces.append(F.pad(logits, (0, self.widest - size), value=LOWEST))
                 place, row = place + count, row + size
         return (torch.cat(pieces, dim=-2),)
 

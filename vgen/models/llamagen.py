@@ -35,8 +35,9 @@ class LlamaGen(Generator):
     position: "rope_2d" as above; "rope_1d" turns by the place in the sequence, the class included; "learned" adds a
     table with a row a place (one more than is read, as published). modulation: adaptive norms conditioned on the class
     as it is read, by one projection a block ("own") or in all ("shared"). qk_norm: "layer" norms queries and keys.
-    factors: sizes of sub-codes whose product is the vocabulary (vgen/heads_factorised.py), predicted independently, or
-    one after another by a transformer of factor_depth blocks.
+    factors: sizes of sub-codes whose product is the vocabulary (vgen/heads_factorised.py), "auto" for those that the
+    tokenizer's quantizer was given (groups), predicted independently, or one after another by a transformer of
+    factor_depth blocks.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class LlamaGen(Generator):
         position: Literal["rope_2d", "rope_1d", "learned"] = "rope_2d",
         modulation: Modulation = "none",
         qk_norm: Literal["none", "layer"] = "none",
-        factors: Sequence[int] | None = None,
+        factors: Sequence[int] | Literal["auto"] | None = None,
         factor_depth: int = 0,
     ) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class LlamaGen(Generator):
         self.layout = SequenceLayout((1,) * spec.layout.length, spec.layout.coords)
         vocab_size = spec.parts[0].vocab_size
         self.conditioner = ClassConditioner(num_classes=num_classes, dim=width)
-        sizes = None if factors is None else check_factors(factors, vocab_size)
+        sizes = None if factors is None else check_factors(factors, vocab_size, spec.quantizer)
         self.tokens = FactorisedEmbedding(sizes, width) if sizes else nn.Embedding(vocab_size, width)
         self.token_dropout = nn.Dropout(token_dropout)
         self.trunk = Trunk(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
+from vgen.gaussian import Moments
 from vgen.generator import Canvas, Generator
 from vgen.heads_diffusion import DiffusionHead
 from vgen.heads_token_flow import FlowHead
@@ -220,9 +221,18 @@ class MAR(Generator):
         context = self.arrange(batch.get("context", batch["tokens"]), order)
         cond, most = self.conditioner(batch["label"], self.dropped(batch)), self.most_kept
         h = self.states(context.tokens[:, :most], order[:, :most], cond, kept)
-        losses = self.head.loss(h, batch["tokens"], self.layout.sizes, noise=noise)
+        return self.over_hidden(self.head.loss(h, batch["tokens"], self.layout.sizes, noise=noise), order, kept)
+
+    def gaussian_loss(self, batch: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
+        noise, tokens = SampleNoise(batch["key"]), batch["tokens"]
+        kept, network = self.layout.length - self.hidden_count(noise), self.head.gaussian()
+        losses = self.head.loss(moments.hidden(tokens), tokens, self.layout.sizes, noise=noise, network=network)
+        return self.over_hidden(losses, random_order(noise, self.layout.length), kept)
+
+    def over_hidden(self, losses: Tensor, order: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """The loss from that of every cell [B, L]: the first `kept` int64 [B] of the order are seen."""
         seen = torch.zeros_like(losses).scatter(
-            1, order, (torch.arange(self.layout.length, device=h.device) < kept[:, None]).to(losses.dtype)
+            1, order, (torch.arange(self.layout.length, device=order.device) < kept[:, None]).to(losses.dtype)
         )
         each = (losses * (1 - seen)).sum(1) / (self.layout.length - kept)
         return {"loss": each.mean(), "nats": each.detach().unsqueeze(1)}

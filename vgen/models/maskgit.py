@@ -38,7 +38,7 @@ class MaskGIT(Generator):
     BERT; U-ViT has none.
     """
 
-    caches = False
+    caches = closed = False
 
     def __init__(
         self,

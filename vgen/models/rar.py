@@ -92,6 +92,11 @@ class RAR(Generator):
         if len(spec.parts) != 1:
             raise ValueError(f"RAR has one vocabulary, but these tokens have {len(spec.parts)} parts; try model=hita_*")
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """All embeddings and the modulation before the head, as published; those of the blocks and the start decay."""
+        tables = [self.tokens.weight, self.conditioner.table.weight, self.positions, self.targets, self.places]
+        return [*tables, self.trunk.final.weight]
+
     def _init(self) -> None:
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -26,6 +26,8 @@ class LlamaGenREPA(LlamaGen):
     alignment: weight of the loss. hidden: width of the MLP. The other arguments are LlamaGen's.
     """
 
+    reads_also = ("patches",)
+
     def __init__(
         self,
         spec: TokenSpec | Mapping[str, Any],

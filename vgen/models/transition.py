@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
+from vgen.gaussian import Moments, posterior
 from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance
 from vgen.heads import DrawRule
 from vgen.heads_token_flow import FlowHead
 from vgen.latents import require_grid
 from vgen.two_stacks import initialise
-from vtok.flow import interpolate
+from vtok.flow import interpolate, spread
 from vtok.layers.cache import KVCache
 from vtok.layers.rope import rope_2d
 from vtok.layers.time import TimeEmbedding
@@ -96,6 +97,9 @@ class Transition(Generator):
             cache.commit(canvas.layout.reads[0])
         position = torch.arange(canvas.layout.sizes[0], device=canvas.tokens.device)
         return noise.normal(position, self.head.channels) * rule.temperature
+
+    def moments(self, tokens: Tensor) -> Moments:
+        return Moments.of(tokens)
 
     def uncorrupted(self, batch: Mapping[str, Any], progress: float) -> Tensor:
         if "context" in batch:
@@ -216,10 +220,24 @@ class DTM(Transition):
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """Error of the head's velocity at one level a sample; "nats" [B, N] is that of every token (no likelihood)."""
         data, noise = self.uncorrupted(batch, progress), SampleNoise(batch["key"])
-        position = torch.arange(data.shape[1], device=data.device)
-        level = (noise.uniform(position[:1], LEVEL_STREAM)[:, 0] * self.levels).long().clamp(max=self.levels - 1)
-        start, time = noise.normal(position, data.shape[2], NOISE_STREAM), 1 - level / self.levels
+        start, time = self.level_of(data, noise)
         cond = self.conditioner(batch["label"], self.dropped(batch))
         h = self.run(self.read(interpolate(data, start, time), time, cond))
         error = self.head.loss(h, data - start, (data.shape[1],), noise=noise)
         return {"loss": error.mean(), "nats": error.detach()}
+
+    def level_of(self, data: Tensor, noise: SampleNoise) -> tuple[Tensor, Tensor]:
+        """Noise X_0 like the data and the flow time [B] of the level that training looks at."""
+        position = torch.arange(data.shape[1], device=data.device)
+        level = (noise.uniform(position[:1], LEVEL_STREAM)[:, 0] * self.levels).long().clamp(max=self.levels - 1)
+        return noise.normal(position, data.shape[2], NOISE_STREAM), 1 - level / self.levels
+
+    def gaussian_loss(self, batch: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
+        """Given X_t at the same place, X_T is Gaussian, and with it X_T - X_0 = (X_T - X_t) T / (T - t)."""
+        data, noise = batch["tokens"], SampleNoise(batch["key"])
+        start, time = self.level_of(data, noise)
+        x, t = interpolate(data, start, time), spread(time, data)
+        mean, variance = posterior(moments.mean, moments.variance, x, 1 - t)
+        h, network = torch.cat([(mean - x) / t, variance / t**2], dim=-1), self.head.gaussian()
+        error = self.head.loss(h, data - start, (data.shape[1],), noise=noise, network=network)
+        return {"loss": error.mean(), "nats": error}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
+from vgen.gaussian import Moments, posterior
 from vgen.generator import Canvas
 from vgen.heads_token_flow import FlowHead
 from vgen.models.transition import Transition, checked, level_layout
@@ -114,6 +115,20 @@ class CausalTransition(Transition):
         h = self(Canvas(levels, self.layout), self.conditioner(batch["label"], self.dropped(batch)))
         error = self.head.loss(h[:, count:], levels[:, count:], self.layout.sizes[1:], noise=noise)
         return {"loss": error.mean(), "nats": error.detach()}
+
+    def gaussian_loss(self, batch: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
+        """Given the earlier levels at the same place, X_T is Gaussian, and so is X_t+1."""
+        data, noise = batch["tokens"], SampleNoise(batch["key"])
+        levels, count, parts = self.chain(data, noise), data.shape[1], []
+        mean, variance = moments.mean, moments.variance
+        for level in range(self.levels):
+            seen, share = levels[:, level * count : (level + 1) * count], (level + 1) / self.levels
+            prior = (moments.mean, moments.variance) if self.markov else (mean, variance)
+            mean, variance = posterior(*prior, seen, level / self.levels)
+            parts.append(torch.cat([share * mean, share**2 * variance + (1 - share) ** 2], dim=-1))
+        h, network = torch.cat(parts, dim=1), self.head.gaussian()
+        error = self.head.loss(h, levels[:, count:], self.layout.sizes[1:], noise=noise, network=network)
+        return {"loss": error.mean(), "nats": error}
 
 
 class ARTM(CausalTransition):

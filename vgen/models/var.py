@@ -106,6 +106,12 @@ class VAR(Generator):
         if spec.layout.sizes[0] != 1:
             raise ValueError(f"VAR starts from a 1 x 1 map, but the first scale has {spec.layout.sizes[0]} tokens")
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Positions, scale embedding, start, temperatures and shared offsets, as in the published code; the class table
+        decays there too."""
+        named = ("position", "start", "level_embedding", "log_scale", "offset")
+        return [p for name, p in self.named_parameters() if name.removesuffix(".weight").split(".")[-1] in named]
+
     def _init(self, gate_init: float) -> None:
         std = math.sqrt(1 / self.trunk.dim / 3)
         for name, module in self.named_modules():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vgen.conditioning import ClassConditioner, Cond
 from vgen.flow_draw import FlowDraw
+from vgen.gaussian import Moments
 from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule
@@ -179,6 +180,12 @@ class XAR(Generator):
         h = self(noised, self.conditioner(batch["label"], self.dropped(batch)))
         error = self.head.loss(h, velocity, self.layout.sizes)
         return {"loss": error.mean(), "nats": error.detach()}
+
+    def gaussian_loss(self, batch: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
+        noised, velocity = self.corrupt(self.arrange(batch["tokens"]), batch["key"])
+        best = moments.velocity(noised.tokens, noised.time[:, self.entities])
+        error = (best - velocity).square().mean(-1)
+        return {"loss": error.mean(), "nats": error}
 
     def log_prob(self, canvas: Canvas, cond: Cond, *, context: Canvas | None = None) -> Tensor:
         raise ValueError("a flow gives no closed likelihood: xAR has no log_prob")

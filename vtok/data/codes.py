@@ -7,7 +7,7 @@ and decoded with another gives noise, and no loss shows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vtok.checkpoint import CheckpointError, Weights, load_module, weights_hash
+from vtok.config import Families
 from vtok.data.module import ImageData, Position, StepData
 from vtok.data.shards import Shards, open_split
 from vtok.noise import SampleNoise, key
@@ -25,12 +26,15 @@ from vtok.tokenizer import Tokenizer, TokenSpec
 _CROP = 1  # separates the draw of the crop from the model's own use of the sample's key
 
 
-def frozen(tokenizer: str | Path | Tokenizer, weights: Weights = "ema") -> Tokenizer:
-    """The tokenizer of a run, checkpoint or folder (or the given one) in eval mode, without gradients."""
+def frozen(tokenizer: str | Path | Tokenizer, weights: Weights = "ema", *, trust: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of a run, checkpoint or folder (or the given one) in eval mode, without gradients.
+
+    trust: modules of yours that may hold its class.
+    """
     if not isinstance(tokenizer, torch.nn.Module):
         from vtok.models import FAMILIES
 
-        tokenizer = load_module(tokenizer, FAMILIES, weights)
+        tokenizer = load_module(tokenizer, Families(FAMILIES, trust), weights)
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"tokenizer={type(tokenizer).__name__} is not a tokenizer; give a tokenizer's run or folder")
     return tokenizer.requires_grad_(False).eval()
@@ -52,7 +56,7 @@ class OnlineTokens(LightningDataModule):
 
     data: an ImageData. tokenizer: run directory, .ckpt, shared folder, or a Tokenizer. keep_images: leave "image" in
     the batch beside "tokens". corrections: add "corrupted" and "repaired", rows [B, L] in which the tokenizer goes on
-    from wrong tokens, to learn to repair them (DetailFlow); needs a tokenizer that can.
+    from wrong tokens, to learn to repair them (DetailFlow); needs a tokenizer that can. trust: see `frozen`.
     """
 
     def __init__(
@@ -63,10 +67,11 @@ class OnlineTokens(LightningDataModule):
         weights: Weights = "ema",
         keep_images: bool = False,
         corrections: bool = False,
+        trust: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.data, self.keep_images, self.corrections = data, keep_images, corrections
-        self.tokenizer = frozen(tokenizer, weights)
+        self.tokenizer = frozen(tokenizer, weights, trust=trust)
         if corrections and not getattr(self.tokenizer, "correction", False):
             name = type(self.tokenizer).__name__
             raise ValueError(f"corrections=true needs a tokenizer that repairs its tokens (DetailFlow's), not {name}")
@@ -156,6 +161,7 @@ class Codes(StepData):
         verify: bool = False,
         limit_train: int | None = None,
         limit_val: int | None = None,
+        trust: Sequence[str] = (),
     ) -> None:
         super().__init__(batch_size=batch_size, accumulate=accumulate, workers=workers, seed=seed)
         if not Path(folder).is_dir():
@@ -167,7 +173,7 @@ class Codes(StepData):
             if self.train.manifest[name] != self.val.manifest[name]:
                 raise CheckpointError(f"{folder}: train/ and val/ differ in {name}; extract both again")
         source = Path(folder) / "tokenizer" if tokenizer is None else tokenizer
-        self.tokenizer = frozen(source, weights)
+        self.tokenizer = frozen(source, weights, trust=trust)
         check_hash(self.train.manifest, self.tokenizer, folder, source)
         self.image_size = int(self.train.manifest["image_size"])
         self.spec = spec_at(self.tokenizer, self.image_size)

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from vtok.data.codes import spec_at
 from vtok.data.module import ImageData
 from vtok.data.shards import dtype_of, finished, id_of, pack, write_manifest, write_shard
 from vtok.data.sources import Source
+from vtok.data.tasks import task_from_environment as task_from_environment
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.noise import SampleNoise, key
 from vtok.tokenizer import Tokenizer, TokenSpec
@@ -38,27 +39,6 @@ CROPS: dict[str, dict] = {
     "flip": {"name": "flip", "count": 2, "centre": 0, "wide": 1.0},
     "ten": {"name": "ten", "count": 10, "centre": 4, "wide": 1.1},
 }
-
-
-def task_from_environment(task_id: int | None, num_tasks: int | None, env: Mapping[str, str]) -> tuple[int, int]:
-    """(task, tasks) from the flags, else torchrun, else a SLURM array (whose ids need not start at 0), else (0, 1)."""
-    if (task_id is None) != (num_tasks is None):
-        raise ValueError("give task_id and num_tasks together, or neither")
-    if task_id is not None:
-        task, tasks = task_id, num_tasks
-    elif "RANK" in env and "WORLD_SIZE" in env:
-        task, tasks = int(env["RANK"]), int(env["WORLD_SIZE"])
-    elif "SLURM_ARRAY_TASK_ID" in env:
-        first, last = (int(env.get(f"SLURM_ARRAY_TASK_{k}", env["SLURM_ARRAY_TASK_ID"])) for k in ("MIN", "MAX"))
-        step = int(env.get("SLURM_ARRAY_TASK_STEP", 1))
-        task, tasks = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step, (last - first) // step + 1
-        if tasks != int(env.get("SLURM_ARRAY_TASK_COUNT", tasks)):
-            raise ValueError("the SLURM array has gaps; submit it as a range, or pass task_id and num_tasks")
-    else:
-        task, tasks = 0, 1
-    if not 0 <= task < tasks:
-        raise ValueError(f"task_id={task} must lie in 0..{tasks - 1} (num_tasks={tasks})")
-    return task, tasks
 
 
 def extract(

@@ -8,6 +8,7 @@ torchvision's DataLoader errors carry the worker's traceback; `BadImage` keeps o
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import struct
@@ -95,6 +96,16 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         raise BadImage(
             f"cannot read image {path} ({reason:.120}); replace or remove it, or set data.on_bad_image=skip"
         ) from None
+
+
+def decode_bytes(data: bytes, name: str) -> Image.Image:
+    """As `read_image`, of an encoded image in memory; `name` is what a message calls it."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return to_rgb(_loaded(image))
+    except DAMAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadImage(f"cannot read image {name} ({reason:.120}); repair it, or set data.on_bad_image=skip") from None
 
 
 def _loaded(image: Image.Image) -> Image.Image:

@@ -9,9 +9,11 @@ exists that a checkpoint would have to hold. On resume the loader starts at the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -21,12 +23,15 @@ from vtok.data.transforms import CROPS, Crop, Draws, ImageTransform, to_float
 from vtok.noise import key
 
 Position = tuple[int, int]  # (epoch, index in the split)
+WINDOW = 4  # blocks whose items are shuffled together, where items can only be read by blocks
 
 
 class StepBatches(Sampler[list[Position]]):
     """Endless micro batches of (epoch, index); it has no length on purpose.
 
     size: items in the training set. batch_size: global, per optimizer step. start: first micro batch that `iter` gives.
+    blocks: sizes of the blocks in which the items can only be read (parquet's row groups): whole blocks are shuffled,
+    and then the items of every few of them.
     """
 
     def __init__(
@@ -39,7 +44,9 @@ class StepBatches(Sampler[list[Position]]):
         world: int = 1,
         seed: int,
         start: int = 0,
+        blocks: Sequence[int] | None = None,
     ) -> None:
+        self.blocks = None if blocks is None else np.asarray(blocks)
         self.size, self.batch_size, self.accumulate = size, batch_size, accumulate
         self.rank, self.world, self.seed, self.start = rank, world, seed, start
         self.micro = micro_batch_size(batch_size, accumulate, world)
@@ -65,8 +72,23 @@ class StepBatches(Sampler[list[Position]]):
         if epoch not in self._order:
             generator = torch.Generator().manual_seed(key(self.seed, epoch))
             self._order = {e: o for e, o in self._order.items() if abs(e - epoch) < 2}  # a batch may span two epochs
-            self._order[epoch] = torch.randperm(self.size, generator=generator)
+            self._order[epoch] = (
+                torch.randperm(self.size, generator=generator)
+                if self.blocks is None
+                else block_order(self.blocks, generator)
+            )
         return epoch, int(self._order[epoch][offset])
+
+
+def block_order(blocks: np.ndarray, generator: torch.Generator, window: int = WINDOW) -> torch.Tensor:
+    """A permutation that stays within `window` shuffled blocks at a time: [sum(blocks)]."""
+    starts = np.cumsum([0, *blocks])
+    chosen = torch.randperm(len(blocks), generator=generator).tolist()
+    parts = []
+    for at in range(0, len(chosen), window):
+        items = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in chosen[at : at + window]])
+        parts.append(items[torch.randperm(len(items), generator=generator)])
+    return torch.cat(parts)
 
 
 class EvaluationBatches(Sampler[list[Position]]):
@@ -94,6 +116,13 @@ def micro_batch_size(batch_size: int, accumulate: int, world: int) -> int:
             "change one of them"
         )
     return micro
+
+
+def outlive(worker: int) -> None:
+    """Let a loader's worker live through the first request to stop, which SLURM sends to every process of a job: the
+    training process finishes its step and saves first. A second SIGTERM ends the worker, as its parent's end does."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class StepData(LightningDataModule):
@@ -144,6 +173,7 @@ class StepData(LightningDataModule):
             world=world,
             seed=self.seed,
             start=step * self.accumulate,
+            blocks=getattr(dataset, "blocks", None),
         )
         return self._loader(dataset, batches)
 
@@ -163,6 +193,7 @@ class StepData(LightningDataModule):
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(key(self.seed)),
+            worker_init_fn=outlive,
         )
 
     def _check_trainer(self) -> None:
@@ -191,6 +222,11 @@ class KeyedImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def blocks(self) -> Sequence[int] | None:
+        """Sizes of the blocks in which the source is read, None where any order costs the same."""
+        return getattr(self.source, "blocks", None)
 
     def __getitem__(self, position: Position) -> dict[str, Any]:
         epoch, index = position

@@ -77,7 +77,7 @@ def crc32(path: Path) -> int:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    write_atomic(path, lambda file: np.save(file, array, allow_pickle=False))
+    write_atomic(path, lambda file: np.save(file, array, allow_pickle=False), size=array.nbytes)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

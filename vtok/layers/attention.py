@@ -120,8 +120,13 @@ class Attention(nn.Module):
         bias = self.qkv.bias
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).view(rows, length, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = F.linear(x, self.qkv.weight, bias).view(rows, length, 3 * self.heads, dim // self.heads).transpose(1, 2)
+        together = self.qk_norm == "none" and position is not None
+        if together:  # one call turns queries and keys: half the kernels of a decode step
+            turned = rotate(qkv[:, : 2 * self.heads], *position[:2])
+            q, k, v = turned[:, : self.heads], turned[:, self.heads :], qkv[:, 2 * self.heads :]
+        else:
+            q, k, v = qkv.chunk(3, dim=1)
         if self.qk_norm == "l2":
             q = F.normalize(q, dim=-1) * self.log_scale.clamp_max(MAX_LOG_SCALE).exp().to(q.dtype)
             k = F.normalize(k, dim=-1)
@@ -129,7 +134,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if position is not None:
             cos, sin, added = position
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if not together:
+                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             if added is not None:
                 added = added.view(*added.shape[:-1], self.heads, -1).transpose(-2, -3)
                 q, k = q + added, k + added

@@ -21,10 +21,18 @@ class Backbone(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] to (class token [B, D] or None, patch tokens [B, n, D]), after the final norm.
 
     model: timm's name with its tag, "vit_base_patch14_dinov2.lvd142m". size: side to which images are resized.
-    weights_path: the file <model>.safetensors, or its folder. Raises ValueError that names file, size and source.
+    weights_path: the file <model>.safetensors, or its folder. remedy: the way to do without it, for the message. Raises
+    ValueError that names file, size and source.
     """
 
-    def __init__(self, *, model: str, size: int, weights_path: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        size: int,
+        weights_path: str | Path | None = None,
+        remedy: str = "drop it by objective.terms.<its name>=null",
+    ) -> None:
         super().__init__()
         import timm
 
@@ -39,7 +47,7 @@ class Backbone(nn.Module):
                 who=f"the alignment with {model}",
                 size=f"about {4 * count / 1e6:.0f} MB",
                 source=f"https://huggingface.co/timm/{model} (model.safetensors)",
-                remedy="drop it by objective.terms.<its name>=null",
+                remedy=remedy,
             )
         try:
             net = timm.create_model(

@@ -2,8 +2,7 @@
 
 Luo et al., arXiv 2409.04410, section 3.1, after MAGVIT-v2 (Yu et al., arXiv 2310.05737). Against the plain CNN: four
 blocks a level in both halves and in the middle, without biases; stride-2 convolutions padded on all sides; depth to
-space and adaptive GroupNorm in the decoder; no projections around the quantiser. No reference available: no recorded
-output of the original exists here; sizes and layer equations are tested.
+space and adaptive GroupNorm in the decoder; no projections around the quantiser.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Quantisation to signs: every channel becomes one bit of the id, and there is no table of codes.
 
 LFQ (lookup-free): Yu et al., arXiv 2310.05737, section 3.1, as Open-MAGVIT2 (arXiv 2409.04410) trains it. BSQ (binary
-spherical): Zhao et al., arXiv 2406.07548, where vectors and codes lie on the unit sphere. No reference available: no
-recorded output of an original exists here, so the tests compare with the defining equations by enumeration.
+spherical): Zhao et al., arXiv 2406.07548, where vectors and codes lie on the unit sphere. No reference available for
+BSQ: no recorded output of an original exists here, so the tests compare with the defining equations by enumeration.
 The entropy terms are exact, and cheap at 2^18 codes: see vtok.quantize.entropy.
 """
 

@@ -2,8 +2,8 @@
 
 IBQ: Shi et al., arXiv 2412.02692, section 3.2. The straight-through estimate is taken of the one-hot assignment, not of
 the code: z_q = (hard - sg p + p) E with p = softmax(z E^T), so p's gradient reaches every code. Codes are chosen by dot
-product with unnormalised codes, which is NOT the nearest code. No reference available: no recorded output of an
-original exists here, so the tests compare with the equation written out.
+product with unnormalised codes, which is NOT the nearest code. The tests compare with the equation written
+out and with the original's recorded outputs.
 """
 
 from __future__ import annotations

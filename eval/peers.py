@@ -1,0 +1,424 @@
+"""Original implementations beside ours: how each is built, asked for outputs, sampled and trained, from its checkout.
+
+Nothing of the originals is here. Their modules are imported from the folder that the user names, get random weights,
+and are converted by vgen.convert; from then on both sides hold the same numbers. Code that insists on CUDA runs on the
+CPU through the stand-ins of `on_cpu`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vgen.conditioning import Cond
+from vgen.convert import convert
+from vgen.guidance import ClassifierFree, Constant, Cosine, Count, Guidance, Linear
+from vgen.heads import DrawRule
+from vgen.masking import masked_layout
+from vtok.noise import SampleNoise, sample_seeds
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is timed. size: the original's name of it, or tiny; steps: of sampling, None for the peer's own."""
+
+    size: str | None
+    batch: int
+    steps: int | None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass
+class Pair:
+    """Both sides of a comparison. same: pairs (name, original's output, ours) of the check before any timing, ids or
+    values; parts: name -> (run of the original, run of ours); ours: our module; setting: what sampling means here."""
+
+    same: Callable[[], list[tuple[str, Tensor, Tensor]]]
+    parts: dict[str, tuple[Run, Run]]
+    ours: nn.Module
+    setting: str
+
+
+SOURCES = {
+    "llamagen": "github.com/FoundationVision/LlamaGen",
+    "var": "github.com/FoundationVision/VAR",
+    "rar": "github.com/bytedance/1d-tokenizer",
+    "xar": "github.com/OliverRensu/xAR",
+    "mar": "github.com/LTH14/mar",
+}
+
+
+def pair(peer: str, folder: str | None, options: Options) -> Pair:
+    """Import the original from `folder` and build both sides. ValueError where there is nothing to import."""
+    if peer not in SOURCES:
+        raise ValueError(f"peer={peer}: choose {', '.join(SOURCES)}")
+    if folder is None or not Path(folder).is_dir():
+        raise ValueError(
+            f"dir={folder}: no such folder; clone https://{SOURCES[peer]} and pass dir=<the clone> "
+            "(this project holds none of its code)"
+        )
+    sys.path.insert(0, str(Path(folder).resolve()))
+    on_cpu()
+    torch.manual_seed(0)
+    try:
+        return BUILDERS[peer](Path(folder).resolve(), options)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"dir={folder}: {error}; is it a whole checkout of {SOURCES[peer]}, and is what it needs installed?"
+        ) from None
+
+
+# --- originals on the CPU ---------------------------------------------------------------------------------------------
+
+
+def on_cpu() -> None:
+    """Stand-ins for CUDA-only calls, in this process, where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    torch.Tensor.cuda = lambda self, *a, **k: self
+    nn.Module.cuda = lambda self, *a, **k: self
+    torch.cuda.amp.autocast = lambda *a, **k: _Nothing()
+    torch.backends.cuda.sdp_kernel = lambda *a, **k: contextlib.nullcontext()
+    flash = types.ModuleType("flash_attn")
+    flash.flash_attn_func = _flash
+    flash.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    sys.modules.setdefault("flash_attn", flash)
+
+
+class _Nothing(contextlib.ContextDecorator, contextlib.nullcontext):
+    """autocast's place: a context, and a decorator."""
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal=False):
+    """flash_attn_func [B, l, N, E] by PyTorch's own attention."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, scale=softmax_scale).transpose(1, 2)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def best(probabilities: Tensor, num_samples: int = 1, **_: Any) -> Tensor:
+    """torch.multinomial's place in greedy runs."""
+    return probabilities.argmax(-1, keepdim=True)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, std: float = 0.02) -> nn.Module:
+    """Random weights, norms near one: no path may be closed, as it is at the start of training."""
+    norms = {f"{n}.weight" for n, m in module.named_modules() if "norm" in type(m).__name__.lower()}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue  # fixed tables
+        parameter.normal_(1.0 if name in norms else 0.0, std)
+    return module.eval()
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def draw(model: Any, labels: Tensor, guide: Guidance, rule: DrawRule, noise: Any = None, **options: Any) -> Tensor:
+    """Tokens in our order, by the family's own sampler."""
+    streams = [model.conditioner(labels)] + [model.conditioner.null(len(labels))] * (guide.streams - 1)
+    noise = SampleNoise(sample_seeds(0, 0, len(labels))) if noise is None else noise
+    canvas = model.sampler(model, Cond.cat(streams), noise=noise, guide=guide, rule=rule, **options)
+    return model.restore(canvas)
+
+
+def learn(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
+    """Forward and backward pass in training mode."""
+
+    def step() -> None:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        loss().backward()
+        model.eval()
+
+    return step
+
+
+def trained(model: Any, tokens: Tensor, labels: Tensor) -> Run:
+    batch = {"tokens": tokens, "label": labels, "key": sample_seeds(0, 0, len(labels))}
+    return learn(model, lambda: model.loss(batch, progress=0.0)["loss"])
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The trunk in `dtype`, as Pipeline.load does it; a copy where that is not float32."""
+    if dtype == torch.float32:
+        return model
+    import copy
+
+    model = copy.deepcopy(model)
+    model.trunk.to(dtype)
+    return model
+
+
+def forced(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Teacher-forced logits."""
+    return model.head.logits(model(model.arrange(tokens), model.conditioner(labels)))[0]
+
+
+# --- the peers --------------------------------------------------------------------------------------------------------
+
+
+def llamagen(folder: Path, options: Options) -> Pair:
+    gpt = importlib.import_module("autoregressive.models.gpt")
+    sampling = importlib.import_module("autoregressive.models.generate")
+    common = {"vocab_size": 16384, "block_size": 256}
+    if options.size == "tiny":
+        theirs = gpt.Transformer(gpt.ModelArgs(n_layer=2, n_head=2, dim=64, vocab_size=64, block_size=16))
+    else:
+        theirs = gpt.GPT_models[options.size or "GPT-B"](**common)
+    fill(theirs)
+    ours = convert("llamagen", theirs.state_dict(), {"Transformer_ModelArgs": vars(theirs.config)})
+    length, labels = ours.layout.length, torch.arange(options.batch)
+    tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, length))
+    steps, guide, fast = options.steps or length, ClassifierFree(Constant(4.0)), cast(ours, options.dtype)
+    settings = {"cfg_scale": 4.0, "cfg_interval": -1, "temperature": 1.0, "top_p": 1.0}
+
+    def plain(*, learning: bool) -> tuple[Tensor, Tensor | None]:
+        for layer in theirs.layers:
+            layer.attention.kv_cache = None  # sampling leaves one
+        if learning:
+            return theirs(tokens[:, :-1], labels, targets=tokens)
+        logits = theirs(tokens, labels)[0]  # outside training it takes whole sequences, and predicts one token more
+        return logits[:, :-1], None
+
+    def same() -> list[tuple[str, Tensor, Tensor]]:
+        few = min(steps, 32)
+        greedy = sampling.generate(theirs, labels, few, top_k=0, sample_logits=False, **settings)
+        mine = draw(ours, labels, guide, DrawRule(temperature=0), stop=few)[:, :few]
+        with torch.no_grad():
+            return [
+                ("logits", plain(learning=False)[0], forced(ours, tokens, labels)),
+                ("greedy tokens", greedy.long(), mine),
+            ]
+
+    parts = {
+        "sample": (
+            lambda: sampling.generate(theirs, labels, steps, top_k=2000, sample_logits=True, **settings),
+            lambda: draw(fast, labels, guide, DrawRule(top_k=2000), stop=steps),
+        ),
+        "train": (learn(theirs, lambda: plain(learning=True)[1]), trained(ours, tokens, labels)),
+    }
+    return Pair(same, parts, ours, f"{steps} tokens, guidance 4, top_k 2000, without decoding")
+
+
+def var(folder: Path, options: Options) -> Pair:
+    models, module = importlib.import_module("models"), importlib.import_module("models.var")
+    depth = 2 if options.size == "tiny" else int((options.size or "d16").lstrip("d"))
+    small = {"V": 64, "Cvae": 8, "ch": 32, "patch_nums": (1, 2, 3, 4), "num_classes": 10} if depth == 2 else {}
+    resets = {c: c.reset_parameters for c in (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Conv1d)}
+    vae, theirs = models.build_vae_var(device="cpu", depth=depth, **small)
+    for kind, reset in resets.items():  # building switches them off for the whole process
+        kind.reset_parameters = reset
+    fill(vae.requires_grad_(True)).requires_grad_(False)
+    fill(theirs)
+    state = {f"var.{k}": v for k, v in theirs.state_dict().items()}
+    state |= {f"vae.{k}": v for k, v in vae.state_dict().items() if k.startswith("quantize.")}
+    sides = list(theirs.patch_nums)
+    arguments = {"VAR": {"patch_nums": sides, "cond_drop_rate": theirs.cond_drop_rate}, "VQVAE": {}}
+    ours = convert("var", state, arguments)
+    fast, labels = cast(ours, options.dtype), torch.arange(options.batch)
+    tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, ours.layout.length))
+    maps = vae.quantize.idxBl_to_var_input([t.contiguous() for t in tokens.split([s * s for s in sides], dim=1)])
+    vae.fhat_to_img = lambda f: f.clone()  # sampling excludes decoding
+    guide, draws = ClassifierFree(Linear(5.0)), module.sample_with_top_k_top_p_  # the original's cfg = 4 is 1 + 4
+
+    def sample(top_k: int, top_p: float) -> Tensor:
+        with torch.inference_mode():
+            return theirs.autoregressive_infer_cfg(
+                B=options.batch, label_B=labels, cfg=4, top_k=top_k, top_p=top_p, g_seed=0
+            )
+
+    def same() -> list[tuple[str, Tensor, Tensor]]:
+        seen: list[Tensor] = []
+
+        def record(*a: Any, **k: Any) -> Tensor:
+            seen.append(draws(*a, **k))
+            return seen[-1]
+
+        with replaced(module, "sample_with_top_k_top_p_", record):
+            sample(1, 0.0)
+        mine = draw(ours, labels, guide, DrawRule(temperature=0))
+        with torch.no_grad(), replaced(theirs, "cond_drop_rate", 0.0):
+            logits = theirs(labels, maps)
+        greedy = torch.cat([s[:, :, 0] for s in seen], dim=1)
+        return [("logits", logits, forced(ours, tokens, labels)), ("greedy tokens", greedy, mine)]
+
+    def loss() -> Tensor:
+        return F.cross_entropy(theirs(labels, maps).flatten(0, 1), tokens.flatten())
+
+    rule = DrawRule(top_k=min(900, ours.spec.parts[0].vocab_size), top_p=0.95)
+    parts = {
+        "sample": (lambda: sample(rule.top_k, 0.95), lambda: draw(fast, labels, guide, rule)),
+        "train": (learn(theirs, loss), trained(ours, tokens, labels)),
+    }
+    return Pair(same, parts, ours, "ten scales, cfg 4, top_k 900, top_p 0.95, without decoding")
+
+
+def rar(folder: Path, options: Options) -> Pair:
+    config = importlib.import_module("omegaconf").OmegaConf.load(folder / "configs/training/generator/rar.yaml")
+    module, g = importlib.import_module("modeling.rar"), config.model.generator
+    if options.size == "tiny":
+        g.hidden_size, g.num_hidden_layers, g.num_attention_heads, g.intermediate_size = 32, 2, 2, 64
+        g.image_seq_len, config.model.vq_model.codebook_size = 16, 64
+    theirs = fill(module.RAR(config))
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_seq_len")
+    arguments = {"generator": {name: g[name] for name in names}}
+    ours = convert("rar", theirs.state_dict(), {"RAR_config": {"model": arguments}})
+    fast, labels = cast(ours, options.dtype), torch.arange(options.batch)
+    vocabulary = ours.spec.parts[0].vocab_size
+    tokens = torch.randint(vocabulary, (options.batch, ours.layout.length))
+    guide = ClassifierFree(Cosine(float(g.guidance_scale), float(g.guidance_scale_pow)))
+    settings = {k: g[k] for k in ("guidance_scale", "randomize_temperature", "guidance_scale_pow")}
+
+    def sample() -> Tensor:
+        theirs.set_random_ratio(0.0)
+        with torch.inference_mode():
+            return theirs.generate(condition=labels, kv_cache=True, **settings)
+
+    def logits() -> Tensor:
+        theirs.set_random_ratio(0.0)
+        condition = theirs.preprocess_condition(labels, cond_drop_prob=0.0)
+        return theirs(tokens, condition, return_labels=True)[0][:, :-1]
+
+    def same() -> list[tuple[str, Tensor, Tensor]]:
+        with replaced(torch, "multinomial", best):
+            greedy = sample()
+        with torch.no_grad():
+            pairs = [("logits", logits(), forced(ours, tokens, labels))]
+        return [*pairs, ("greedy tokens", greedy, draw(ours, labels, guide, DrawRule(temperature=0)))]
+
+    def loss() -> Tensor:
+        theirs.set_random_ratio(1.0)  # as ours at the start of training: every sample in its own order
+        got, want = theirs(tokens, theirs.preprocess_condition(labels, cond_drop_prob=0.1), return_labels=True)
+        return F.cross_entropy(got[:, :-1].flatten(0, 1), want.flatten())
+
+    rule = DrawRule(temperature=float(g.randomize_temperature))
+    parts = {
+        "sample": (sample, lambda: draw(fast, labels, guide, rule)),
+        "train": (learn(theirs, loss), trained(ours, tokens, labels)),
+    }
+    return Pair(same, parts, ours, f"{ours.layout.length} tokens, guidance of rar.yaml, without decoding")
+
+
+class Tape:
+    """Normal numbers read from left to right, on our side in the place of keyed noise and on theirs of torch.randn."""
+
+    def __init__(self, numbers: Tensor, rows: int) -> None:
+        self.numbers, self.seeds, self.at = numbers, torch.zeros(rows, dtype=torch.int64), 0
+
+    def take(self, *shape: int) -> Tensor:
+        count = int(torch.Size(shape).numel())
+        self.at += count
+        return self.numbers[self.at - count : self.at].view(shape)
+
+    def normal(self, position: Tensor, channels: int, stream: int = 0) -> Tensor:
+        return self.take(len(self.seeds), len(position), channels)
+
+
+def xar(folder: Path, options: Options) -> Pair:
+    module = importlib.import_module("models.xar")
+    stack = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    tiny = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in stack.items()}
+    theirs = module.xAR(**tiny) if options.size == "tiny" else getattr(module, options.size or "xar_base")()
+    fill(theirs)
+    heads = theirs.encoder_blocks[0].attn.num_heads
+    arguments = {"encoder_num_heads": heads, "decoder_num_heads": heads}
+    ours = convert("xar", theirs.state_dict(), {"xAR": arguments})
+    fast, labels, steps = cast(ours, options.dtype), torch.arange(options.batch), options.steps or 10
+    latents = torch.randn(options.batch, ours.channels, 16, 16)
+    tokens, guide = latents.flatten(2).transpose(1, 2), ClassifierFree(Linear(2.7))
+
+    def sample(count: int) -> Tensor:
+        with torch.no_grad():
+            return theirs.sample_tokens(num_steps=count, cfg=2.7, label=labels)
+
+    def same() -> list[tuple[str, Tensor, Tensor]]:
+        numbers = torch.randn(3 * options.batch * ours.layout.length * ours.channels)
+        tape = Tape(numbers, options.batch)
+        like = lambda x, **_: tape.take(*x.shape).to(x.dtype)  # noqa: E731
+        with replaced(torch, "randn", lambda shape, **_: tape.take(*shape)), replaced(torch, "randn_like", like):
+            want = sample(3)
+        rule = DrawRule(solver="euler_maruyama", solver_steps=3)
+        got = draw(ours, labels, guide, rule, noise=Tape(numbers, options.batch))
+        return [("latents on one tape of noise", want.flatten(2).transpose(1, 2), got)]
+
+    rule = DrawRule(solver="euler_maruyama", solver_steps=steps)
+    parts = {
+        "sample": (lambda: sample(steps), lambda: draw(fast, labels, guide, rule)),
+    }
+    if options.batch > 1:  # its training takes a batch of one for no batch at all
+        parts["train"] = (learn(theirs, lambda: theirs(latents, labels)), trained(ours, tokens, labels))
+    return Pair(same, parts, ours, f"4 cells x {steps} Euler-Maruyama steps, guidance 2.7, without decoding")
+
+
+def mar(folder: Path, options: Options) -> Pair:
+    module, steps = importlib.import_module("models.mar"), options.steps or 16
+    stack = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    tiny = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in stack.items()}
+    tiny["norm_layer"] = functools.partial(nn.LayerNorm, eps=1e-6)  # of all published sizes, not the default
+    tiny |= {"img_size": 64, "buffer_size": 4, "diffloss_d": 2, "diffloss_w": 32, "num_sampling_steps": "5"}
+    large = {"diffloss_d": 6, "diffloss_w": 1024, "diffusion_batch_mul": 4, "num_sampling_steps": "100"}
+    named = options.size or "mar_base"
+    theirs = fill(module.MAR(**tiny) if named == "tiny" else getattr(module, named)(**large))
+    given = tiny if named == "tiny" else large
+    given = {k: v for k, v in given.items() if not k.startswith(("encoder", "decoder", "norm"))}
+    heads = {f"{side}_num_heads": theirs.encoder_blocks[0].attn.num_heads for side in ("encoder", "decoder")}
+    ours = convert("mar", theirs.state_dict(), {"MAR": given | heads})
+    fast, labels, length = cast(ours, options.dtype), torch.arange(options.batch), ours.layout.length
+    fast.layout = masked_layout(fast.spec.layout, steps, "cosine")
+    side, channels = int(length**0.5), ours.head.channels
+    latents = torch.randn(options.batch, channels, side, side)
+    tokens = latents.flatten(2).transpose(1, 2)
+    guide = ClassifierFree(Count(2.9, tokens=length))
+
+    def same() -> list[tuple[str, Tensor, Tensor]]:
+        known = length // 4
+        cells = torch.rand(options.batch, length).argsort(1)[:, :known].sort(1).values
+        mask = torch.ones(options.batch, length).scatter(1, cells, 0.0)
+        with torch.no_grad():
+            classes = theirs.class_emb(labels)
+            states = theirs.forward_mae_decoder(theirs.forward_mae_encoder(tokens, mask, classes), mask)
+            seen = tokens.gather(1, cells.unsqueeze(-1).expand(-1, -1, channels))
+            mine = ours.states(seen, cells, ours.conditioner(labels))
+            x, t = tokens.flatten(0, 1), torch.randint(1000, (options.batch * length,))
+            net = theirs.diffloss.net(x, t, states.flatten(0, 1))
+            return [("states", states, mine), ("head", net, ours.head.mlp(x, t / 1000, mine.flatten(0, 1)))]
+
+    def sample() -> Tensor:
+        with torch.no_grad():
+            return theirs.sample_tokens(
+                bsz=options.batch, num_iter=steps, cfg=2.9, cfg_schedule="linear", labels=labels, temperature=1.0
+            )
+
+    parts = {
+        "sample": (sample, lambda: draw(fast, labels, guide, DrawRule())),
+        "train": (learn(theirs, lambda: theirs(latents, labels)), trained(ours, tokens, labels)),
+    }
+    return Pair(same, parts, ours, f"{steps} iterations of 100 diffusion steps, guidance 2.9, without decoding")
+
+
+BUILDERS = {"llamagen": llamagen, "var": var, "rar": rar, "xar": xar, "mar": mar}

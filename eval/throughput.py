@@ -1,0 +1,267 @@
+"""`python -m eval.throughput`: images a second of encoding, decoding, sampling and training, beside the roofline.
+
+    python -m eval.throughput model=llamagen_b tokenizer=llamagen_vq16 batches=[1,8]
+
+Random weights of the published sizes: speed does not depend on their values. For each part the smallest possible time
+is the larger of (matrix operations counted / measured matmul rate) and (bytes of weights read / measured bandwidth);
+`fraction` is that over the measured time. Weights are read once a pass; sampling makes one pass for each step of the
+layout. Sampling does not include decoding. Training is forward, backward and a fused AdamW update, as in train.py.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from eval.fid import CONFIGS
+from eval.protocol import library_versions
+from vtok.cli import entry
+
+PARTS = ("encode", "decode", "sample", "train")
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Wall-clock seconds of `repeats` runs after one to warm up."""
+    run()
+    found = []
+    for _ in range(repeats):
+        wait(device)
+        start = time.perf_counter()
+        run()
+        wait(device)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second (two a multiplication) of a square matrix product, large enough to be bound by them."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / min(seconds(lambda: a @ b, device, 5))
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second of reading a large array (a sum), as a pass over weights does."""
+    x = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    return x.numel() * 4 / min(seconds(lambda: x.sum(), device, 5))
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters that every pass reads: all but lookup tables."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return sum(p.numel() * p.element_size() for p in module.parameters() if id(p) not in tables)
+
+
+def floor(run: Callable[[], Any], bytes_read: float, rate: float, speed: float) -> tuple[float, float]:
+    """(operations of matrix products in `run`, the smallest seconds that they and `bytes_read` allow)."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    operations = float(counter.get_total_flops())
+    return operations, max(operations / rate, bytes_read / speed)
+
+
+def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Module | None) -> list[dict[str, Any]]:
+    """One row for each part and batch size."""
+    device, dtype = next(tokenizer.parameters()).device, getattr(torch, config["dtype"])
+    rate, speed = matmul_rate(device, dtype), bandwidth(device)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    rows = []
+    for batch in config["batches"]:
+        work = jobs(config, tokenizer, generator, int(batch), device)
+        for part in config["parts"]:
+            if part not in work:
+                continue
+            run, module, passes, graded = work[part]
+            with autocast if part != "sample" else nullcontext(), nullcontext() if graded else torch.inference_mode():
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                operations, smallest = floor(run, passes * weight_bytes(module), rate, speed)
+                spent = seconds(run, device, int(config["repeats"]))
+            middle = statistics.median(spent)
+            rows.append(
+                {
+                    "part": part,
+                    "batch": int(batch),
+                    "images_per_second": batch / middle,
+                    "ms_per_image": 1000 * middle / batch,
+                    "seconds": sorted(spent),
+                    "roofline_ms_per_image": 1000 * smallest / batch,
+                    "fraction": smallest / middle,
+                    "matmul_operations_per_image": operations / batch,
+                    "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+                    "parameters": sum(p.numel() for p in module.parameters()),
+                }
+            )
+            print(
+                f"{part:7} batch {batch:4}  {rows[-1]['images_per_second']:9.2f} images/s  "
+                f"{rows[-1]['ms_per_image']:9.1f} ms/image  {rows[-1]['fraction']:6.1%} of the roofline",
+                flush=True,
+            )
+    facts = {"matmul_rate": rate, "bandwidth": speed, "device": describe(device), "threads": torch.get_num_threads()}
+    return [row | facts for row in rows]
+
+
+def jobs(
+    config: Mapping[str, Any], tokenizer: Any, generator: Any | None, batch: int, device: torch.device
+) -> dict[str, tuple[Callable[[], Any], nn.Module, int, bool]]:
+    """Part -> (what is timed, the module whose weights it reads, passes over them, whether it needs gradients)."""
+    size = tokenizer.spec.image_size
+    drawer = torch.Generator().manual_seed(int(config["seed"]))
+    images = (torch.rand(batch, 3, size, size, generator=drawer) * 2 - 1).to(device)
+    seeds = torch.arange(batch, device=device)
+    from vtok.noise import SampleNoise
+
+    noise = SampleNoise(seeds)
+    with torch.inference_mode():
+        tokens = tokenizer.encode(images, noise=noise)
+    found: dict[str, tuple[Callable[[], Any], nn.Module, int, bool]] = {
+        "encode": (lambda: tokenizer.encode(images, noise=noise), tokenizer, 1, False),
+        "decode": (lambda: tokenizer.decode(tokens, noise=noise), tokenizer, 1, False),
+    }
+    if generator is None:
+        return found
+    from vgen.guidance import guidance
+    from vgen.heads import DrawRule
+    from vgen.pipeline import Pipeline
+
+    pipeline, guide = Pipeline(generator, tokenizer), guidance(float(config["guidance"]))
+    labels = torch.arange(batch, device=device) % max(generator.num_classes, 1)
+    steps = generator.layout.steps
+    found["sample"] = (
+        lambda: pipeline.tokens(labels, seeds, guide=guide, rule=DrawRule()), generator, steps, False
+    )  # fmt: skip
+    if "train" in config["parts"]:
+        found["train"] = (trainer(generator, tokens.clone(), labels, seeds), generator, 3, True)
+    return found
+
+
+def trainer(generator: Any, tokens: Tensor, labels: Tensor, keys: Tensor) -> Callable[[], None]:
+    """One optimizer step on a copy of the generator."""
+    import copy
+
+    model = copy.deepcopy(generator).float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    batch = {"tokens": tokens, "label": labels, "key": keys}
+
+    def step() -> None:
+        with torch.inference_mode(False):
+            optimizer.zero_grad(set_to_none=True)
+            model.loss(batch, progress=0.5)["loss"].backward()
+            optimizer.step()
+
+    return step
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def table(rows: list[Mapping[str, Any]]) -> str:
+    """Markdown of all rows."""
+    lines = ["| tokenizer | model | part | dtype | batch | images/s | ms/image | roofline ms | of it | on |"]
+    lines.append("|" + "---|" * 10)
+    for row in rows:
+        lines.append(
+            f"| {row['tokenizer']} | {row['model'] or ''} | {row['part']} | {row['dtype']} | {row['batch']} "
+            f"| {row['images_per_second']:.2f} | {row['ms_per_image']:.1f} | {row['roofline_ms_per_image']:.1f} "
+            f"| {row['fraction']:.0%} | {row['device']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: str, rows: list[Mapping[str, Any]]) -> None:
+    """Images a second over the batch size, one line for each part, dashed where the roofline is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for part in dict.fromkeys(row["part"] for row in rows):
+        members = sorted((r for r in rows if r["part"] == part), key=lambda r: r["batch"])
+        batches = [r["batch"] for r in members]
+        (line,) = axis.plot(batches, [r["images_per_second"] for r in members], marker="o", label=part)
+        axis.plot(batches, [1000 / r["roofline_ms_per_image"] for r in members], "--", color=line.get_color())
+    axis.set(xscale="log", yscale="log", xlabel="images at once", ylabel="images/s (dashed: roofline)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The command: measures, prints, writes `out`; returns the rows of this call."""
+    from vgen.sampling import resolve_device, resolve_dtype
+    from vtok.checkpoint import write_json
+    from vtok.config import instantiate
+
+    unknown = set(config["parts"]) - set(PARTS)
+    if unknown or not config["batches"] or min(config["batches"]) < 1 or config["repeats"] < 1:
+        raise ValueError(f"parts must be of {', '.join(PARTS)}; batches and repeats at least 1")
+    device, dtype = resolve_device(config["device"]), resolve_dtype(config["dtype"])
+    if config["threads"]:
+        torch.set_num_threads(int(config["threads"]))
+    torch.manual_seed(int(config["seed"]))
+    tokenizer = instantiate(config["tokenizer"], _convert_="all").to(device).eval().requires_grad_(False)
+    generator = None
+    if config.get("model") is not None:
+        make = instantiate(config["model"], _convert_="all", _partial_=True)
+        make.func.accepts(tokenizer.spec)
+        generator = make(spec=tokenizer.spec, num_classes=int(config["num_classes"]))
+        generator.adopt(tokenizer)
+        generator.to(device).eval()
+        generator.trunk.to(dtype)
+    elif {"sample", "train"} & set(config["parts"]):
+        print("model=null: encoding and decoding only")
+    from hydra.core.hydra_config import HydraConfig
+
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    names = {"tokenizer": choices.get("tokenizer"), "model": choices.get("model"), "dtype": config["dtype"]}
+    rows = [{**names, **row} for row in measure(config, tokenizer, generator)]
+    key = ("tokenizer", "model", "dtype", "part", "batch", "device")
+    out = Path(config["out"])
+    earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
+    done = {tuple(row[k] for k in key) for row in rows}
+    rows_all = [row for row in earlier if tuple(row[k] for k in key) not in done] + rows
+    date = time.strftime("%Y-%m-%d")
+    write_json(out, {"rows": rows_all, "versions": library_versions(), "date": date})
+    print(f"wrote {out}")
+    if config["table"]:
+        Path(config["table"]).write_text(table(rows_all))
+    if config["plot"]:
+        plot(config["plot"], rows)
+    return rows
+
+
+@entry("eval_throughput", CONFIGS)
+def main(config: Any) -> None:
+    evaluate(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""`python -m eval.versus`: an original implementation and ours on the same weights, checked equal, then timed in turns.
+
+    python -m eval.versus peer=llamagen dir=../LlamaGen size=GPT-B batch=1
+
+First the outputs must agree: teacher-forced logits (or states) within 1e-4 of the largest, equal greedy tokens. Then
+the two take turns in one process, the first to go changing every time, and the ratio is the original's time over ours:
+the median over the turns, with its 10-90 % range. A shared machine slows both sides of a turn, so ratios outlive it
+where times do not; clock=cpu with threads=1 counts this process's own seconds alone. The original's code comes from
+`dir`; without it the command says what to clone.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.fid import CONFIGS
+from eval.peers import Options, draw, pair
+from eval.protocol import library_versions
+from eval.throughput import describe, wait
+from vtok.cli import entry
+
+TOLERANCE = 1e-4  # of max|a - b| / max|b|; ids must be equal
+LEAST = 7  # turns, fewer are no measurement
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def agree(same: list[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
+    """Largest relative difference (or share of unequal ids) by name. ValueError where the two sides differ."""
+    found = {}
+    for name, theirs, ours in same:
+        if theirs.shape != ours.shape:
+            raise ValueError(f"{name}: the original gives {tuple(theirs.shape)}, ours {tuple(ours.shape)}")
+        if ours.is_floating_point():
+            found[name] = float((theirs.double() - ours.double()).abs().max() / theirs.double().abs().max())
+            limit = TOLERANCE
+        else:
+            found[name], limit = float((theirs != ours).double().mean()), 0.0
+        if not found[name] <= limit:
+            raise ValueError(f"{name} differ by {found[name]:.2e}, allowed is {limit}: nothing was timed")
+    return found
+
+
+def quantile(values: list[float], share: float) -> float:
+    """By linear interpolation between the ordered values."""
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+
+
+def alternate(
+    first: Callable[[], Any], second: Callable[[], Any], turns: int, device: torch.device, *, clock=time.perf_counter
+) -> dict[str, Any]:
+    """Seconds of both in turns after one run each to warm up, and the ratios first / second of every turn."""
+    runs: tuple[list[float], list[float]] = [], []
+    first(), second()
+    for turn in range(turns):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            wait(device)
+            start = clock()
+            (first, second)[side]()
+            wait(device)
+            runs[side].append(clock() - start)
+    ratios = [a / b for a, b in zip(*runs, strict=True)]
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_low": quantile(ratios, 0.1),
+        "ratio_high": quantile(ratios, 0.9),
+        "original_seconds": statistics.median(runs[0]),
+        "our_seconds": statistics.median(runs[1]),
+        "turns": turns,
+    }
+
+
+def itself(batch: int, steps: int | None) -> Callable[[], Any]:
+    """A small LlamaGen's sampling, for timing it against itself."""
+    from vgen.guidance import guidance
+    from vgen.heads import DrawRule
+    from vgen.models.llamagen import LlamaGen
+    from vtok.layout import SequenceLayout
+    from vtok.tokenizer import Part, TokenSpec
+
+    spec = TokenSpec(SequenceLayout.raster(8, 8), (Part(64, 512, 8),), 64)
+    model = LlamaGen(spec, 10, depth=4, width=128, heads=4, multiple_of=64).eval()
+    labels = torch.arange(batch) % 10
+    return lambda: draw(model, labels, guidance(2.0), DrawRule(top_k=100), stop=steps)
+
+
+def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The command: checks, times, prints, adds to `out`; returns the rows of this call."""
+    from vgen.sampling import resolve_dtype
+    from vtok.checkpoint import write_json
+
+    if config["turns"] < LEAST:
+        raise ValueError(f"turns={config['turns']}: a ratio is the median over at least {LEAST}")
+    if config["clock"] not in CLOCKS:
+        raise ValueError(
+            f"clock={config['clock']}: choose wall, or cpu (seconds of this process's own, for one thread)"
+        )
+    if config["clock"] == "cpu" and config["threads"] != 1:
+        raise ValueError(f"clock=cpu adds up the seconds of all threads: pass threads=1, not {config['threads']}")
+    if config["batch"] < 1:
+        raise ValueError(f"batch={config['batch']}: at least one image is made at once")
+    if config["threads"]:
+        torch.set_num_threads(int(config["threads"]))
+    device, dtype, steps = torch.device("cpu"), resolve_dtype(config["dtype"]), config["steps"]
+    name, setting, differences = config["peer"], "", {}
+    if config["selftest"]:
+        run = itself(int(config["batch"]), steps)
+        parts, name = {"sample": (run, run)}, "itself"
+    elif name is None:
+        raise ValueError("pass peer=<family> and dir=<checkout of the original>, or selftest=true")
+    else:
+        both = pair(name, config["dir"], Options(config["size"], int(config["batch"]), steps, dtype))
+        differences, setting = agree(both.same()), both.setting
+        told = ", ".join(f"{k} {v:.1e}" for k, v in differences.items())
+        print(f"{name}: same weights, same outputs ({told})", flush=True)
+        parts = {k: v for k, v in both.parts.items() if k in config["parts"]}
+        if not parts:
+            raise ValueError(f"parts={list(config['parts'])}: choose of {', '.join(both.parts)}")
+    rows = []
+    for part, (theirs, ours) in parts.items():
+        row = alternate(theirs, ours, int(config["turns"]), device, clock=CLOCKS[config["clock"]])
+        facts = {"peer": name, "size": config["size"], "part": part, "batch": int(config["batch"])}
+        facts |= {"dtype": config["dtype"], "threads": torch.get_num_threads(), "device": describe(device)}
+        facts["clock"] = config["clock"]
+        more = {"setting": setting, "differences": differences, "date": time.strftime("%Y-%m-%d")}
+        rows.append(facts | row | more | {"note": config["note"], "versions": library_versions()})
+        print(
+            f"{name} {part} batch {config['batch']}: the original's time is {row['ratio']:.2f} x ours "
+            f"(10-90 % {row['ratio_low']:.2f} to {row['ratio_high']:.2f}, {row['turns']} turns; "
+            f"{row['original_seconds']:.3f} s and {row['our_seconds']:.3f} s)",
+            flush=True,
+        )
+    out, key = Path(config["out"]), ("peer", "size", "part", "batch", "dtype", "threads", "device", "setting", "clock")
+    earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
+    done = {tuple(row[k] for k in key) for row in rows}
+    kept = [row for row in earlier if tuple(row[k] for k in key) not in done]
+    write_json(out, {"rows": kept + rows})
+    print(f"wrote {out}")
+    return rows
+
+
+@entry("eval_versus", CONFIGS)
+def main(config: Any) -> None:
+    evaluate(config)
+
+
+if __name__ == "__main__":
+    main()

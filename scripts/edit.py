@@ -1,0 +1,170 @@
+"""Draw a part of an image anew: in-painting, out-painting, another class, the same prefix, another image's style.
+
+    python scripts/edit.py from=outputs/cifar10_var image=cat.png mask=mask.png task=inpaint composite=true out=edit.png
+
+White in the mask is drawn anew, black is kept. Beside the edit stands a sheet: original | mask | edited (| composite).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vtok.cli import entry  # noqa: E402
+
+TASKS = ("inpaint", "outpaint", "class", "prefix", "style")
+TINT = (255, 0, 255)  # of what is drawn anew, in the sheet
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the keys that the task needs are given, and no others."""
+    task = config["task"]
+    if task not in TASKS:
+        raise ValueError(f"task={task!r}: choose {', '.join(TASKS)}")
+    needed = {"prefix": ("keep",), "style": ("style",), "class": ("class",)}.get(task, ())
+    foreign = {"keep": ("prefix",), "style": ("style",), "mask": TASKS[:3], "box": TASKS[:3]}
+    for name in needed:
+        if config[name] is None:
+            raise ValueError(f"task={task} needs {name}=")
+    for name, tasks in foreign.items():
+        if config[name] is not None and task not in tasks:
+            raise ValueError(f"{name}= belongs to task={' or '.join(tasks)}; leave it away for task={task}")
+    if task in TASKS[:3] and (config["mask"] is None) == (config["box"] is None):
+        raise ValueError(f"task={task} needs mask= (white = drawn anew) or box=[left,top,right,bottom], one of them")
+    if task in TASKS[3:] and config["composite"]:
+        raise ValueError(f"composite=true needs a region that is kept; task={task} has none")
+    if task == "style" and (config["class"] is not None or int(config["count"]) != 1):
+        raise ValueError("task=style draws nothing: leave class= and count= away")
+    if int(config["count"]) < 1:
+        raise ValueError(f"count={config['count']}: at least one edit is drawn")
+
+
+def cropped(path: str, size: int) -> Any:
+    """uint8 [size, size, 3], the centre of the image at `path`."""
+    import numpy as np
+
+    from vtok.data.files import read_image
+    from vtok.data.transforms import center_crop, to_rgb
+
+    return np.asarray(center_crop(to_rgb(read_image(Path(path))), size)).copy()
+
+
+def kept_pixels(config: Mapping[str, Any], size: int) -> Any:
+    """bool [size, size]: the pixels that are kept."""
+    import torch
+    from PIL import Image
+
+    if config["mask"] is not None:
+        with Image.open(config["image"]) as image, Image.open(config["mask"]) as mask:
+            if image.size != mask.size:
+                raise ValueError(f"mask={config['mask']} is {mask.size}, the image {image.size}: they must be one size")
+        return torch.from_numpy(cropped(config["mask"], size).mean(2) < 127.5)
+    box = [float(value) for value in config["box"]]
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError(f"box={box}: give [left, top, right, bottom] as shares with left < right and top < bottom")
+    left, top, right, bottom = (round(value * size) for value in box)
+    inside = torch.zeros(size, size, dtype=torch.bool)
+    inside[top:bottom, left:right] = True
+    return inside if config["task"] == "outpaint" else ~inside
+
+
+def edit(config: Mapping[str, Any]) -> Path:
+    """The command of configs/edit.yaml; returns the file written."""
+    import torch
+    from PIL import Image
+
+    from vgen import editing
+    from vgen.guidance import guidance
+    from vgen.heads import DrawRule
+    from vgen.pipeline import Pipeline
+    from vgen.previews import tiled
+    from vgen.sampling import plan, resolve_device, resolve_dtype, settings
+    from vtok.checkpoint import file_hash, write_atomic, write_json
+    from vtok.data.transforms import to_float, to_uint8
+    from vtok.noise import SampleNoise, sample_seeds
+
+    check(config)
+    out, task, count = Path(config["out"]), config["task"], int(config["count"])
+    if out.suffix != ".png":
+        raise ValueError(f"out={out}: the ending must be .png")
+    if config["class"] is None and config["guidance"] not in (None, 1):
+        raise ValueError("guidance needs class=: without a class both of its rows are the same; pass guidance=1")
+    drawn = settings(config)
+    if config["class"] is None:
+        drawn |= {"guidance": 1.0, "schedule": "constant", "schedule_options": {}}
+    solver = {"solver_steps": drawn["solver_steps"], "solver": drawn["solver"]}
+    rule = DrawRule(float(drawn["temperature"]), int(drawn["top_k"]), float(drawn["top_p"]), **solver)
+    guide = guidance(float(drawn["guidance"]), drawn["schedule"], **drawn["schedule_options"])
+    pipeline = Pipeline.load(
+        config["from"],
+        weights=config["weights"],
+        tokenizer=config["tokenizer_from"],
+        device=resolve_device(config["device"]),
+        dtype=resolve_dtype(config["dtype"]),
+        accept_license=bool(config["accept_license"]),
+        trust=config.get("trust") or (),
+    )
+    generator, tokenizer = pipeline.generator, pipeline.tokenizer
+    if drawn["steps"]:
+        generator.set_steps(int(drawn["steps"]))
+    size = tokenizer.spec.image_size
+    original = cropped(config["image"], size)
+    keep = kept_pixels(config, size) if task in TASKS[:3] else None
+
+    def encoded(pixels: Any) -> Any:
+        return tokenizer.encode(to_float(pixels)[None].to(pipeline.device))
+
+    tokens = encoded(original).repeat(count, *[1] * (1 if tokenizer.spec.discrete else 2))
+    seeds = sample_seeds(int(config["seed"]), 0, count)
+    labels = torch.full((count,), generator.num_classes)
+    if config["class"] is not None:
+        labels = plan([config["class"]], count, None, generator.num_classes, pipeline.class_names, grid=False)
+    if task == "style":
+        style = cropped(config["style"], size)
+        tokens = editing.swap_parts(tokenizer.spec, tokens, encoded(style))
+        edited = to_uint8(tokenizer.decode(tokens)).cpu()
+    else:
+        noise = SampleNoise(seeds.to(pipeline.device))
+        if task == "prefix":
+            canvas = editing.prefix(generator, tokens, noise, int(config["keep"]))
+        else:
+            canvas = editing.region(generator, tokens, noise, keep.to(pipeline.device), int(config["keep_scales"]))
+        edited = editing.complete(pipeline, canvas, labels, seeds, guide=guide, rule=rule)
+    columns = {"original": [original] * count}
+    if keep is not None:
+        tint = original // 2 + torch.tensor(TINT, dtype=torch.uint8).numpy() // 2
+        columns["mask"] = [torch.where(keep[..., None], *map(torch.from_numpy, (original, tint))).numpy()] * count
+    if task == "style":
+        columns["style"] = [style]
+    columns["edited"] = list(edited.numpy())
+    if config["composite"]:
+        edited = editing.composite(edited, torch.from_numpy(original), keep)
+        columns["composite"] = list(edited.numpy())
+    for i, pixels in enumerate(edited.numpy()):
+        picture = Image.fromarray(pixels)
+        path = out if i == 0 else out.with_stem(f"{out.stem}_{i}")
+        write_atomic(path, lambda file, picture=picture: picture.save(file, "PNG"))
+    sheet = tiled(list(zip(*columns.values())), list(columns))
+    write_atomic(out.with_stem(f"{out.stem}_sheet"), lambda file: sheet.save(file, "PNG"))
+    names = ("from", "image", "task", "mask", "class", "keep", "keep_scales", "style", "composite", "count", "seed")
+    names += ("weights", "dtype")
+    record = {name: config[name] for name in names} | drawn
+    record |= {"box": None if config["box"] is None else list(config["box"])}
+    record |= {"command": "python scripts/edit.py " + " ".join(sys.argv[1:])}
+    write_json(out.with_suffix(".metadata.json"), record | {"checkpoint_sha256": file_hash(pipeline.weight_file)})
+    print(f"wrote {out} and {out.stem}_sheet.png")
+    return out
+
+
+@entry("edit", ROOT / "configs")
+def main(config: Any) -> None:
+    edit(config)
+
+
+if __name__ == "__main__":
+    main()

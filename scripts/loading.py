@@ -1,0 +1,162 @@
+"""Measure how many images a second one core loads from each data format, in one run, from the same pictures.
+
+    python scripts/loading.py folder=data/imagenet/train count=1000
+
+Formats: image files, WebDataset tars, parquet (where pyarrow is installed), the pictures resized once (JPEG q95, for
+training only), the decoded cache, and shards of cached codes. Images are read in the shuffled order of training, with
+the centre crop. Seconds are CPU seconds of this process, so that other jobs do not count; files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vtok.cli import entry  # noqa: E402
+
+
+@entry("loading", ROOT / "configs")
+def main(config: Any) -> None:
+    import torch
+
+    from vtok.checkpoint import write_json
+    from vtok.data.imagefolder import ImageFolder
+    from vtok.data.packed import Parquet, Tars
+
+    torch.set_num_threads(1)
+    out, size = Path(config.out), int(config.image_size)
+    files = pictures(config, out)
+    shared = dict(image_size=size, flip=True, cache_dir=str(out / "cache"))
+    folder = dict(val_fraction=0.01, num_classes=0, scan="none", **shared)
+    pack_tar(files, out / "tar" / "0.tar")
+    small = resized(files, out / "small", size)
+    made: dict[str, Callable[[], Any]] = {
+        "image files": lambda: ImageFolder(folder=str(files[0].parent), **folder),
+        "WebDataset tar": lambda: Tars(folder=str(out / "tar"), train="*.tar", val="*.tar", **shared),
+        "image files, resized once": lambda: ImageFolder(folder=str(small), **folder),
+        "decoded cache": lambda: ImageFolder(folder=str(files[0].parent), cache=True, **folder),
+    }
+    if pack_parquet(files, out / "parquet" / "0.parquet"):
+        made["parquet"] = lambda: Parquet(folder=str(out / "parquet"), train="*.parquet", val="*.parquet", **shared)
+    found = {}
+    for name, build in made.items():
+        data = build()
+        data.setup()
+        found[name] = measure(data.train_dataset(), data.train_size, config.seconds)
+    found["codes, 256 tokens"] = measure(codes(out / "codes", len(files)), len(files), config.seconds)
+    bytes_of = sum(f.stat().st_size for f in files) / len(files)
+    print(f"{len(files)} images of {bytes_of / 1024:.0f} KiB on average, {size} px, one core\n")
+    print("| format | images/s a core |\n|---|---|")
+    for name, speed in found.items():
+        print(f"| {name} | {speed:,.0f} |")
+    write_json(out / "loading.json", {"images_per_second": found, "images": len(files), "mean_bytes": bytes_of})
+
+
+def measure(dataset: Any, size: int, seconds: float) -> float:
+    """Images a CPU second, in the order of training, after a first pass over 16."""
+    from vtok.data.module import StepBatches
+
+    places = StepBatches(size=size, batch_size=1, seed=0, blocks=getattr(dataset, "blocks", None))
+    for i in range(16):
+        dataset[places.place(i)]
+    count, began = 0, time.process_time()
+    while time.process_time() - began < seconds:
+        dataset[places.place(count)]
+        count += 1
+    return count / (time.process_time() - began)
+
+
+def pictures(config: Any, out: Path) -> list[Path]:
+    """At most `count` image files of a folder, copied flat; or drawn ones."""
+    import numpy as np
+    from PIL import Image
+
+    from vtok.data.files import list_images
+
+    place = out / "pictures"
+    place.mkdir(parents=True, exist_ok=True)
+    for old in place.iterdir():
+        old.unlink()
+    if config.folder:
+        folder = Path(config.folder)
+        names = list_images(folder)[: config.count]
+        for i, name in enumerate(names):
+            (place / f"{i:06d}{Path(name).suffix.lower()}").write_bytes((folder / name).read_bytes())
+    else:
+        draw = np.random.default_rng(0)
+        for i in range(config.count):
+            coarse = Image.fromarray(draw.integers(0, 256, (47, 63, 3), dtype=np.uint8))
+            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(place / f"{i:06d}.jpg", quality=90)
+    found = sorted(place.iterdir())
+    if len(found) < 32:
+        raise ValueError(f"folder={config.folder}, count={config.count}: at least 32 images are needed")
+    return found
+
+
+def pack_tar(files: list[Path], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for file in files:
+            for name, data in ((file.name, file.read_bytes()), (f"{file.stem}.cls", b"0")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def pack_parquet(files: list[Path], path: Path) -> bool:
+    """Row groups of 100, as the hub's; False where pyarrow is missing."""
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        print("pyarrow is not installed: parquet is left out", file=sys.stderr)
+        return False
+    rows = [{"bytes": f.read_bytes(), "path": f.name} for f in files]
+    table = pyarrow.table({"image": rows, "label": [0] * len(rows)})
+    names = json.dumps({"info": {"features": {"label": {"names": ["all"]}}}})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table.replace_schema_metadata({"huggingface": names}), path, row_group_size=100)
+    return True
+
+
+def resized(files: list[Path], folder: Path, size: int) -> Path:
+    from vtok.data.files import read_image
+    from vtok.data.transforms import center_crop
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        center_crop(read_image(file), size).save(folder / f"{file.stem}.jpg", quality=95)
+    return folder
+
+
+def codes(folder: Path, rows: int) -> Any:
+    """A split of `rows` random codes, ten crops of 256 tokens, as a training data set."""
+    import numpy as np
+
+    from vtok.data.codes import KeyedCodes
+    from vtok.data.shards import open_split, write_manifest, write_shard
+    from vtok.layout import SequenceLayout
+    from vtok.tokenizer import Part, TokenSpec
+
+    layout = SequenceLayout.raster(16, 16)
+    spec = TokenSpec(layout, (Part(256, 16384, 8),), 256)
+    drawn = np.random.default_rng(0).integers(0, 16384, (rows, 10, 256)).astype(np.uint16)
+    write_shard(folder, 0, drawn, np.zeros(rows, np.int64), np.arange(rows))
+    note = json.loads((folder / "parts" / "00000.json").read_text())
+    recipe = {"name": "ten", "count": 10, "centre": 4, "wide": 1.1}
+    common = dict(spec=spec.to_config(), dtype="uint16", image_size=256, class_names=[], tokenizer={"sha256": ""})
+    write_manifest(folder, [note], **common, crops=recipe, split="train")
+    return KeyedCodes(open_split(folder), seed=0, augment=True)
+
+
+if __name__ == "__main__":
+    main()

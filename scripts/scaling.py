@@ -1,0 +1,153 @@
+"""How time and memory grow, one axis at a time, with a small next-token model: tokens, batch, depth.
+
+    python scripts/scaling.py
+    python scripts/scaling.py light=true out=outputs/scaling_light
+
+For each axis the others stay at batch 1, 64 tokens and 4 blocks. Sampling is timed a step: the last quarter of them
+over the second tells what grows with the position, which should be attention alone (at most 4 x positions x width x
+depth multiplications a row). Times are CPU seconds of this process, so that other jobs on the machine do not count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vtok.cli import entry  # noqa: E402
+
+BASE = {"tokens": 64, "batch": 1, "depth": 4}
+AXES = {"tokens": (64, 256, 1024, 4096), "batch": (1, 4, 16, 64, 256), "depth": (2, 4, 8, 16, 32)}
+LIGHT = {"tokens": (16, 36), "batch": (1, 4), "depth": (2, 4)}
+
+
+def model_of(tokens: int, depth: int, width: int = 64) -> Any:
+    from vgen.models.llamagen import LlamaGen
+    from vtok.layout import SequenceLayout
+    from vtok.tokenizer import Part, TokenSpec
+
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise ValueError(f"tokens={tokens}: choose a square number")
+    spec = TokenSpec(SequenceLayout.raster(side, side), (Part(tokens, 256, 8),), 8 * side)
+    return LlamaGen(spec, 10, depth=depth, width=width, heads=4, multiple_of=32)
+
+
+def step_seconds(model: Any, batch: int) -> list[float]:
+    """CPU seconds of every decode step with guidance, by this process alone: other jobs do not count."""
+    from vgen.conditioning import Cond
+    from vgen.guidance import guidance
+    from vgen.heads import DrawRule
+    from vgen.samplers.ancestral import ancestral
+    from vtok.noise import SampleNoise, sample_seeds
+
+    labels = torch.arange(batch) % 10
+    marks = [time.process_time()]
+    with torch.inference_mode():
+        cond = Cond.cat([model.conditioner(labels), model.conditioner.null(batch)])
+        noise = SampleNoise(sample_seeds(0, 0, batch))
+        watch = lambda *_: marks.append(time.process_time())  # noqa: E731
+        ancestral(model.eval(), cond, noise=noise, guide=guidance(2.0), rule=DrawRule(top_k=50), on_step=watch)
+    return [b - a for a, b in itertools.pairwise(marks)]
+
+
+def train_seconds(model: Any, batch: int) -> float:
+    from vtok.noise import sample_seeds
+
+    tokens = torch.randint(256, (batch, model.layout.length))
+    given = {"tokens": tokens, "label": torch.arange(batch) % 10, "key": sample_seeds(0, 0, batch)}
+    spent = []
+    for _ in range(3):
+        start = time.process_time()
+        model.zero_grad(set_to_none=True)
+        model.train().loss(given)["loss"].backward()
+        spent.append(time.process_time() - start)
+    return min(spent)
+
+
+def growth(steps: list[float]) -> float:
+    """Median of the last quarter of the steps over that of the second quarter (the first few warm up)."""
+    quarter = max(1, len(steps) // 4)
+    return statistics.median(steps[-quarter:]) / statistics.median(steps[quarter : 2 * quarter])
+
+
+def measure(axis: str, value: int) -> dict[str, Any]:
+    """One point: a row of the JSON."""
+    point = BASE | {axis: value}
+    torch.manual_seed(0)
+    model = model_of(point["tokens"], point["depth"])
+    step_seconds(model, 1) if point["tokens"] <= 64 else None  # the first run of a process is slower
+    steps = step_seconds(model, point["batch"])
+    cache = model.cache(2 * point["batch"])
+    return {
+        "axis": axis,
+        **point,
+        "step_ms": 1000 * statistics.median(steps),
+        "sample_seconds": sum(steps),
+        "growth": growth(steps),
+        "train_seconds": train_seconds(model, point["batch"]) if point["tokens"] <= 1024 else None,
+        "cache_bytes": cache.keys.numel() * cache.keys.element_size() * 2,
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
+
+
+def plot(path: Path, rows: list[Mapping[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    for panel, axis in zip(axes, AXES):
+        members = [row for row in rows if row["axis"] == axis]
+        for name, unit in (("step_ms", 1.0), ("train_seconds", 1000.0)):
+            found = [(row[axis], row[name] * unit) for row in members if row[name] is not None]
+            label = "decode step" if name == "step_ms" else "training step"
+            panel.plot(*zip(*found), marker="o", label=label)
+        panel.set(xscale="log", yscale="log", xlabel=axis, title=f"over {axis}")
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("CPU ms")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def run(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from vtok.checkpoint import write_json
+
+    torch.set_num_threads(int(config["threads"]))
+    rows = []
+    for axis, values in (LIGHT if config["light"] else AXES).items():
+        for value in values:
+            rows.append(measure(axis, value))
+            train = rows[-1]["train_seconds"]
+            print(
+                f"{axis} {value:5}  decode step {rows[-1]['step_ms']:8.2f} ms  last over second quarter "
+                f"{rows[-1]['growth']:.2f}  training step {'-' if train is None else f'{1000 * train:.0f} ms'}",
+                flush=True,
+            )
+    out = Path(config["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "scaling.json", {"rows": rows})
+    plot(out / "scaling.png", rows)
+    print(f"wrote {out / 'scaling.json'} and scaling.png")
+    return rows
+
+
+@entry("scaling", ROOT / "configs")
+def main(config: Any) -> None:
+    run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Faster and smaller ways to the same numbers: pieces of the cross-entropy, compiled and recomputed blocks, MFU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from generators import FAMILIES, make, scale_spec, tokens_of
+from runs import LLAMAGEN, losses, run, tokenizer_folder
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vgen.cross_entropy import linear_cross_entropy
+from vtok.acceleration import (
+    checkpoint_blocks,
+    compile_blocks,
+    matmul_parameters,
+    pairs,
+    peak_rate,
+    training_operations,
+    utilisation,
+)
+from vtok.layers.trunk import Trunk
+from vtok.layout import SequenceLayout, visible
+from vtok.noise import sample_seeds
+
+
+def batch_of(model):
+    return {"tokens": tokens_of(model, 3), "label": torch.tensor([0, 1, 2]), "key": sample_seeds(0, 0, 3)}
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    loss = model.loss(batch, progress=0.5)["loss"]
+    loss.backward()
+    return loss.detach(), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("most", [1, 40, 100, 10**6])
+@pytest.mark.parametrize("bias", [True, False])
+def test_pieces_of_the_cross_entropy_have_its_value_and_gradients(most, bias):
+    torch.manual_seed(0)
+    h, weight = torch.randn(11, 6, dtype=torch.float32, requires_grad=True), torch.randn(20, 6, requires_grad=True)
+    offset = torch.randn(20, requires_grad=True) if bias else None
+    target, scale = torch.randint(20, (11,)), torch.randn(11)
+    leaves = [h, weight] + ([offset] if bias else [])
+    want = F.cross_entropy(F.linear(h, weight, offset), target, reduction="none")
+    got = linear_cross_entropy(h, weight, offset, target, most=most)
+    torch.testing.assert_close(got, want)
+    wanted = torch.autograd.grad((want * scale).sum(), leaves)
+    for a, b in zip(torch.autograd.grad((got * scale).sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(h, weight, offset, target, most=most), want)
+
+
+def test_no_more_than_one_piece_of_logits_is_kept_for_the_backward_pass():
+    kept = []
+    h, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        linear_cross_entropy(h, weight, None, torch.zeros(64, dtype=torch.int64), most=8000)
+    assert max(kept, default=0) < 8000
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_recomputed_blocks_give_the_same_gradients(name):
+    plain, light = make(name).train(), make(name).train()
+    if not any(isinstance(m, Trunk) for m in light.modules()):
+        with pytest.raises(ValueError, match="no transformer trunk"):
+            checkpoint_blocks(light)
+        return
+    assert checkpoint_blocks(light) >= 1
+    torch.manual_seed(1)
+    loss, want = gradients(plain, batch_of(plain))
+    torch.manual_seed(1)
+    again, got = gradients(light, batch_of(light))
+    torch.testing.assert_close(again, loss)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], msg=key)
+
+
+@pytest.mark.parametrize("name", ["llamagen", "var"])
+def test_compiled_blocks_give_the_same_loss_and_gradients(name):
+    """The eager backend: what dynamo captures, without a C++ compiler."""
+    options = {} if name == "var" else {"dropout": 0.0, "token_dropout": 0.0}
+    plain, fast = make(name, **options).train(), make(name, **options).train()
+    if name == "var":
+        for model in (plain, fast):
+            for block in model.trunk.blocks:
+                block.drop_path.rate = 0.0
+    torch._dynamo.reset()
+    assert compile_blocks(fast, backend="eager") == len(fast.trunk.blocks)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    loss, want = gradients(plain, batch_of(plain))
+    again, got = gradients(fast, batch_of(fast))
+    torch.testing.assert_close(again, loss)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], msg=key)
+
+
+def test_modules_without_blocks_cannot_be_compiled():
+    with pytest.raises(ValueError, match="compile=true"):
+        compile_blocks(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        SequenceLayout.raster(3, 4),
+        SequenceLayout.scales((1, 2, 3)),
+        SequenceLayout((1,) * 4, tuple((0, 0, i) for i in range(4)), (2, 1, 1, 1), (True, False, False, False)),
+    ],
+)
+def test_pairs_are_the_ones_in_the_mask(layout):
+    ranks = layout.ranks()
+    assert pairs(layout) == int(visible(ranks, ranks).sum())
+
+
+def test_operations_in_closed_form():
+    """LlamaGen: depth (4 D^2 + 3 D H) and V D parameters; L positions; L (L + 1) / 2 pairs."""
+    model = make("llamagen")
+    depth, width, length, vocabulary = 2, 16, 16, 24
+    hidden = model.trunk.blocks[0].ffn.down.in_features
+    dense = depth * (4 * width**2 + 3 * width * hidden)
+    assert matmul_parameters(model.trunk) == dense
+    want = 6 * (dense + vocabulary * width) * length + 12 * width * depth * length * (length + 1) / 2
+    assert training_operations(model) == want
+
+
+def test_operations_are_what_torch_counts_up_to_attention_and_modulation():
+    """Forward and backward of the matrix products alone; torch counts attention as if every pair were seen."""
+    model = make("llamagen", dropout=0.0, token_dropout=0.0)
+    batch, layout = batch_of(model), model.layout
+    with FlopCounterMode(display=False) as counter:
+        model.loss(batch)["loss"].backward()
+    counted = sum(v for k, v in counter.get_flop_counts()["Global"].items() if "attention" not in str(k))
+    ours = training_operations(model) - 12 * model.trunk.dim * len(model.trunk.blocks) * pairs(layout)
+    assert counted == pytest.approx(3 * ours)
+
+
+def test_utilisation_is_the_share_of_the_peak_and_unknown_without_one():
+    assert utilisation(100.0, 2e9, 1e12, 2) == pytest.approx(0.1)
+    assert utilisation(100.0, None, 1e12, 1) is None and utilisation(100.0, 2e9, None, 1) is None
+    assert peak_rate(torch.device("cpu")) is None
+    assert training_operations(make("mar")) is None and training_operations(nn.Linear(1, 1)) is None
+    assert training_operations(make("var")) > 0 and len(scale_spec().layout.sizes) == 4
+
+
+def test_training_command_takes_both_keys(tmp_path, capsys, monkeypatch):
+    """The same losses with recomputed and compiled blocks (dynamo's eager backend); MFU where a peak is known."""
+    monkeypatch.setattr("vgen.training.compile_blocks", lambda module: compile_blocks(module, backend="eager"))
+    monkeypatch.setattr("vtok.callbacks.peak_rate", lambda device: 1e12)
+    source = tokenizer_folder(tmp_path / "tokenizer")
+    options = (*LLAMAGEN, f"tokenizer_from={source}", "steps=2", "model.dropout=0.0", "val_batches=1")
+    rows = []
+    for name, keys in {"plain": (), "light": ("checkpointing=true",), "fast": ("compile=true",)}.items():
+        run(*options, *keys, f"run_dir={tmp_path / name}")
+        rows.append([row["train/loss"] for row in losses(tmp_path / name) if "train/loss" in row])
+    assert len(rows[0]) == 2 and rows[0] == rows[1]
+    assert [float(x) for x in rows[2]] == pytest.approx([float(x) for x in rows[0]], rel=1e-5)
+    said = capsys.readouterr().out
+    assert "MFU" in said and "6 matmul parameters x positions + 12 width x depth x pairs" in said
+    with pytest.raises(ValueError, match="compile=true"):
+        run("data=fake", "tokenizer=llamagen_vq16", "data.image_size=16", "compile=true", f"run_dir={tmp_path / 'x'}")

@@ -1,0 +1,328 @@
+"""Bad days and many processes: kills, full disks, stalled loaders, shares of a job, sharded training."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import LLAMAGEN, TOKENIZER, losses, run, state, tokenizer_folder
+from torch.utils.data import DataLoader
+
+from vtok import checkpoint
+from vtok.ckpt_files import AtomicCheckpointIO, verify
+from vtok.data.fake import Fake
+from vtok.data.shards import save_array
+from vtok.lit import Lit, NotFinite
+from vtok.sharing import without_places
+from vtok.watch import Stalled
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = tuple(o for o in TOKENIZER if "gan" not in o and "dropout" not in o and "restart" not in o)
+
+
+def command(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+# --- kills ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_five_kills_leave_no_trace(tmp_path):
+    """The script compares with the uninterrupted run; here its counts are checked."""
+    arguments = ("scripts/torture.py", "kills=5", "steps=12", "write=0.4", "loader=0.2", f"out={tmp_path}")
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "2 kills inside a checkpoint write" in done.stdout and "1 kills while the loader starts" in done.stdout
+    assert "bit-identical" in done.stdout
+
+
+def test_workers_live_through_the_first_request(tmp_path):
+    """SLURM sends SIGTERM and SIGUSR1 to every process of a job: the batches must go on."""
+    data = Fake(image_size=8, batch_size=4, train_images=40, val_images=4, workers=2)
+    loader = data.train_dataloader()
+    assert isinstance(loader, DataLoader)
+    batches = iter(loader)
+    first = next(batches)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        for worker in batches._workers:
+            os.kill(worker.pid, number)
+    later = [next(batches) for _ in range(8)]
+    quiet = iter(Fake(image_size=8, batch_size=4, train_images=40, val_images=4).train_dataloader())
+    for batch in (first, *later):
+        assert torch.equal(batch["image"], next(quiet)["image"])
+
+
+# --- full disks -----------------------------------------------------------------------------------------------------
+
+
+class Full:
+    """A file on a disk with `room` bytes."""
+
+    def __init__(self, file, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data) -> int:
+        self.room -= len(memoryview(data).cast("B"))
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Let files of vtok.checkpoint.write_atomic hold only so many bytes."""
+    opened = open
+
+    def limit(size: int) -> None:
+        def small(path, mode="r", *rest, **named):
+            file = opened(path, mode, *rest, **named)
+            return Full(file, size) if ".ckpt.tmp." in str(path) or ".npy.tmp." in str(path) else file
+
+        monkeypatch.setattr(checkpoint, "open", small, raising=False)
+
+    return limit
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_what_is_needed(tmp_path, room):
+    files = AtomicCheckpointIO()
+    files.save_checkpoint({"a": torch.ones(1000)}, tmp_path / "step_1.ckpt")
+    room(20_000)
+    with pytest.raises(OSError, match=r"step_2.ckpt: it needs 400,000 bytes, [\d,]+ bytes are free") as raised:
+        files.save_checkpoint({"a": torch.ones(100_000)}, tmp_path / "step_2.ckpt")
+    assert raised.value.errno == errno.ENOSPC
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_1.ckpt", "step_1.ckpt.sha256"]
+    assert verify(tmp_path / "step_1.ckpt") is None
+
+
+def test_a_full_disk_keeps_the_shard_before(tmp_path, room):
+    import numpy as np
+
+    save_array(tmp_path / "codes.npy", np.arange(10))
+    room(1000)
+    with pytest.raises(OSError, match="it needs 80,000 bytes"):
+        save_array(tmp_path / "codes.npy", np.arange(10_000))
+    assert np.load(tmp_path / "codes.npy").tolist() == list(range(10))
+
+
+# --- watching -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["stop", "skip"])
+def test_a_step_that_is_not_finite_names_its_images(tmp_path, monkeypatch, capsys, how):
+    original, seen = Lit.training_step, {}
+
+    def step(self, batch, batch_idx):
+        seen.setdefault(self.global_step + 1, []).extend(batch["index"].tolist())
+        if self.global_step == 1:
+            batch = {**batch, "image": batch["image"] * float("nan")}
+        original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Lit, "training_step", step)
+    settings = (*PLAIN, "steps=3", "accumulate=2", f"on_nan={how}", f"run_dir={tmp_path}")
+    if how == "stop":
+        with pytest.raises(NotFinite, match="step 2") as raised:
+            run(*settings)
+        said = str(raised.value)
+    else:
+        run(*settings)
+        said = next(line for line in capsys.readouterr().out.split("note: ") if "was skipped" in line)
+    shown = said.split("(index and name): ")[1].splitlines()[0].split(", ")
+    assert [int(item.split()[0]) for item in shown] == seen[2] and len(shown) == 8
+
+
+def test_a_stalled_loader_is_reported_and_stopped(tmp_path, monkeypatch, capsys):
+    from vtok.data.module import KeyedImages
+
+    original = KeyedImages.__getitem__
+
+    def slow(self, position):
+        if self.augment and position == order[20]:
+            time.sleep(60)
+        return original(self, position)
+
+    data = Fake(image_size=16, batch_size=8, train_images=40, val_images=12)
+    order = [tuple(p) for batch, _ in zip(data.train_dataloader().batch_sampler, range(4)) for p in batch]
+    monkeypatch.setattr(KeyedImages, "__getitem__", slow)
+    began = time.monotonic()
+    with pytest.raises(Stalled, match=r"no batch for \d+ s after step 1, data_timeout=1.5"):
+        run(*PLAIN, "steps=6", "data_timeout=1.5", f"run_dir={tmp_path}")
+    assert time.monotonic() - began < 50
+    assert "waiting for a batch" in capsys.readouterr().out
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_what_is_watched_is_logged(tmp_path):
+    run(*PLAIN, "steps=2", f"run_dir={tmp_path}")
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    wanted = {"speed/images_per_second", "speed/data_wait", "speed/memory_gib", "train/grad_norm", "val/usage"}
+    assert wanted <= set(header)
+
+
+# --- what is shared -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("/home/ada/runs/var", "var"),
+        ("from=/home/ada/var/ out=samples", "from=var out=samples"),
+        ("~/data/x.png", "x.png"),
+        ("C:\\Users\\ada\\x.ckpt", "x.ckpt"),
+        ("outputs/run", "outputs/run"),
+        ("c + (s - 1)(c - u) at 3 images/s", "c + (s - 1)(c - u) at 3 images/s"),
+        ({"a": ["/scratch/u1/b"], "n": 3}, {"a": ["b"], "n": 3}),
+    ],
+)
+def test_places_are_cut(text, wanted):
+    assert without_places(text) == wanted
+
+
+def test_shared_files_name_no_place(tmp_path):
+    run(*PLAIN, "steps=1", f"run_dir={tmp_path / 'secret_place'}")
+    done = command("scripts/export.py", f"from={tmp_path / 'secret_place'}", f"out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    for file in (tmp_path / "out").rglob("*"):
+        assert b"secret_place" not in file.read_bytes() and str(Path.home()).encode() not in file.read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["kind"] == "tokenizer" and config["family"] == "CNNTokenizer"
+    data = (tmp_path / "secret_place" / "checkpoints" / "last.ckpt").read_bytes()
+    assert b"secret_place" not in data and str(tmp_path).encode() not in data
+
+
+# --- shares of a sampling job ---------------------------------------------------------------------------------------
+
+
+def test_every_image_once_and_the_same_for_any_number_of_tasks(tmp_path):
+    from test_pipeline import exported, settings
+
+    from vgen.sampling import sample
+
+    source = exported(tmp_path / "model")
+    options = {"per_class": 5, "chunk": 4}  # 5 classes: 25 images, 7 chunks, the last one padded
+    sample(settings(source, tmp_path / "one", **options))
+    for tasks in (2, 3):
+        for task in range(tasks):
+            sample(settings(source, tmp_path / f"of{tasks}", **options, task_id=task, num_tasks=tasks))
+    wanted = {p.name: p.read_bytes() for p in (tmp_path / "one").glob("*.png")}
+    assert len(wanted) == 25
+    for tasks in (2, 3):
+        assert {p.name: p.read_bytes() for p in (tmp_path / f"of{tasks}").glob("*.png")} == wanted
+
+    names = sorted(wanted)  # a killed task: some files are missing, and only their chunks are made again
+    for name in names[6:9]:
+        (tmp_path / "one" / name).unlink()
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "one").glob("*.png")}
+    sample(settings(source, tmp_path / "one", **options))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "one").glob("*.png")} == wanted
+    assert all(
+        (tmp_path / "one" / n).stat().st_mtime_ns == t for n, t in before.items() if not 4 <= names.index(n) < 12
+    )
+
+    with pytest.raises(ValueError, match="another seed"):
+        sample(settings(source, tmp_path / "one", **options, seed=1, overwrite=False))
+    with pytest.raises(ValueError, match="another seed"):
+        sample(settings(source, tmp_path / "one", **options, seed=1, task_id=0, num_tasks=2))
+    with pytest.raises(ValueError, match="out=<folder>"):
+        sample(settings(source, tmp_path / "a.npz", task_id=0, num_tasks=2))
+
+
+# --- sharded --------------------------------------------------------------------------------------------------------
+
+SHARDED = (
+    "trainer=fsdp",
+    "trainer.accelerator=cpu",
+    "trainer.devices=2",
+    "trainer.strategy.process_group_backend=gloo",
+)
+
+
+@pytest.mark.slow
+def test_sharded_training_equals_one_process_and_goes_on_in_the_other(tmp_path):
+    """A generator and a tokenizer with a moving codebook; one run goes from one process to two and back."""
+    made_by = tokenizer_folder(tmp_path / "tokenizer")
+    common = ("steps=6", "accumulate=2", "val_every=3", "save_every=2", "ema=0.9")
+    jobs = {
+        "generator": (*LLAMAGEN, f"tokenizer_from={made_by}", "model.dropout=0", "model.token_dropout=0", *common),
+        "tokenizer": (*PLAIN, *common),
+    }
+    script = tmp_path / "jobs.py"
+    lines = ["import sys", "sys.path[:0] = ['tests', '.']", "from runs import run"]
+    lines += [f"run(*{job!r}, *{SHARDED!r}, 'run_dir={tmp_path / f'two_{name}'}')" for name, job in jobs.items()]
+    half = (*jobs["generator"], f"run_dir={tmp_path / 'half'}")
+    run(*half, "stop_after=2")
+    lines += [f"run(*{half!r}, *{SHARDED!r}, 'resume=auto', 'stop_after=4')"]
+    script.write_text("\n".join(lines))
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, job in jobs.items():
+        run(*job, f"run_dir={tmp_path / f'one_{name}'}")
+        close(tmp_path / f"one_{name}", tmp_path / f"two_{name}")
+    run(*half, "resume=auto")
+    close(tmp_path / "one_generator", tmp_path / "half")
+    for name in ("module", "ema"):
+        one, half = (state(tmp_path / n)["state_dict"] for n in ("one_generator", "half"))
+        for key in (k for k in one if k.startswith(name + ".")):
+            torch.testing.assert_close(one[key], half[key], rtol=1e-4, atol=1e-6)
+
+
+def close(one: Path, two: Path) -> None:
+    """Losses and gradient norms of two runs, to 1e-5 relative."""
+    first, second = losses(one), losses(two)
+    assert [set(row) for row in first] == [set(row) for row in second] and len(first) > 6
+    for a, b in zip(first, second):
+        for name in a:
+            if name.endswith(("loss", "psnr", "nats", "grad_norm")):
+                assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-5), name
+
+
+def test_a_gan_is_not_sharded(tmp_path):
+    with pytest.raises(ValueError, match="trainer=ddp, or objective=plain"):
+        run(*TOKENIZER, *SHARDED, f"run_dir={tmp_path}")
+
+
+def test_a_sharded_generator_of_every_family_has_the_same_gradients():
+    """One process with a mesh of one: cutting and gathering change no bit."""
+    done = command(str(ROOT / "tests" / "sharded.py"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_the_launcher_composes(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    done = command("train.py", "launcher=submitit_slurm", "trainer=slurm", "--cfg", "hydra", "-p", "hydra.launcher")
+    assert done.returncode == 0 and "SlurmLauncher" in done.stdout, done.stderr
+
+
+# --- fuzzed input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_damaged_input_costs_three_lines_and_runs_nothing(tmp_path):
+    done = command("scripts/fuzz.py", "images=8", "configs=8", "files=6", "payloads=4", "seed=1", f"out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "payloads: 4 refused"

@@ -1,0 +1,193 @@
+"""Published files: what wraps the weights, what is refused and in which words, and how much memory loading takes."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from references import read
+from safetensors.torch import save_file
+
+from vgen.published import convert_file
+from vtok.checkpoint import CheckpointError
+from vtok.weight_files import choose, read_weights, strip_prefixes
+
+ROOT = Path(__file__).resolve().parents[1]
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.int64)}
+OTHER = {"a.weight": torch.zeros(2, 3), "b": torch.zeros(2, dtype=torch.int64)}
+
+
+def same(got, want=STATE):
+    return set(got) == set(want) and all(torch.equal(got[k], want[k]) for k in want)
+
+
+def prefixed(*prefixes):
+    return {"".join(prefixes) + k: v for k, v in STATE.items()}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        STATE,
+        {"model": STATE},
+        {"state_dict": STATE, "epoch": 3, "callbacks": {"x": 1}, "pytorch-lightning_version": "2.6"},
+        {"model": OTHER, "ema": STATE, "optimizer": {"state": {}, "param_groups": []}, "steps": 9},
+        {"model": OTHER, "model_ema": STATE, "epoch": 1, "scaler": {"scale": 1.0}},
+        {"trainer": {"var_wo_ddp": STATE}, "epoch": 2},
+        {"state_dict": {"gen_model": OTHER, "dics_model": OTHER}, "ema_state_dict": prefixed("module."), "epoch": 2},
+        {"model": {"args": {"x": 1}, "sd": OTHER, "ema_sd": STATE}},
+        {"model": prefixed("module.")},
+        prefixed("_orig_mod."),
+        {"model": prefixed("module.", "_orig_mod.")},
+        {"model": STATE, "args": argparse.Namespace(lr=1e-4, results_dir="x")},
+    ],
+)
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_wrappers_and_prefixes(tmp_path, data, ending):
+    path = tmp_path / f"file{ending}"
+    if ending == ".safetensors":
+        if not all(isinstance(v, torch.Tensor) for v in data.values()):
+            pytest.skip("safetensors holds flat tables only")
+        save_file(data, path)
+    else:
+        torch.save(data, path)
+    assert same(read_weights(path))
+
+
+def test_the_old_format_of_torch_is_read(tmp_path):
+    torch.save({"model": STATE}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert same(read_weights(tmp_path / "old.pt"))
+
+
+def test_which_weights():
+    both = {"model": OTHER, "ema": STATE, "best": STATE}
+    assert same(choose(both, "raw", "x"), OTHER) and same(choose(both, "ema", "x")) and same(choose(both, "best", "x"))
+    wrapped = {"model": {"sd": OTHER, "ema_sd": STATE}}
+    assert same(choose(wrapped, "ema", "x")) and same(choose(wrapped, "raw", "x"), OTHER)
+    assert same(choose(STATE, "raw", "x"))
+    with pytest.raises(CheckpointError, match="holds no 'ema' weights; it has model"):
+        choose({"model": STATE}, "ema", "x")
+    with pytest.raises(CheckpointError, match="holds no weights; it has numbers"):
+        choose({"a": torch.ones(1), "numbers": [1, 2]}, "auto", "x")
+    inner = {"blocks.0._orig_mod.w": STATE["b"], "_orig_mod.v": STATE["b"]}
+    assert set(strip_prefixes(inner)) == {"blocks.0.w", "v"}
+
+
+class Bomb:
+    """A pickle that would write a file when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
+    mark = tmp_path / "ran"
+    for i, data in enumerate([{"model": STATE, "extra": Bomb(mark)}, Bomb(mark)]):
+        torch.save(data, tmp_path / f"{i}.pt")
+        with pytest.raises(CheckpointError, match=r"holds more than weights.*nothing in it was run.*only its tensors"):
+            read_weights(tmp_path / f"{i}.pt")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_files_that_are_no_weights(tmp_path, ending):
+    path = tmp_path / f"file{ending}"
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_weights(path)
+    large = {"a": torch.ones(10_000)}
+    save_file(large, path) if ending == ".safetensors" else torch.save(large, path)
+    whole = path.read_bytes()
+    for part in (len(whole) // 2, 3, 0):
+        path.write_bytes(whole[:part])
+        with pytest.raises(CheckpointError, match=r"damaged or truncated|or is damaged"):
+            read_weights(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError, match="Git LFS pointer"):
+        read_weights(path)
+    path.write_text("<!DOCTYPE html><html></html>")
+    with pytest.raises(CheckpointError, match="web page"):
+        read_weights(path)
+
+
+def test_wrong_family_missing_keys_and_wrong_shape(tmp_path):
+    state, _, _, info = read("llamagen_gpt")
+    file = tmp_path / "gpt.pt"
+    with pytest.raises(CheckpointError, match=r"gpt.pt: .*another model's file|gpt.pt: .*unknown"):
+        convert_file(
+            "generator", "rar", state, {"RAR_config": {"model": {"generator": {"num_attention_heads": 2}}}}, file
+        )
+    short = {k: v for k, v in state.items() if k != "norm.weight"}
+    with pytest.raises(CheckpointError, match=r"1 keys missing .*norm.weight"):
+        convert_file("generator", "llamagen", short, info["ctor"], file)
+    wrong = {**state, "norm.weight": torch.ones(3)}
+    with pytest.raises(CheckpointError, match=r"is \(3,\), expected \(64,\)"):
+        convert_file("generator", "llamagen", wrong, info["ctor"], file)
+    with pytest.raises(CheckpointError, match="1 unknown keys: surprise"):
+        convert_file("generator", "llamagen", {**state, "surprise": torch.ones(1)}, info["ctor"], file)
+
+
+def test_half_precision_files_become_float32_of_their_own(tmp_path):
+    state, _, _, info = read("llamagen_gpt")
+    file = tmp_path / "gpt.safetensors"
+    save_file({k: v.to(torch.bfloat16) for k, v in state.items()}, file)
+    module = convert_file("generator", "llamagen", read_weights(file), info["ctor"], file)
+    assert {t.dtype for t in module.parameters()} == {torch.float32}
+    assert torch.equal(module.trunk.norm.weight, state["norm.weight"].bfloat16().float())
+    with torch.no_grad():
+        module.trunk.norm.weight.add_(1)
+    assert torch.equal(read_weights(file)["norm.weight"], state["norm.weight"].bfloat16())
+
+
+MEMORY = """
+import sys, torch
+sys.path.insert(0, "tests")
+from test_convert_files import llamagen_state
+from vgen.published import convert_file
+from vtok.weight_files import read_weights
+
+def status(name):
+    return [int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)][0] * 1024
+
+config = {"Transformer_ModelArgs": {"n_head": 16, "block_size": 256, "multiple_of": 32}}
+convert_file("generator", "llamagen", llamagen_state(64, 1, 192), config, "warm-up")  # what torch imports on first use
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+before = status("VmRSS")
+module = convert_file("generator", "llamagen", read_weights(sys.argv[1], sys.argv[2]), config, sys.argv[1])
+print((status("VmHWM") - before) / sum(4 * p.numel() for p in module.parameters()))
+"""
+
+
+def llamagen_state(width: int, depth: int, hidden: int) -> dict[str, torch.Tensor]:
+    """Zeros and ones under LlamaGen's names."""
+    state = {"cls_embedding.embedding_table.weight": torch.zeros(11, width), "norm.weight": torch.ones(width)}
+    state |= {k: torch.zeros(1000, width) for k in ("tok_embeddings.weight", "output.weight")}
+    for i in range(depth):
+        at = f"layers.{i}."
+        state |= {f"{at}{k}.weight": torch.ones(width) for k in ("attention_norm", "ffn_norm")}
+        state |= {f"{at}attention.wqkv.weight": torch.zeros(3 * width, width)}
+        state |= {f"{at}attention.wo.weight": torch.zeros(width, width)}
+        state |= {f"{at}feed_forward.{k}.weight": torch.zeros(hidden, width) for k in ("w1", "w3")}
+        state |= {f"{at}feed_forward.w2.weight": torch.zeros(width, hidden)}
+    return state
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_peak_memory_of_loading_is_at_most_1_3_times_the_tensors(tmp_path, ending):
+    state = llamagen_state(1024, 4, 2752)
+    path = tmp_path / f"file{ending}"
+    if ending == ".pt":
+        torch.save({"model": {"module." + k: v for k, v in state.items()}, "ema": state, "steps": 1}, path)
+    else:
+        save_file(state, path)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MEMORY, str(path), "ema" if ending == ".pt" else "auto"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 1.3, done.stdout

@@ -1,0 +1,57 @@
+"""Fast paths of decoding against the plain ones: the unordered top-k race, one rotation of queries and keys, bf16."""
+
+import copy
+
+import pytest
+import torch
+from generators import make, tokens_of
+from test_generators import LABELS, draw
+
+from vgen.guidance import Progress, guidance
+from vgen.heads import DrawRule, draw_ids, survivors
+from vtok.layers.attention import Attention, attend_naive
+from vtok.layers.rope import rope_1d, rotate
+from vtok.noise import SampleNoise, sample_seeds
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 7, 63, 64, 100])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_the_race_among_unordered_survivors_has_the_same_winner(top_k, temperature):
+    torch.manual_seed(0)
+    logits, noise, position = torch.randn(5, 6, 64), SampleNoise(sample_seeds(0, 0, 5)), torch.arange(6)
+    got = draw_ids(logits, DrawRule(top_k=top_k, temperature=temperature), noise, position, Progress(0, 1))
+    kept, ids = survivors(logits / temperature, top_k, 1.0)
+    winner = (kept + noise.gumbel(position, ids)).argmax(-1, keepdim=True)
+    assert torch.equal(got, ids.gather(-1, winner).squeeze(-1))
+
+
+@pytest.mark.parametrize("rows", [None, 2], ids=["shared tables", "a table a row"])
+def test_queries_and_keys_turned_together_are_what_they_are_turned_apart(rows):
+    torch.manual_seed(0)
+    layer, x = Attention(dim=16, heads=2), torch.randn(2, 5, 16)
+    cos, sin = rope_1d(torch.arange(5.0) if rows is None else torch.rand(rows, 5) * 9, 8)
+    q, k, v = layer.qkv(x).view(2, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    want = attend_naive(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    want = layer.out(want.transpose(1, 2).reshape(2, 5, 16))
+    torch.testing.assert_close(layer(x, position=(cos, sin, None)), want)
+
+
+@pytest.mark.parametrize("name", ["llamagen", "var", "rar", "flexvar"])
+@pytest.mark.parametrize("rule", [DrawRule(temperature=0), DrawRule(top_k=9)], ids=["greedy", "sampled"])
+def test_cached_tokens_are_those_of_whole_prefixes(name, rule):
+    model, seeds = make(name), sample_seeds(3, 0, 3)
+    fast = draw(model, LABELS, seeds, guidance(3.0), rule)
+    assert torch.equal(fast.tokens, draw(model, LABELS, seeds, guidance(3.0), rule, cached=False).tokens)
+
+
+@pytest.mark.parametrize("name", ["llamagen", "var", "rar"])
+def test_bf16_trunk_is_within_its_rounding(name):
+    """Eight bits of mantissa through two blocks: a few percent of the largest logit, on every position."""
+    model = make(name)
+    light = copy.deepcopy(model)
+    light.trunk.to(torch.bfloat16)
+    canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
+    want = model.head.logits(model(canvas, cond))[0].detach()
+    got = light.head.logits(light(canvas, cond))[0].detach()
+    assert got.dtype == torch.float32
+    assert float((got - want).abs().max() / want.abs().max()) < 0.05

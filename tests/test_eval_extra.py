@@ -1,0 +1,107 @@
+"""DINOv2's extractor, LPIPS of reconstructions, linear probes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_eval import FID_CONFIG, pictures
+
+from eval import linprobe
+from eval.dinov2 import MODEL, SIDE, DinoV2
+from eval.features import make_extractor
+from eval.fid import evaluate
+from eval.reconstruction import perceptual_distance, run_through
+from eval.sources import Images
+
+
+def test_missing_dinov2_weights_say_what_to_do(tmp_path) -> None:
+    with pytest.raises(ValueError) as caught:
+        make_extractor("dinov2", weights_path=tmp_path)
+    for part in (f"{MODEL}.safetensors", "1.2 GB", "weights_path=", "VTOK_WEIGHTS"):
+        assert part in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_class_tokens_of_a_small_model(tmp_path, monkeypatch) -> None:
+    """The same wiring on timm's test model: features are those of timm's own network on pictures resized by torch."""
+    import timm
+
+    name = "test_vit.r160_in1k"
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=0, img_size=SIDE).eval()
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / f"{name}.safetensors")
+    extractor = DinoV2(model=name, weights_path=tmp_path)
+    images = torch.from_numpy(pictures(3, 40))
+    mean, std = (torch.tensor(net.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    resized = torch.nn.functional.interpolate(
+        images.permute(0, 3, 1, 2).float() / 255, (SIDE, SIDE), mode="bicubic", antialias=True
+    )
+    with torch.no_grad():
+        want = net.forward_features((resized - mean) / std)[:, 0]
+    found = extractor(images)
+    assert found.logits is None and extractor.dim == want.shape[1] and extractor.name == name
+    torch.testing.assert_close(found.features, want, rtol=1e-4, atol=1e-5)
+    np.savez(tmp_path / "a.npz", arr_0=pictures(6, 24))
+    monkeypatch.setattr("eval.fid.make_extractor", lambda *_, **__: extractor)
+    config = FID_CONFIG | {"samples": str(tmp_path / "a.npz"), "reference": str(tmp_path / "a.npz")}
+    result = evaluate(config)
+    assert list(result["metrics"]) == [f"FD[{name}]"], "no logits, no Inception score"
+    assert result["metrics"][f"FD[{name}]"] == pytest.approx(0, abs=1e-6)
+
+
+def test_lpips_of_reconstructions_is_a_mean_over_images(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("VTOK_WEIGHTS", str(tmp_path))
+    assert perceptual_distance(None, None) is None and perceptual_distance(False, None) is None
+    with pytest.raises(ValueError, match="pass lpips=false"):
+        perceptual_distance(True, None)
+    from test_pipeline import parts
+
+    tokenizer = parts("llamagen")[1]
+    shown = torch.from_numpy(pictures(5, 32))
+    images = Images("x", 5, lambda size: iter(shown.split(size)), None, "npz")
+    done = run_through(
+        tokenizer, images, None, batch_size=2, keep=5, device=torch.device("cpu"),
+        perceptual=lambda a, b: (a - b).square().flatten(1).mean(1),
+    )  # fmt: skip
+    originals, copies = (torch.cat(side).double() for side in zip(*done.pairs))
+    assert done.perceptual / 5 == pytest.approx(float((originals - copies).square().mean()) / 127.5**2, rel=1e-5)
+
+
+def test_probe_reads_what_is_linear_and_nothing_else() -> None:
+    drawer = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (600,), generator=drawer)
+    noise = torch.randn(600, 6, generator=drawer)
+    clear = torch.nn.functional.one_hot(y, 3).float() @ torch.randn(3, 6, generator=drawer) * 4 + noise
+    found = linprobe.probe(clear[:500], y[:500], clear[500:], y[500:])
+    assert found["probe_accuracy"] > 0.95 and 0.2 < found["chance"] < 0.5
+    assert linprobe.probe(noise[:500], y[:500], noise[500:], y[500:])["probe_accuracy"] < 0.5
+
+
+def test_probe_is_at_the_minimum() -> None:
+    """The gradient of the regularised cross-entropy, by hand, vanishes."""
+    drawer = torch.Generator().manual_seed(1)
+    x, y = torch.randn(80, 4, generator=drawer, dtype=torch.float64), torch.randint(0, 3, (80,), generator=drawer)
+    weight, bias = linprobe.fit(x, y, 3, 0.01)
+    error = torch.softmax(x @ weight.T + bias, 1) - torch.nn.functional.one_hot(y, 3)
+    assert float((error.T @ x / 80 + 0.01 * weight).abs().max()) < 1e-5 and float(error.mean(0).abs().max()) < 1e-5
+
+
+def test_probe_command(tmp_path) -> None:
+    from test_pipeline import parts
+
+    from vtok.checkpoint import save_folder
+    from vtok.data.digits import Digits
+
+    save_folder(parts("llamagen")[1], tmp_path / "tokenizer", kind="tokenizer")
+    data = Digits(image_size=32, batch_size=8, limit_train=120, limit_val=60)
+    config = {
+        "from": str(tmp_path / "tokenizer"), "weights": "ema", "device": "cpu", "train_images": None, "images": None,
+        "pool": "flat", "batch_size": 32, "seed": 0, "out": None,
+    }  # fmt: skip
+    found = linprobe.evaluate(config, data)
+    assert (tmp_path / "tokenizer" / "eval" / "linprobe.json").is_file()
+    assert found["metrics"]["probe_accuracy"] > 2 * found["metrics"]["chance"], "codes of an untrained net keep shapes"
+    with pytest.raises(ValueError, match="pool=max"):
+        linprobe.evaluate(config | {"pool": "max"}, data)

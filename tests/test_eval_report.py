@@ -1,0 +1,177 @@
+"""Sweeps, comparisons, the report page, and distances during training."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import GENERATOR, TOKENIZER, run, state, tokenizer_folder
+from test_eval import FID_CONFIG, pictures, protocol
+from test_pipeline import exported
+
+from eval import compare, report, sweep
+from eval.features import CifarJudge
+from eval.moments import Moments, frechet_distance
+from eval.sources import Images, from_data
+from vgen.models import FAMILIES
+from vtok.checkpoint import load_module
+from vtok.data.fake import Fake
+from vtok.data.transforms import to_uint8
+
+SWEEP_CONFIG = FID_CONFIG | {
+    "images": 12, "splits": 2, "weights": "ema", "tokenizer_from": None, "guidance": 1.0, "schedule": "constant",
+    "schedule_options": {}, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "chunk": 4, "dtype": "float32", "seed": 0,
+}  # fmt: skip
+
+
+def test_sweep_measures_every_combination_once(tmp_path, capsys, monkeypatch) -> None:
+    exported(tmp_path / "model")
+    np.savez(tmp_path / "ref.npz", arr_0=pictures(20))
+    config = SWEEP_CONFIG | {
+        "from": str(tmp_path / "model"), "reference": str(tmp_path / "ref.npz"), "out": str(tmp_path / "sweep"),
+    }  # fmt: skip
+    axes = {"guidance": [1.0, 3.0], "top_k": [0, 2], "temperature": None}
+    sweep.run(config, None, axes, (1, 2))
+    found = sweep.run(config, None, axes, (0, 2))
+    want = [(1.0, 0), (1.0, 2), (3.0, 0), (3.0, 2)]
+    assert [(r["setting"]["guidance"], r["setting"]["top_k"]) for r in found] == want
+    assert "guidance" in found[2]["protocol"] and found[2]["protocol"]["guidance"] == "constant 3"
+    values = [r["metrics"]["FD[cifar]"] for r in found]
+    assert len(set(values)) == 4
+    capsys.readouterr()
+    monkeypatch.setattr(sweep, "evaluate", None)  # nothing is measured again
+    again = sweep.run(config, None, axes, (0, 1))
+    assert again == found and capsys.readouterr().out.count("done earlier") == 4
+    text = list(sweep.lines(found))
+    assert f"best FD[cifar] {min(values):.4f}" in text[-2] and text[1 + int(np.argmin(values))].endswith("best")
+    sweep.plot(found, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").size[0] > 500
+    with pytest.raises(ValueError, match="has 12 images, now images=13"):
+        sweep.run(config | {"images": 13}, None, axes, (0, 1))
+    with pytest.raises(ValueError, match=r"sweep\.scale"):
+        sweep.settings({"scale": [1]}, config)
+
+
+def fake_run(folder, name: str, fd: float, **changes) -> str:
+    place = folder / name
+    (place / "eval").mkdir(parents=True)
+    result = {
+        "metrics": {"FD[cifar]": fd, "IS[cifar]": {"mean": 3.0, "std": 0.1}},
+        "protocol": protocol(**changes).to_json(), "command": f"python -m eval.fid from={name} <b>",
+    }  # fmt: skip
+    (place / "eval" / "fid.json").write_text(json.dumps(result))
+    (place / "metrics.csv").write_text("step,train/loss,val/loss\n1,2.5,\n2,2.0,1.9\n3,1.5,\n")
+    (place / "pictures").mkdir()
+    for step in (1, 20):
+        Image.fromarray(pictures(1, 32, step)[0]).save(place / "pictures" / f"samples_{step:07d}.png")
+    return str(place)
+
+
+def test_numbers_under_other_protocols_are_marked(tmp_path, capsys) -> None:
+    places = [
+        fake_run(tmp_path, "a", 1.25),
+        fake_run(tmp_path, "b", 2.5, seed=4),
+        fake_run(tmp_path, "c", 0.5, images=9),
+    ]
+    found = compare.compare(places, tmp_path / "out")
+    assert found["rows"][1] == ["a", "1.2500", "3.0000"] and found["rows"][2][1] == "2.5000"
+    assert found["rows"][3][1] == "0.5000*"
+    assert found["notes"][0] == "* not comparable with the first FD[cifar]: images 9, not 8"
+    assert "0.5000*" in capsys.readouterr().out and (tmp_path / "out" / "table.txt").is_file()
+    runs = [compare.read_run(place) for place in places]
+    assert runs[0].curves["train/loss"] == [(1, 2.5), (2, 2.0), (3, 1.5)] and runs[0].curves["val/loss"] == [(2, 1.9)]
+    assert runs[0].picture.name == "samples_0000020.png"
+    assert Image.open(tmp_path / "out" / "grid.png").height == 3 * (32 + 16)
+    with pytest.raises(ValueError, match="does not exist"):
+        compare.read_run(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no results"):
+        compare.read_run(tmp_path / "empty")
+
+
+def stored(images: np.ndarray, name: str) -> Images:
+    data = torch.from_numpy(images)
+
+    def span(size: int, first: int, last: int):
+        return iter(data[first:last].split(size))
+
+    return Images(name, len(images), lambda size: span(size, 0, len(images)), None, "npz", span)
+
+
+def test_page_holds_everything_and_needs_nothing(tmp_path) -> None:
+    places = [fake_run(tmp_path, "a", 1.25), fake_run(tmp_path, "b", 0.5, images=9)]
+    train = pictures(40, 32, 3)
+    samples = stored(train[[7, 30]], "samples.npz")  # recited: the nearest training image is the sample itself
+    page = report.report(
+        places, tmp_path / "page.html", title="A & B", samples=samples, train=stored(train, "t"), extractor=CifarJudge()
+    )
+    assert (tmp_path / "page.html").read_text() == page
+    assert "A &amp; B" in page and "&lt;b&gt;" in page and "<b>" not in page
+    for part in ("Results", "Curves", "Pictures", "Nearest", "Protocols", "Commands", "0.5000*", "images 9, not 8"):
+        assert part in page
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert sources and all(s.startswith(("data:image/png;base64,", "#")) for s in sources)
+    assert not re.search(r"<script|@import|url\(|https?://", page)
+    assert 'name="viewport"' in page and "overflow-x: auto" in page
+
+
+def test_nearest_training_images_are_found(monkeypatch) -> None:
+    train = pictures(40, 32, 3)
+    shown = []
+    monkeypatch.setattr(report, "png", lambda pixels: shown.append(pixels) or b"")
+    report.neighbours_section(stored(train[[7, 30]], "s"), stored(train, "t"), CifarJudge(), nearest=2)
+    gap, cell = 2, 34
+    for column in range(2):
+        top = [
+            shown[0][gap + r * cell : gap + r * cell + 32, gap + column * cell : gap + column * cell + 32]
+            for r in (0, 1)
+        ]
+        np.testing.assert_array_equal(top[0], top[1])
+
+
+# --- during training --------------------------------------------------------------------------------------------------
+
+
+def test_distance_of_samples_chooses_the_best_checkpoint(tmp_path) -> None:
+    tokenizer_folder(tmp_path / "tokenizer")
+    common = (
+        *GENERATOR, "model=llamagen_tiny", "model.depth=1", "model.width=16", "model.heads=2", "steps=8",
+        f"tokenizer_from={tmp_path / 'tokenizer'}", "logger=csv",
+    )  # fmt: skip
+    options = ("callbacks=fd", "callbacks.fd.images=8", "callbacks.fd.chunk=4", "callbacks.fd.extractor=cifar")
+    value = run(*common, *options, "callbacks.fd.every=1", "monitor=val/fd", f"run_dir={tmp_path / 'with'}")
+    plain = run(*common, f"run_dir={tmp_path / 'without'}")
+    curve = compare.read_curves(tmp_path / "with" / "metrics.csv")["val/fd"]
+    assert [step for step, _ in curve] == [4, 8] and value == pytest.approx(curve[-1][1], rel=1e-5)
+    kept = [c for c in state(tmp_path / "with")["callbacks"].values() if "found" in c]
+    assert kept[0]["step"] == 8 and kept[0]["found"]["val/fd"] == pytest.approx(value, rel=1e-5)
+    assert plain is not None and not (tmp_path / "without" / "metrics.csv").read_text().count("val/fd")
+    weights = [state(tmp_path / n)["state_dict"] for n in ("with", "without")]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0]), "training must not notice"
+    with pytest.raises(ValueError, match="monitor=val/fd: choose one of val/loss"):
+        run(*common, "monitor=val/fd", f"run_dir={tmp_path / 'wrong'}")
+
+
+def test_distance_of_reconstructions_during_training(tmp_path) -> None:
+    """Measured at validations `every` steps apart; the last value again from the checkpoint's averaged weights."""
+    options = ("callbacks=rfd", "callbacks.rfd.extractor=cifar", "steps=8", "objective.gan=null", "monitor=val/rfd")
+    run(*TOKENIZER, *options, "callbacks.rfd.every=5", f"run_dir={tmp_path / 'seldom'}")
+    assert [step for step, _ in compare.read_curves(tmp_path / "seldom" / "metrics.csv")["val/rfd"]] == [4]
+    value = run(*TOKENIZER, *options, "callbacks.rfd.every=4", f"run_dir={tmp_path / 'run'}")
+    curve = compare.read_curves(tmp_path / "run" / "metrics.csv")["val/rfd"]
+    assert [step for step, _ in curve] == [4, 8]
+    tokenizer = load_module(tmp_path / "run", FAMILIES, "ema")
+    data = Fake(image_size=16, train_images=40, val_images=12, batch_size=8)
+    images = torch.cat(list(from_data(data, "val").batches(12)))
+    with torch.no_grad():
+        made = to_uint8(tokenizer.decode(tokenizer.encode(images.permute(0, 3, 1, 2).float() / 127.5 - 1)))
+    sides = []
+    for side in (made, images):
+        moments = Moments(CifarJudge().dim)
+        moments.add(CifarJudge()(side).features)
+        sides.append(moments.statistics())
+    assert value == pytest.approx(frechet_distance(*sides), rel=1e-4)  # a metric passes through float32

@@ -1,0 +1,197 @@
+"""Every small tokenizer with every small generator: the pair trains and samples, or says from its spec why not."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from vgen.conditioning import Cond
+from vgen.guidance import guidance
+from vgen.heads import DrawRule
+from vgen.pipeline import Pipeline
+from vgen.training import build_module
+from vtok.checkpoint import save_folder
+from vtok.config import instantiate
+from vtok.layout import SequenceLayout
+from vtok.noise import SampleNoise, sample_seeds
+from vtok.optim import make_optimizer
+from vtok.tokenizer import Part, TokenSpec
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CLASSES = 10
+# one core, 300 pairs: the same modules, thin, with as few steps as they allow; set where a config has the key
+TINY = {"depth": 1, "width": 16, "heads": 2, "hidden": 32, "multiple_of": 8, "head_depth": 1, "head_width": 32}
+TINY |= {"solver_steps": 2, "steps": 2, "repeats": 1, "levels": 2, "buffer": 2}
+# what a spec can be wrong in; every reason names one of them
+PROPERTIES = ("ids", "continuous", "part", "scale", "residual", "grid", "maps", "power of two", "quantizer")
+PROPERTIES += ("codebook", "latents", "square", "vocabulary", "rows", "codes")
+# what a message tells to set where a key of the model, not its family, does not suit the tokens
+ADVICE = {"position": "rope_1d", "factors": None}
+
+
+def names(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONFIGS / group).glob("*_small.yaml"))
+
+
+def section(group: str, name: str):
+    """The configuration of train.py with that choice, thin."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=["data=cifar10", "trainer=cpu", f"{group}={name}"])
+    OmegaConf.set_struct(config, False)
+    for key, value in TINY.items():
+        if group == "model" and key in config.model:
+            config.model[key] = value
+    if "steps" in config[group]:  # of a flow decoder
+        config[group].steps = 2
+    return config
+
+
+def data_of(name: str) -> SimpleNamespace:
+    """What build_module reads of a data module on the tokens of that tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = instantiate(section("tokenizer", name).tokenizer, _convert_="all").eval()
+    return SimpleNamespace(spec=tokenizer.spec, num_classes=CLASSES, tokenizer=tokenizer, class_names=[])
+
+
+def drawn(spec: TokenSpec, rows: int) -> torch.Tensor:
+    """Random tokens in the spec's range."""
+    drawer = torch.Generator().manual_seed(1)
+    if not spec.discrete:
+        return torch.randn(rows, spec.layout.length, spec.parts[0].channels, generator=drawer)
+    runs = [torch.randint(part.vocab_size, (rows, part.count), generator=drawer) for part in spec.parts]
+    return torch.cat(runs, dim=1)
+
+
+def train_and_sample(config, data: SimpleNamespace) -> None:
+    torch.manual_seed(0)
+    lit = build_module(config, data, ())
+    model = lit.module.train()
+    tokens = drawn(data.spec, 2)
+    data.spec.check(tokens)
+    batch = {"tokens": tokens, "label": torch.tensor([0, 3]), "key": sample_seeds(0, 0, 2)}
+    loss, _, _ = lit.losses(batch)
+    loss.backward()
+    assert loss.isfinite()
+    before = [p.detach().clone() for p in model.parameters()]
+    make_optimizer([model], lr=1e-2, weight_decay=0.05).step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters())), "a step must change something"
+    pipeline = Pipeline(model, data.tokenizer, chunk=2)
+    seeds, labels = sample_seeds(1, 0, 2), torch.tensor([0, CLASSES])
+    found = pipeline.tokens(labels, seeds, guide=guidance(1.5), rule=DrawRule())
+    data.spec.check(found)
+    with torch.no_grad():
+        images = data.tokenizer.decode(found)
+    assert images.shape == (2, 3, data.spec.image_size, data.spec.image_size) and images.isfinite().all()
+
+
+def reason(call, *arguments) -> str | None:
+    """The message of a ValueError, None where there is none; anything else is raised."""
+    try:
+        call(*arguments)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_every_pair_fits_or_says_why(capsys):
+    """Reasons of the tokens come from `accepts`. A key of the configuration that asks too much of them is named, and
+    the value that the message names makes the pair fit.
+    """
+    warnings.simplefilter("ignore")
+    models, tokenizers = names("model"), names("tokenizer")
+    datas, configs = {name: data_of(name) for name in tokenizers}, {name: section("model", name) for name in models}
+    fit, refused, wrong = [], [], []
+    for model, (tokenizer, data) in itertools.product(models, datas.items()):
+        pair, config = f"model={model} tokenizer={tokenizer}", configs[model].copy()
+        family = instantiate(config.model, _convert_="all", _partial_=True).func
+        why, said = reason(family.accepts, data.spec), reason(build_module, config, data, ())
+        if said is not None:
+            refused.append(pair)
+            if said.count("\n") or not any(word in said for word in PROPERTIES):
+                wrong.append(f"{pair}: the reason names no property of the tokens: {said!r}")
+        if why is not None:
+            if said != why:
+                wrong.append(f"{pair}: accepts says {why!r}, train.py {said!r}")
+            continue
+        try:
+            for key, value in ADVICE.items():
+                if said is not None and key in said:
+                    config.model[key] = value
+                    said = reason(build_module, config, data, ())
+            train_and_sample(config, data)
+        except Exception as error:  # collected: the report names every pair at once
+            wrong.append(f"{pair}: {type(error).__name__}: {error}")
+        if pair not in refused:
+            fit.append(pair)
+    total = len(models) * len(tokenizers)
+    with capsys.disabled():
+        print(f"\n{total} pairs: {len(fit)} fit, {len(refused)} say why not, 0 skipped", end=" ")
+    assert not wrong, "\n".join(wrong)
+    assert len(fit) + len(refused) == total
+    for kind, listed in (("model", models), ("tokenizer", tokenizers)):
+        alone = [name for name in listed if not any(f"{kind}={name}" in pair.split() for pair in fit)]
+        assert not alone, f"{kind} that fits nothing: {alone}"
+
+
+def spec_of(layout: SequenceLayout, vocab_size: int | None = 24) -> TokenSpec:
+    return TokenSpec(layout, (Part(layout.length, vocab_size, 6),), 32)
+
+
+LINES = SequenceLayout.line(8)
+ODD = {  # what no small tokenizer emits
+    "wide": spec_of(SequenceLayout.raster(2, 6)),
+    "uneven": spec_of(SequenceLayout.raster(3, 3)),
+    "one row": spec_of(SequenceLayout.raster(1, 6)),
+    "two tokens": spec_of(SequenceLayout.line(2)),
+    "tiles": spec_of(SequenceLayout.tiles(4, 4, 2, 2)),
+    "wide latents": spec_of(SequenceLayout.raster(4, 6), None),
+    "uneven latents": spec_of(SequenceLayout.raster(3, 3), None),
+    "a line of latents": spec_of(LINES, None),
+    "tiles of latents": spec_of(SequenceLayout.tiles(4, 4, 2, 2), None),
+    "scales of latents": spec_of(SequenceLayout.scales([1, 2, 4]), None),
+    "codes and latents": TokenSpec(LINES, (Part(4, None, 6), Part(4, 9, 5)), 32),
+}
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_odd_tokens_fit_or_are_refused_at_once(name):
+    """Nothing goes wrong later than in the constructor: what it takes also trains and samples."""
+    config = section("model", name)
+    make = instantiate(config.model, _convert_="all", _partial_=True)
+    for spec in ODD.values():
+        torch.manual_seed(0)
+        try:
+            model = make(spec=spec, num_classes=CLASSES)
+        except ValueError:
+            continue
+        batch = {"tokens": drawn(spec, 2), "label": torch.tensor([0, 3]), "key": sample_seeds(0, 0, 2)}
+        model.train().loss(batch)["loss"].backward()
+        cond = Cond.cat([model.eval().conditioner(torch.tensor([0, 3])), model.conditioner.null(2)])
+        noise = SampleNoise(sample_seeds(1, 0, 2))
+        canvas = model.sampler(model, cond, noise=noise, guide=guidance(1.5), rule=DrawRule())
+        spec.check(model.restore(canvas))
+
+
+def test_the_command_says_why(tmp_path):
+    """Through the entry point of train.py, as a mistake of the user: the reason and an exit code of 2."""
+    tokenizer = data_of("kl_small").tokenizer
+    save_folder(tokenizer, tmp_path / "tokenizer")
+    options = ["data=fake", "data.image_size=32", "model=llamagen_small", "trainer=cpu"]
+    places = [f"tokenizer_from={tmp_path / 'tokenizer'}", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *options, *places],
+        cwd=CONFIGS.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2 and not (tmp_path / "run" / "checkpoints").exists()
+    assert done.stderr.startswith("error: LlamaGen predicts ids, but these tokens are continuous; choose a tokenizer")

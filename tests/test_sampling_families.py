@@ -1,0 +1,174 @@
+"""`python sample.py` draws for every family, shows the steps of coarse-to-fine ones, and `scripts/edit.py` edits."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from pairs import PAIRS, pair, pair_folder
+from PIL import Image
+
+from vgen.guidance import Unguided
+from vgen.heads import DrawRule
+from vgen.models import FAMILIES as TABLE
+from vgen.models.llamagen import LlamaGen
+from vgen.pipeline import Pipeline
+from vgen.previews import Previews, preview_ends, previews
+from vgen.sampling import sample
+from vtok.data.transforms import to_float, to_uint8
+from vtok.layout import SequenceLayout
+from vtok.models import FAMILIES as TOKENIZERS
+from vtok.noise import sample_seeds
+from vtok.tokenizer import Part, TokenSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.edit import cropped, edit  # noqa: E402
+
+# pairs whose steps are pictures, with the tokens that each shown step ends
+COARSE = {"var": [1, 5, 21], "flexvar": [1, 5, 21], "har": [1, 2, 4, 8], "detailflow": [1, 2, 4, 6, 8]}
+COARSE |= {key: [1, 2, 3, 4, 5, 6, 7, 8] for key in ("dar", "retok", "flextok")}
+
+
+def config(name: str, **options):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        found = compose(name)
+    for key, value in {"device": "cpu", **options}.items():
+        found[key] = value
+    return found
+
+
+def test_every_family_has_a_pair():
+    kinds = {type(pair(name)[0]).__name__ for name in PAIRS}
+    assert kinds == set(TABLE) - set(TOKENIZERS)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_sample_draws_for_every_family(name, tmp_path):
+    folder, out = pair_folder(name, tmp_path / "run"), tmp_path / "images.npz"
+    options = {"preview": str(tmp_path / "strip.png")} if name in COARSE else {}
+    guidance = {} if name == "maskgit" else {"guidance": 2.0}
+    sample(config("sample", **{"from": str(folder), "out": str(out), "classes": [2], "per_class": 2, "chunk": 2},
+                  **guidance, **options))  # fmt: skip
+    images = np.load(out)["arr_0"]
+    assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
+    assert (images[0] != images[1]).any(), "two seeds give two images"
+    if name in COARSE:  # the last column of the strip is the image
+        strip = np.asarray(Image.open(tmp_path / "strip.png"))[14:]
+        cell = 4 * 16 + 2
+        assert strip.shape == (2 * cell, len(COARSE[name]) * cell, 3)
+        for row in range(2):
+            last = strip[row * cell : row * cell + 64, -cell:-2]
+            np.testing.assert_array_equal(last[::4, ::4], images[row])
+
+
+@pytest.mark.parametrize("name", COARSE)
+def test_previews_end_in_the_image_and_show_the_tokens_so_far(name):
+    pipeline = Pipeline(*pair(name))
+    assert preview_ends(pipeline.generator, pipeline.tokenizer) == COARSE[name]
+    seeds, written = sample_seeds(0, 0, 2), []
+    tokens = pipeline.tokens(
+        torch.tensor([0, 1]), seeds, guide=Unguided(), rule=DrawRule(),
+        on_step=lambda canvas, progress: written.append(pipeline.generator.restore(canvas).clone()),
+    )  # fmt: skip
+    frames = previews(pipeline, tokens)
+    assert torch.equal(frames[:, -1], to_uint8(pipeline.tokenizer.decode(tokens)))
+    for k, end in enumerate(COARSE[name]):  # the canvas as the sampler had it after that step
+        assert torch.equal(frames[:, k], to_uint8(pipeline.tokenizer.decode(written[k], keep=end)))
+    assert (frames[:, 0] != frames[:, -1]).any()
+
+
+def test_a_long_sequence_is_shown_in_sixteen_pictures():
+    _, tokenizer = pair("dar")
+    spec = TokenSpec(SequenceLayout.line(64), (Part(64, 32, 6),), 16)
+    generator = LlamaGen(spec, 4, depth=1, width=16, heads=2, multiple_of=8, position="rope_1d")
+    ends = preview_ends(generator, tokenizer)
+    assert len(ends) == 16 and ends[0] == 1 and ends[-1] == 64 and ends == sorted(set(ends))
+
+
+@pytest.mark.parametrize("name, words", [("llamagen", "whole images"), ("maskgit", "whole images"), ("mar", "whole")])
+def test_families_whose_steps_are_no_pictures_say_so(name, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        Previews(Pipeline(*pair(name)), tmp_path / "strip.png")
+
+
+def test_a_preview_is_a_strip_or_an_animation(tmp_path):
+    pipeline = Pipeline(*pair("var"))
+    with pytest.raises(ValueError, match=r"\.png"):
+        Previews(pipeline, tmp_path / "strip.jpg")
+    shown = Previews(pipeline, tmp_path / "steps.gif")
+    images = pipeline(torch.tensor([0, 1, 2]), sample_seeds(0, 0, 3), on_tokens=shown).numpy()
+    shown.write(images)
+    with Image.open(tmp_path / "steps.gif") as animation:
+        assert animation.n_frames == 3
+    np.testing.assert_array_equal(shown.frames(images)[:, -1], images)
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory):
+    """A picture of 40 x 24 with a mask that draws the right half anew."""
+    folder = tmp_path_factory.mktemp("edit")
+    drawer = np.random.default_rng(0)
+    Image.fromarray(drawer.integers(0, 256, (24, 40, 3), dtype=np.uint8)).save(folder / "image.png")
+    mask = np.zeros((24, 40), dtype=np.uint8)
+    mask[:, 20:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["var", "xar", "mar", "llamagen", "maskgit_grid"])
+def test_the_edit_command_keeps_the_black_part(name, photograph, tmp_path):
+    folder, out = pair_folder(name, tmp_path / "run"), tmp_path / "edit.png"
+    options = {"from": str(folder), "image": str(photograph / "image.png"), "mask": str(photograph / "mask.png")}
+    options |= {"out": str(out), "class": "cat", "composite": True, "count": 2}
+    edit(config("edit", **options))
+    original, edited = cropped(options["image"], 16), np.asarray(Image.open(out))
+    np.testing.assert_array_equal(edited[:, :8], original[:, :8])
+    assert (edited[:, 8:] != original[:, 8:]).any()
+    assert (np.asarray(Image.open(tmp_path / "edit_1.png"))[:, 8:] != edited[:, 8:]).any()
+    sheet = Image.open(tmp_path / "edit_sheet.png")
+    assert sheet.size == (4 * 66, 14 + 2 * 66)
+    sheet = np.asarray(sheet)[14:]
+    np.testing.assert_array_equal(sheet[:64:4, :64:4], original)
+    np.testing.assert_array_equal(sheet[:64:4, 66:98:4], original[:, :8])  # the mask tints the other half
+    assert (tmp_path / "edit.metadata.json").is_file()
+
+
+def test_prefixes_and_styles_are_reused(photograph, tmp_path):
+    image = str(photograph / "image.png")
+    folder = pair_folder("dar", tmp_path / "dar")
+    common = {"image": image, "out": str(tmp_path / "edit.png")}
+    edit(config("edit", **{"from": str(folder), "task": "prefix", "keep": 8}, **common))
+    pipeline = Pipeline.load(folder)
+    tokens = pipeline.tokenizer.encode(to_float(cropped(image, 16))[None])
+    copy = to_uint8(pipeline.tokenizer.decode(tokens))[0].numpy()
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "edit.png")), copy)  # all 8 tokens are kept
+    hita = pair_folder("hita", tmp_path / "hita")
+    edit(config("edit", **{"from": str(hita), "task": "style", "style": image}, **common))
+    pipeline = Pipeline.load(hita)
+    tokens = pipeline.tokenizer.encode(to_float(cropped(image, 16))[None])
+    copy = to_uint8(pipeline.tokenizer.decode(tokens))[0].numpy()
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "edit.png")), copy)  # an image in its own style
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"task": "erase"}, "task='erase'"),
+        ({}, "mask="),
+        ({"box": [0, 0, 1, 1], "mask": "m.png"}, "one of them"),
+        ({"task": "class", "box": [0, 0, 1, 1]}, "needs class="),
+        ({"task": "prefix"}, "needs keep="),
+        ({"task": "prefix", "keep": 3, "box": [0, 0, 1, 1]}, "box= belongs"),
+        ({"task": "style", "style": "a.png", "count": 2}, "count="),
+        ({"box": [0, 0, 1, 1], "guidance": 2.0}, "guidance needs class="),
+        ({"box": [0, 0, 1, 1], "count": 0}, "count=0"),
+        ({"box": [0, 0, 1, 1], "out": "a.jpg"}, "out=a.jpg"),
+    ],
+)
+def test_mistakes_of_the_edit_command_name_the_key(options, words):
+    with pytest.raises(ValueError, match=words):
+        edit(config("edit", **{"from": "nowhere", "image": "a.png", **options}))

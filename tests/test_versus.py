@@ -1,0 +1,88 @@
+"""Side by side with an original: what agrees, how turns are timed, the command's self-test. No original is needed."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from runs import CONFIGS
+
+from eval.peers import SOURCES, Options, pair
+from eval.versus import agree, alternate, evaluate
+
+
+def config(*overrides):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("eval_versus", list(overrides))
+
+
+def test_outputs_agree_within_the_tolerance_and_ids_exactly():
+    values, ids = torch.tensor([1.0, -4.0]), torch.tensor([3, 5])
+    found = agree([("logits", values, values + torch.tensor([0.0, 2e-4])), ("tokens", ids, ids.clone())])
+    assert found["logits"] == pytest.approx(5e-5, rel=1e-3) and found["tokens"] == 0
+    with pytest.raises(ValueError, match=r"logits differ by .* nothing was timed"):
+        agree([("logits", values, values + 1e-3)])
+    with pytest.raises(ValueError, match=r"tokens differ by 5\.00e-01"):
+        agree([("tokens", ids, torch.tensor([3, 6]))])
+    with pytest.raises(ValueError, match="gives"):
+        agree([("logits", values, values[:1])])
+    with pytest.raises(ValueError, match="differ"):
+        agree([("logits", values, values * float("nan"))])
+
+
+def test_turns_alternate_and_the_ratio_is_the_first_over_the_second():
+    """A clock that only the runs move: the first takes 3, 4, .. seconds, the second always 2."""
+    now, order, cost = [0.0], [], itertools.count(3)
+
+    def run(name, seconds):
+        def go():
+            order.append(name)
+            now[0] += seconds()
+
+        return go
+
+    got = alternate(run("a", lambda: next(cost)), run("b", lambda: 2), 8, torch.device("cpu"), clock=lambda: now[0])
+    ratios = torch.arange(4.0, 12.0, dtype=torch.float64) / 2  # the first run warms up
+    assert "".join(order) == "ab" + "abba" * 4
+    assert got["ratio"] == pytest.approx(float(ratios.mean()))  # evenly spaced: the median is the mean
+    assert [got["ratio_low"], got["ratio_high"]] == pytest.approx([2.35, 5.15])  # 0.7 and 6.3 of the way from 2 by 0.5
+    assert got["original_seconds"] == pytest.approx(7.5) and got["our_seconds"] == pytest.approx(2)
+
+
+def test_selftest_command_writes_one_row_and_keeps_others(tmp_path):
+    out = tmp_path / "versus.json"
+    out.write_text(json.dumps({"rows": [dict.fromkeys(("peer", "size", "part", "batch", "dtype", "threads"), "x")
+                                        | {"device": "x", "setting": "x", "clock": "x"}]}))  # fmt: skip
+    options = ["selftest=true", "steps=2", f"out={out}"]
+    for _ in range(2):
+        (row,) = evaluate(config(*options))
+    rows = json.loads(out.read_text())["rows"]
+    assert [r["peer"] for r in rows] == ["x", "itself"]
+    assert row["turns"] == 7 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+
+
+@pytest.mark.parametrize("peer", SOURCES)
+def test_without_the_original_the_message_says_what_to_clone(peer):
+    with pytest.raises(ValueError, match=f"clone https://{SOURCES[peer]}"):
+        pair(peer, "nowhere", Options(None, 1, None))
+
+
+def test_mistakes_name_their_key(tmp_path):
+    for options, words in [
+        (["peer=other", "dir=."], "peer=other"),
+        (["turns=3", "selftest=true"], "turns=3"),
+        (["batch=0", "selftest=true"], "batch=0"),
+        (["clock=sun", "selftest=true"], "clock=sun"),
+        (["clock=cpu", "threads=2", "selftest=true"], "threads=1"),
+        ([], "pass peer="),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            evaluate(config(*options, f"out={tmp_path / 'x.json'}"))
+
+
+def test_a_folder_that_is_no_checkout_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.peers.on_cpu", lambda: None)
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    with pytest.raises(ValueError, match="whole checkout"):
+        pair("llamagen", str(tmp_path), Options(None, 1, None))

@@ -1,0 +1,103 @@
+"""What makes training faster or smaller without changing what is computed: compiled blocks, recomputed activations,
+and how much of the hardware is used.
+
+Model FLOPs utilisation (MFU, Chowdhery et al., PaLM, arXiv 2204.02311, appendix B): operations that the model needs,
+6 a matmul parameter and token (2 forward, 4 backward) plus 12 D a block and pair of positions that see each other
+(scores and values, forward and backward), over what the device could do. Recomputation does not count as work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vtok.layers.block import Block
+from vtok.layers.trunk import Trunk
+from vtok.layout import SequenceLayout
+
+PEAKS = {  # dense bf16 operations a second, from the makers' data sheets; the first name that fits decides
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def compile_blocks(module: nn.Module, *, backend: str = "inductor") -> int:
+    """Compile every transformer block in place (all share one graph, so that it is quick); returns how many.
+
+    ValueError where the module has none.
+    """
+    blocks = [m for m in module.modules() if isinstance(m, Block)]
+    if not blocks:
+        raise ValueError(f"compile=true: {type(module).__name__} has no transformer blocks; leave compile=false")
+    # blocks differ in numbers that dynamo guards on (rates of stochastic depth), each its own graph
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks) + 8)
+    for block in blocks:
+        block.compile(backend=backend)
+    return len(blocks)
+
+
+def checkpoint_blocks(module: nn.Module) -> int:
+    """Recompute the activations of all transformer blocks in the backward pass; returns how many trunks do so now.
+
+    ValueError where the module has no trunk.
+    """
+    trunks = [m for m in module.modules() if isinstance(m, Trunk)]
+    if not trunks:
+        name = type(module).__name__
+        raise ValueError(f"checkpointing=true: {name} has no transformer trunk; leave checkpointing=false")
+    for trunk in trunks:
+        trunk.checkpointing = True
+    return len(trunks)
+
+
+def pairs(layout: SequenceLayout) -> int:
+    """Pairs (query, key) of positions that see each other."""
+    total, before = 0, 0
+    for step, reads in enumerate(layout.reads):
+        ordered = bool(layout.causal and layout.causal[step])
+        total += reads * before + (reads * (reads + 1) // 2 if ordered else reads * reads)
+        before += reads
+    return total
+
+
+def matmul_parameters(trunk: Trunk) -> int:
+    """Weights that every position is multiplied with: all projections of the blocks but those of a condition vector."""
+    return sum(
+        linear.weight.numel()
+        for block in trunk.blocks
+        for name, linear in block.named_modules()
+        if isinstance(linear, nn.Linear) and name != "modulation"
+    )
+
+
+def training_operations(module: nn.Module) -> float | None:
+    """Operations of a training step an image, of a generator with one trunk, one vocabulary and a sequence; or None.
+
+    6 (matmul parameters x positions read + head parameters x tokens) + 12 D depth x pairs that see each other.
+    """
+    trunk, head = getattr(module, "trunk", None), getattr(module, "head", None)
+    linear = getattr(head, "linear", None)
+    if not isinstance(trunk, Trunk) or not isinstance(linear, nn.Linear) or not getattr(module, "caches", False):
+        return None
+    layout = module.layout
+    dense = matmul_parameters(trunk) * sum(layout.reads) + linear.weight.numel() * layout.length
+    return 6.0 * dense + 12.0 * trunk.dim * len(trunk.blocks) * pairs(layout)
+
+
+def peak_rate(device: torch.device) -> float | None:
+    """Dense bf16 operations a second of this GPU by its name; None where we do not know it, and on the CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for known, rate in PEAKS.items() if known in name), None)
+
+
+def utilisation(images_per_second: float, operations: float | None, peak: float | None, devices: int) -> float | None:
+    """MFU in 0..1, None where a part of it is not known."""
+    return None if operations is None or peak is None else images_per_second * operations / (peak * devices)

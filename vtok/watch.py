@@ -1,0 +1,102 @@
+"""Bad days of a training: which images were in a batch, and data that do not come.
+
+A loader that hangs (a network file system, a dead worker's lock) shows nowhere: the job stands still until its time is
+over. The alarm below says so after a tenth of `data_timeout`, and stops the run at its end, so that a restart goes on.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+SHOWN = 8
+
+
+class Stalled(ValueError):
+    """No batch came in `data_timeout` seconds."""
+
+
+class DataWatch(L.Callback):
+    """Reports a loader that gives no batch, and raises Stalled after `timeout` seconds (None: only reports).
+
+    It needs no thread: an alarm signal interrupts the wait itself. Off outside of the main thread and where there are
+    no such signals (Windows).
+    """
+
+    def __init__(self, *, timeout: float | None = 1800, every: float | None = None) -> None:
+        if timeout is not None and timeout <= 0:
+            raise ValueError(f"data_timeout={timeout} must be a positive number of seconds, or null")
+        self.timeout = timeout
+        self.every = every or (60.0 if timeout is None else min(60.0, timeout / 10))
+        self._since: float | None = None
+        self._step, self._handler = 0, None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGALRM, self._alarm)
+            self._wait(trainer)
+
+    def _wait(self, trainer: L.Trainer) -> None:
+        if self._handler is not None:
+            self._since, self._step = time.monotonic(), trainer.global_step
+            signal.setitimer(signal.ITIMER_REAL, self.every)
+
+    def _got(self) -> None:
+        if self._handler is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _alarm(self, number: int, frame: Any) -> None:
+        waited = time.monotonic() - self._since
+        advice = "look at the file system and at data.workers"
+        if self.timeout is not None and waited >= self.timeout:
+            raise Stalled(f"no batch for {waited:.0f} s after step {self._step}, data_timeout={self.timeout}: {advice}")
+        print(f"note: waiting for a batch for {waited:.0f} s after step {self._step}; {advice}", flush=True)
+        left = self.every if self.timeout is None else max(0.01, min(self.every, self.timeout - waited))
+        signal.setitimer(signal.ITIMER_REAL, left)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._got()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._wait(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._wait(trainer)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._got()
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._wait(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._wait(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._got()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._handler is not None:
+            self._got()
+            signal.signal(signal.SIGALRM, self._handler)
+            self._handler = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._got()
+
+
+def shown_images(data: Any, batches: Iterable[Tensor]) -> str:
+    """The images of this process's part of a batch, for a message: their indices, and names where there are any."""
+    rows = [int(i) for batch in batches for i in batch.flatten()]
+    if not rows:
+        return ""
+    source = getattr(getattr(getattr(data, "data", data), "sources", None), "train", None)
+    names = [f"{i} {source.name(i)}" if source is not None else str(i) for i in rows[:SHOWN]]
+    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return f"\nthe images of that batch (index and name): {', '.join(names)}{more}"
