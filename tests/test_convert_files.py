@@ -191,3 +191,21 @@ def test_peak_memory_of_loading_is_at_most_1_3_times_the_tensors(tmp_path, endin
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= 1.3, done.stdout
+
+
+def test_a_folder_whose_weights_were_changed_is_refused(tmp_path):
+    """The hash in config.json names the weights: one changed byte in them is an error, not another model."""
+    from safetensors.torch import load_file, save_file
+    from tokenizers import make
+
+    from vtok.checkpoint import CheckpointError, load_folder, save_folder
+    from vtok.models import FAMILIES
+
+    folder = save_folder(make("cnn_vq"), tmp_path / "folder")
+    assert load_folder(folder, FAMILIES).spec.image_size == 16
+    state = load_file(folder / "model.safetensors")
+    name = sorted(state)[0]
+    state[name].view(-1)[0] += 1
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="hash"):
+        load_folder(folder, FAMILIES)

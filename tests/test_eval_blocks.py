@@ -76,7 +76,7 @@ def test_killed_five_times_ends_with_the_same_bits(tmp_path) -> None:
     while True:
         child = os.fork()
         if child == 0:
-            job(tmp_path / "killed", wait=0.002).run()
+            job(tmp_path / "killed", wait=0.01).run()  # longer in all than the five waits below
             os._exit(0)
         started += 1
         if kills < 5:

@@ -138,6 +138,8 @@ def load_folder(folder: str | os.PathLike, families: Mapping[str, str]) -> Any:
         state = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error})") from None
+    if "hash" in config and weights_hash(state) != config["hash"]:
+        raise CheckpointError(f"{path} does not hold the weights that config.json names by hash: copy the folder again")
     module = _rebuild(config, families, path)
     load_strict(module, state, path)
     return module.eval()
