@@ -59,13 +59,13 @@ def test_workers_live_through_the_first_request(tmp_path):
     loader = data.train_dataloader()
     assert isinstance(loader, DataLoader)
     batches = iter(loader)
-    first = next(batches)
+    first = [next(batches) for _ in range(2)]  # one of each worker: both have started
     for number in (signal.SIGTERM, signal.SIGUSR1):
         for worker in batches._workers:
             os.kill(worker.pid, number)
-    later = [next(batches) for _ in range(8)]
+    later = [next(batches) for _ in range(7)]
     quiet = iter(Fake(image_size=8, batch_size=4, train_images=40, val_images=4).train_dataloader())
-    for batch in (first, *later):
+    for batch in (*first, *later):
         assert torch.equal(batch["image"], next(quiet)["image"])
 
 
