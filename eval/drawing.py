@@ -45,13 +45,10 @@ def samples_of(
         images = open_images(config["samples"]).first(config["images"])
         facts = dict.fromkeys(("seed", "guidance", "rule", "weights"))
         return images, {**facts, "labels": "given", "rounding": "as stored", "source": images.name}
-    from vgen.guidance import guidance
-    from vgen.heads import DrawRule
-    from vgen.sampling import checkpoint_hash
+    from vgen.sampling import checkpoint_hash, rule_and_guidance
 
     pipeline = pipeline or load_pipeline(config, device)
-    solver = {"solver_steps": config.get("solver_steps"), "solver": config.get("solver")}
-    rule = DrawRule(float(config["temperature"]), int(config["top_k"]), float(config["top_p"]), **solver)
+    rule, guide = rule_and_guidance(config)
     scale, schedule, options = float(config["guidance"]), config["schedule"], dict(config["schedule_options"])
     extra = "".join(f", {k} {v}" for k, v in options.items())
     steps = "".join(f", {k} {config.get(k)}" for k in ("steps", "solver_steps", "solver") if config.get(k))
@@ -72,7 +69,7 @@ def samples_of(
         count=int(config["images"] or DEFAULT_IMAGES),
         plan=config["labels"],
         seed=int(config["seed"]),
-        guidance=guidance(scale, schedule, **options),
+        guidance=guide,
         rule=rule,
         identity=hashed,
     )

@@ -79,11 +79,9 @@ def edit(config: Mapping[str, Any]) -> Path:
     from PIL import Image
 
     from vgen import editing
-    from vgen.guidance import guidance
-    from vgen.heads import DrawRule
     from vgen.pipeline import Pipeline
     from vgen.previews import tiled
-    from vgen.sampling import plan, resolve_device, resolve_dtype, settings
+    from vgen.sampling import plan, resolve_device, resolve_dtype, rule_and_guidance, settings
     from vtok.checkpoint import file_hash, write_atomic, write_json
     from vtok.data.transforms import to_float, to_uint8
     from vtok.noise import SampleNoise, sample_seeds
@@ -97,9 +95,7 @@ def edit(config: Mapping[str, Any]) -> Path:
     drawn = settings(config)
     if config["class"] is None:
         drawn |= {"guidance": 1.0, "schedule": "constant", "schedule_options": {}}
-    solver = {"solver_steps": drawn["solver_steps"], "solver": drawn["solver"]}
-    rule = DrawRule(float(drawn["temperature"]), int(drawn["top_k"]), float(drawn["top_p"]), **solver)
-    guide = guidance(float(drawn["guidance"]), drawn["schedule"], **drawn["schedule_options"])
+    rule, guide = rule_and_guidance(drawn)
     pipeline = Pipeline.load(
         config["from"],
         weights=config["weights"],

@@ -18,9 +18,10 @@ import torch
 
 from vtok.checkpoint import CheckpointError, save_folder, weights_hash
 from vtok.data.codes import Codes, OnlineTokens
-from vtok.data.extract import CROPS, extract, task_from_environment
+from vtok.data.extract import CROPS, extract
 from vtok.data.fake import Fake
 from vtok.data.shards import dtype_of, id_of, open_split, pack, unpack_row
+from vtok.data.tasks import task_from_environment
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.layout import SequenceLayout
 from vtok.models.cnn import CNNTokenizer

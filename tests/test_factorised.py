@@ -6,11 +6,12 @@ from generators import grid_spec, llamagen, make
 
 from vgen.guidance import ClassifierFree, Constant, Progress, Unguided
 from vgen.heads import CategoricalHead, DrawRule
-from vgen.heads_factorised import FactorisedEmbedding, FactorisedHead, check_factors, join, split
+from vgen.heads_factorised import FactorisedEmbedding, FactorisedHead, check_factors
 from vgen.models.llamagen import LlamaGen
 from vtok.config import describe
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, sample_seeds
+from vtok.quantize.factors import join, split
 from vtok.quantize.fsq import FSQ
 from vtok.tokenizer import Part, TokenSpec
 

@@ -22,13 +22,14 @@ from generators import (
 from vgen.conditioning import Cond
 from vgen.guidance import Progress, Unguided, guidance
 from vgen.heads import DrawRule
-from vgen.heads_factorised import FactorisedHead, split
+from vgen.heads_factorised import FactorisedHead
 from vgen.models import FAMILIES as TABLE
 from vgen.models.llamagen import LlamaGen
 from vgen.models.var import VAR
 from vtok.config import build, describe
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, sample_seeds
+from vtok.quantize.factors import split
 from vtok.tokenizer import Part, TokenSpec
 
 every_family = pytest.mark.parametrize("name", FAMILIES)

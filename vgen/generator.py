@@ -225,5 +225,13 @@ class Generator(Configured, nn.Module):
         return self.head.log_prob(h, canvas.tokens, canvas.layout.sizes)
 
 
+def require_ids(spec: TokenSpec, family: str, instead: str = "") -> None:
+    """ValueError with the reason unless tokens are ids of one vocabulary; instead: what else the message offers."""
+    if not spec.discrete:
+        raise ValueError(f"{family} predicts ids, but these tokens are continuous; choose a tokenizer with codes")
+    if len(spec.parts) != 1:
+        raise ValueError(f"{family} has one vocabulary, but these tokens have {len(spec.parts)} parts{instead}")
+
+
 def _autocast(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)

@@ -24,6 +24,7 @@ from vtok.config import build
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise
+from vtok.quantize.factors import join, split
 
 
 def check_factors(
@@ -45,23 +46,6 @@ def check_factors(
     if not sizes or min(sizes) < 2 or math.prod(sizes) != vocab_size:
         raise ValueError(f"factors={list(sizes)} multiply to {math.prod(sizes)}, the tokens have {vocab_size} codes")
     return sizes
-
-
-def split(ids: Tensor, factors: Sequence[int]) -> Tensor:
-    """Sub-codes int64 [.., F] of ids [..], the first factor running fastest."""
-    parts = []
-    for factor in factors:
-        parts.append(ids % factor)
-        ids = ids // factor
-    return torch.stack(parts, -1)
-
-
-def join(parts: Tensor, factors: Sequence[int]) -> Tensor:
-    """Ids int64 [..] of sub-codes [.., F]: the inverse of `split`."""
-    ids = torch.zeros_like(parts[..., 0])
-    for f in reversed(range(len(factors))):
-        ids = ids * factors[f] + parts[..., f]
-    return ids
 
 
 class FactorisedEmbedding(nn.Module):

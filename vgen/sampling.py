@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vgen.chunks import Chunks
-from vgen.guidance import guidance
+from vgen.guidance import Guidance, guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
 from vgen.previews import Previews
@@ -37,9 +37,7 @@ def sample(config: Mapping[str, Any]) -> Path:
         raise ValueError(f"{out} exists; pass overwrite=true or another out=")
     device = resolve_device(config["device"])
     drawn = settings(config)
-    solver = {"solver_steps": drawn["solver_steps"], "solver": drawn["solver"]}
-    rule = DrawRule(float(drawn["temperature"]), int(drawn["top_k"]), float(drawn["top_p"]), **solver)
-    guide = guidance(float(drawn["guidance"]), drawn["schedule"], **drawn["schedule_options"])
+    rule, guide = rule_and_guidance(drawn)
     pipeline = Pipeline.load(
         config["from"],
         weights=config["weights"],
@@ -145,6 +143,13 @@ def published_evaluation(source: str | os.PathLike) -> dict[str, Any]:
     entry = entry_of(source)
     names = ("image_size", "resize", "evaluator", "fid", "inception_score", "source")
     return {"name": entry.name, **{name: getattr(entry, name, None) for name in names}}
+
+
+def rule_and_guidance(drawn: Mapping[str, Any]) -> tuple[DrawRule, Guidance]:
+    """What the keys temperature, top_k, top_p, solver, solver_steps, guidance, schedule and schedule_options say."""
+    solver = {"solver_steps": drawn.get("solver_steps"), "solver": drawn.get("solver")}
+    rule = DrawRule(float(drawn["temperature"]), int(drawn["top_k"]), float(drawn["top_p"]), **solver)
+    return rule, guidance(float(drawn["guidance"]), drawn["schedule"], **drawn["schedule_options"])
 
 
 def plan(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vtok.config import Configured, describe
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
+from vtok.quantize.factors import join, split
 
 
 @dataclass(frozen=True)
@@ -181,18 +182,13 @@ class Quantizer(Configured, nn.Module):
 
     def split(self, ids: Tensor) -> Tensor:
         """Sub-codes int64 [.., F] of ids [..], the f-th below factors[f]: id = sum_f part_f * product(factors[:f])."""
-        parts, rest = [], ids
-        for factor in self.factors:
-            parts.append(rest % factor)
-            rest = rest // factor
-        return torch.stack(parts, -1)
+        return split(ids, self.factors)
 
     def join(self, parts: Tensor) -> Tensor:
         """Ids int64 [..] of sub-codes [.., F]: the inverse of `split`."""
         if parts.shape[-1] != len(self.factors):
             raise ValueError(f"parts are {tuple(parts.shape)}, expected [.., {len(self.factors)}], one per factor")
-        basis = [math.prod(self.factors[:f]) for f in range(len(self.factors))]
-        return (parts * torch.tensor(basis, device=parts.device)).sum(-1)
+        return join(parts, self.factors)
 
 
 class Tokenizer(Configured, nn.Module):

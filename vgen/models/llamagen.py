@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
-from vgen.generator import Canvas, Generator
+from vgen.generator import Canvas, Generator, require_ids
 from vgen.heads import CategoricalHead
 from vgen.heads_factorised import FactorisedEmbedding, FactorisedHead, check_factors
 from vtok.layers.block import Modulation
@@ -116,12 +116,7 @@ class LlamaGen(Generator):
 
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
-        if not spec.discrete:
-            raise ValueError(
-                f"{cls.__name__} predicts ids, but these tokens are continuous; choose a tokenizer with codes"
-            )
-        if len(spec.parts) != 1:
-            raise ValueError(f"{cls.__name__} has one vocabulary, but these tokens have {len(spec.parts)} parts")
+        require_ids(spec, cls.__name__)
         if len(spec.layout.sides) != 1 and any(height > 1 for height, _ in spec.layout.sides):
             scales = len(spec.layout.sides)
             raise ValueError(f"LlamaGen's rope needs tokens on one grid, these lie on {scales} scales; try model=var_*")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
-from vgen.generator import Canvas, Generator
+from vgen.generator import Canvas, Generator, require_ids
 from vgen.heads import CategoricalHead
 from vgen.masking import masked_layout, random_order, ratio_uniform
 from vtok.layers.attention import Attention
@@ -87,10 +87,7 @@ class MaskGIT(Generator):
 
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
-        if not spec.discrete:
-            raise ValueError("MaskGIT predicts ids, but these tokens are continuous; choose a tokenizer with codes")
-        if len(spec.parts) != 1:
-            raise ValueError(f"MaskGIT has one vocabulary, but these tokens have {len(spec.parts)} parts")
+        require_ids(spec, "MaskGIT")
 
     def _init(self) -> None:
         for module in self.modules():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
-from vgen.generator import Canvas, Generator
+from vgen.generator import Canvas, Generator, require_ids
 from vgen.heads import CategoricalHead
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.layout import SequenceLayout
@@ -87,10 +87,7 @@ class RAR(Generator):
 
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
-        if not spec.discrete:
-            raise ValueError("RAR predicts ids, but these tokens are continuous; choose a tokenizer with codes")
-        if len(spec.parts) != 1:
-            raise ValueError(f"RAR has one vocabulary, but these tokens have {len(spec.parts)} parts; try model=hita_*")
+        require_ids(spec, "RAR", "; try model=hita_*")
 
     def undecayed(self) -> list[nn.Parameter]:
         """All embeddings and the modulation before the head, as published; those of the blocks and the start decay."""

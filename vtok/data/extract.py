@@ -27,7 +27,6 @@ from vtok.data.codes import spec_at
 from vtok.data.module import ImageData
 from vtok.data.shards import dtype_of, finished, id_of, pack, write_manifest, write_shard
 from vtok.data.sources import Source
-from vtok.data.tasks import task_from_environment as task_from_environment
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.noise import SampleNoise, key
 from vtok.tokenizer import Tokenizer, TokenSpec

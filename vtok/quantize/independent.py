@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.layers.cnn import from_map, to_map
+from vtok.quantize.residual import bounds, check_sides
 from vtok.quantize.vq import VQ
 from vtok.tokenizer import Quantized
 
@@ -116,16 +117,3 @@ class IndependentVQ(VQ):
 
     def _sides(self, sides: Sequence[int] | None) -> tuple[int, ...]:
         return self.sides if sides is None else check_sides(sides)
-
-
-def check_sides(sides: Sequence[int]) -> tuple[int, ...]:
-    """`sides` as a tuple. Raises ValueError unless they are positive and growing."""
-    found = tuple(int(side) for side in sides)
-    if not found or list(found) != sorted(found) or found[0] < 1:
-        raise ValueError(f"sides must be positive and growing, got {found}")
-    return found
-
-
-def bounds(sides: Sequence[int]) -> tuple[int, ...]:
-    """Where each scale's tokens start, and at the end their number."""
-    return tuple(sum(side * side for side in sides[:k]) for k in range(len(sides) + 1))

@@ -42,9 +42,7 @@ class MultiScaleVQ(Quantizer):
         restart: float = 0.0,
     ) -> None:
         super().__init__()
-        self.sides = tuple(int(side) for side in sides)
-        if not self.sides or list(self.sides) != sorted(self.sides) or self.sides[0] < 1:
-            raise ValueError(f"sides must be positive and growing, got {self.sides}")
+        self.sides = check_sides(sides)
         if phi < 0 or not 0 <= phi_weight <= 1:
             raise ValueError(f"phi must be at least 0 and phi_weight within [0, 1], got {phi} and {phi_weight}")
         self.vocab_size, self.channels = vocab_size, channels
@@ -55,7 +53,7 @@ class MultiScaleVQ(Quantizer):
         convolutions = (phi or len(self.sides)) if phi_weight else 0
         self.phi = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convolutions))
         self.shared = phi_table(len(self.sides), convolutions) if convolutions else ()
-        self.bounds = tuple(sum(side * side for side in self.sides[:k]) for k in range(len(self.sides) + 1))
+        self.bounds = bounds(self.sides)
 
     @property
     def side(self) -> int:
@@ -194,3 +192,16 @@ def phi_table(scales: int, convolutions: int) -> tuple[int, ...]:
     ticks = [i * spacing + margin for i in range(convolutions - 1)] + [1 - margin]
     places = [k / (scales - 1) for k in range(scales)]
     return tuple(min(range(convolutions), key=lambda j: abs(ticks[j] - place)) for place in places)
+
+
+def check_sides(sides: Sequence[int]) -> tuple[int, ...]:
+    """`sides` as a tuple. Raises ValueError unless they are positive and growing."""
+    found = tuple(int(side) for side in sides)
+    if not found or list(found) != sorted(found) or found[0] < 1:
+        raise ValueError(f"sides must be positive and growing, got {found}")
+    return found
+
+
+def bounds(sides: Sequence[int]) -> tuple[int, ...]:
+    """Where each scale's tokens start, and at the end their number."""
+    return tuple(sum(side * side for side in sides[:k]) for k in range(len(sides) + 1))
