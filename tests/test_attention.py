@@ -166,3 +166,16 @@ def test_checkpointing_changes_no_gradient():
         model(Inputs(x, layout.ranks(), layout.pattern())).square().sum().backward()
     for a, b in zip(plain.parameters(), recomputed.parameters()):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_training_attention_in_bfloat16_on_the_cpu_runs_in_float32():
+    """Output and gradients are those of float32 on the same rounded values, rounded once at the end."""
+    q, k, v = (torch.randn(2, 2, 9, 8).bfloat16().requires_grad_() for _ in range(3))
+    wanted = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attend(q, k, v, mask="causal")
+    exact = attend_naive(*wanted, mask="causal")
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got, exact.bfloat16(), rtol=8e-3, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(exact.sum(), wanted)):
+        torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-3)

@@ -26,14 +26,14 @@ COUNTS = {
     "gigatok_xlxxl": 2_893_970_443,
     "retok_ss": 136_302_603,
     "retok_sb": 232_686_347,
-    "gigatok_small": 2_876_347,
-    "retok_small": 2_888_635,
+    "gigatok_small": 2_962_139,
+    "retok_small": 2_968_283,
 }
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_sizes(name):
-    data, tokens = ("cifar10", 64) if name.endswith("small") else ("imagenet256", 256)
+    data, tokens = ("cifar10", 32) if name.endswith("small") else ("imagenet256", 256)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=[f"tokenizer={name}", f"data={data}"])
     with torch.device("meta"):

@@ -94,7 +94,7 @@ class PixelFlow(nn.Module):
         self.blocks = nn.ModuleList(FlowBlock(dim=dim, heads=heads) for _ in range(depth))
         self.out = nn.Linear(dim, 3 * patch * patch)
         self.repa = None if tap is None else repa_head(dim, tap_width)
-        initialise(self, init_std(dim))
+        initialise(self, init_std(dim), width=dim)
         for block in self.blocks:
             nn.init.zeros_(block.block.modulation.weight)
         nn.init.zeros_(self.out.weight)

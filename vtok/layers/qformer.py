@@ -81,12 +81,8 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def initialise(self) -> None:
-        """Published start: truncated normal 0.02; queries, keys and values uniform as torch's MultiheadAttention.
-
-        Below a width of 512, the smallest published one, the deviation grows so that a layer's gain stays the same:
-        with 0.02 at a width of 128 all tokens of an image stay equal for a long time.
-        """
-        initialise(self, 0.02 * max(1.0, (512 / self.embed.out_features) ** 0.5))
+        """Published start: truncated normal 0.02; queries, keys and values uniform as torch's MultiheadAttention."""
+        initialise(self, width=self.embed.out_features)
         for part in self.modules():
             if isinstance(part, PositionedAttention):
                 bound = math.sqrt(6 / (4 * part.q.in_features))  # Xavier over the three of them as one [3D, D] matrix

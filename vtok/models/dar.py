@@ -88,7 +88,7 @@ class DARTokenizer(Tokenizer):
         self.places = nn.Parameter(0.02 * torch.randn(max_tokens, dim))
         self.decoder = Trunk(depth=decoder_depth, **shape)
         for part in (self.encoder, self.decoder):
-            initialise(part, init_std(dim))
+            initialise(part, init_std(dim), width=dim)
         self.flow = PixelFlow(
             dim=flow_dim,
             depth=flow_depth,

@@ -82,7 +82,7 @@ class ResTok(Tokenizer):
             self.semantic_mask = table(1, decoder[0])
             self.align_levels = nn.Linear(encoder[0], semantic, bias=False)
             self.align_cells = nn.Linear(decoder[0], semantic, bias=False)
-        initialise(self)
+        initialise(self, width=encoder[0])
         self.quantizer = quantizer
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)

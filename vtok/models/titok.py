@@ -23,7 +23,7 @@ from vtok.config import Configured, describe
 from vtok.layers.cnn import to_map
 from vtok.layers.cnn_maskgit import MaskGITDecoder
 from vtok.layers.trunk import Trunk
-from vtok.layers.vit import PatchEmbed, initialise, table, together, unpatchify
+from vtok.layers.vit import NARROW, PatchEmbed, initialise, table, together, unpatchify
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Part, Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec
@@ -39,7 +39,9 @@ class PatchHead(Configured, nn.Module):
         self.dim, self.patch = dim, patch
         self.project = nn.Linear(dim, 3 * patch * patch)
         self.smooth = nn.Conv2d(3, 3, 3, padding=1)
-        initialise(self)
+        initialise(self, width=dim)
+        if dim < NARROW:
+            nn.init.dirac_(self.smooth.weight)  # as small weights it holds back all gradients for hundreds of steps
 
     def render(self, h: Tensor, side: int) -> Tensor:
         return self.smooth(unpatchify(self.project(h), self.patch, side))
@@ -71,7 +73,7 @@ class ProxyHead(Configured, nn.Module):
         super().__init__()
         self.dim = dim
         self.project = nn.Sequential(nn.Linear(dim, 2 * dim), nn.Tanh(), nn.Linear(2 * dim, codes))
-        initialise(self.project)
+        initialise(self.project, width=dim)
         self.codes = nn.Embedding(codes, width)
         shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups)
         self.cnn = MaskGITDecoder(in_channels=width, **shape)
@@ -134,8 +136,8 @@ class TiTok(Tokenizer):
             size=encoder, patch=patch, out=quantizer.width, legacy_reshape=legacy_reshape, **shape
         )
         self.decoder = LatentDecoder(size=decoder, channels=quantizer.channels, text=text, **shape)
-        initialise(self.encoder)
-        initialise(self.decoder)
+        initialise(self.encoder, width=encoder[0])
+        initialise(self.decoder, width=decoder[0])
         self.head, self.quantizer = head, quantizer
         if stage == "proxy":
             if not isinstance(head, ProxyHead):
