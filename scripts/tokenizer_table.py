@@ -23,9 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.studies import sections  # noqa: E402
 from scripts.tables import OVERFIT, TESTED, TRAINED, Column, commit, data_options, markdown, photographs, rows  # noqa: E402
 
 ROWS_AT = ROOT / "docs" / "tables" / "tokenizers"
+STUDIES_AT = ROOT / "docs" / "tables" / "studies"  # of scripts/tokenizer_study.py
 PAGE = ROOT / "docs" / "tokenizers.md"
 RUNS = Path("outputs/tables/tokenizers")
 BUDGET = 600.0  # seconds on one core: 10 CPU-minutes
@@ -46,17 +48,47 @@ FAMILIES: dict[str, list[str]] = {
     "titok": ["tokenizer=titok_small", *VIT],
     "hita": ["tokenizer=hita_small"],
     "gigatok": ["tokenizer=gigatok_small", *VIT],
-    "restok": ["tokenizer=restok_small", *VIT],
-    "retok": ["tokenizer=retok_small", *VIT],
+    "restok": ["tokenizer=restok_small", *VIT, "batch_size=16"],
+    "retok": ["tokenizer=retok_small", *VIT, "batch_size=16"],
     "flextok": ["tokenizer=flextok_small", *VIT],
     "detailflow": ["tokenizer=detailflow_small", *VIT],
     "dar": ["tokenizer=dar_small", *VIT],
 }
-# what 128 px need, for the families of the second table: 256 tokens or fewer
+# What 128 px need beside the options above, for half a second a step on one core: few channels where there are many
+# pixels, few and large patches, small batches. Tokens at 128 px are 256 at most, but for flexvar's 341.
+EIGHT = ["tokenizer.channels=8", "tokenizer.multipliers=[1,2,4,12]", "tokenizer.groups=4"]  # 16 x 16 tokens
+SIXTEEN = ["channels=8", "multipliers=[1,2,4,8,16]", "groups=4"]  # 8 x 8 cells
+WIDE = ["tokenizer.encoder=[192,4,6]", "tokenizer.decoder=[192,4,6]"]
 LARGE: dict[str, list[str]] = {
-    "cnn_vq": ["tokenizer.multipliers=[1,2,4,4]"],
-    "var": ["tokenizer.multipliers=[1,2,4,4]", "tokenizer.quantizer.sides=[1,2,4,8,16]"],
-}
+    "cnn_vq": [*EIGHT, "tokenizer.quantizer.vocab_size=4096", "batch_size=8"],
+    "fsq": [*EIGHT, "tokenizer.quantizer.levels=[8,8,8,5,5,5]", "batch_size=8"],
+    "ifsq": [*EIGHT, "tokenizer.quantizer.levels=[17,17,17,17]", "batch_size=8"],
+    "lfq": [*EIGHT, "tokenizer.quantizer.bits=16", "tokenizer.quantizer.groups=[8,8]", "batch_size=8"],
+    "bsq": [*EIGHT, "tokenizer.quantizer.bits=16", "batch_size=8"],
+    "ibq": [*EIGHT, "tokenizer.quantizer.vocab_size=4096", "batch_size=8"],
+    "kl": [*EIGHT, "batch_size=8"],
+    "var": [
+        *(f"tokenizer.{option}" for option in SIXTEEN), "tokenizer.quantizer.sides=[1,2,3,4,5,6,7,8]",
+        "tokenizer.quantizer.vocab_size=4096", "tokenizer.quantizer.channels=32", "batch_size=8",
+    ],
+    "flexvar": [*EIGHT, "tokenizer.quantizer.sides=[1,2,4,8,16]", "batch_size=4"],
+    "titok": [
+        *WIDE, "tokenizer.tokens=128", "tokenizer.head.dim=192", "tokenizer.head.patch=16",
+        "tokenizer.quantizer.vocab_size=4096", "batch_size=8",
+    ],
+    "hita": [*EIGHT, "batch_size=4"],
+    "gigatok": [*(f"tokenizer.{option}" for option in SIXTEEN), "batch_size=8"],
+    "restok": [*(f"tokenizer.{option}" for option in SIXTEEN), "tokenizer.width=64", "batch_size=8"],
+    "retok": [*(f"tokenizer.network.{option}" for option in SIXTEEN), "batch_size=8"],
+    # a flow's width must not be below the 192 numbers of its patches: it has their noise to say
+    "flextok": ["tokenizer.patch=8", "tokenizer.decoder_dim=256", "tokenizer.decoder_depth=3", "batch_size=4"],
+    "detailflow": ["tokenizer.patch=16", "tokenizer.tokens=32", "tokenizer.group=4", "batch_size=8"],
+    "dar": [
+        "tokenizer.patch=16", "tokenizer.flow_patch=8", "tokenizer.flow_dim=256", "tokenizer.flow_depth=3",
+        "tokenizer.flow_heads=8", "batch_size=4",
+    ],
+}  # fmt: skip
+SECOND = ("cnn_vq", "fsq", "ifsq", "lfq", "ibq", "kl", "var", "titok")  # of the table at 128 px
 FLOW = {"dar", "flextok"}  # decoders that draw: their copies are one draw with a fixed seed
 
 
@@ -82,10 +114,15 @@ def main() -> None:
             except ValueError as error:
                 parser.error(str(error))
             for family in ["block_mean", *chosen]:
-                if kind == "cifar10" or family == "block_mean" or family in LARGE:
+                if kind != "imagenet" or family in ("block_mean", *SECOND):
                     row(kind, family, folder, given.budget)
-    PAGE.write_text(page(rows(ROWS_AT)))
+    write_page()
     print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def write_page() -> None:
+    """docs/tokenizers.md from all rows that are there, of the table and of the studies."""
+    PAGE.write_text(page(rows(ROWS_AT), rows(STUDIES_AT)))
 
 
 def row(kind: str, family: str, folder: Path, budget: float) -> None:
@@ -104,7 +141,7 @@ def row(kind: str, family: str, folder: Path, budget: float) -> None:
     stages, run = Stages(3), RUNS / f"{kind}_{family}"
     options = [*data_options(kind, folder), *SHARED, *FAMILIES[family]]
     if kind != "cifar10":
-        options += [*LARGE[family], "batch_size=16"]
+        options += LARGE[family]
     if kind == "overfit":
         steps = 1500
         stages.run(
@@ -148,22 +185,28 @@ def block_mean(kind: str, folder: Path) -> dict[str, Any]:
     """The baseline: every 8 x 8 block replaced by its mean colour."""
     import torch
     import torch.nn.functional as F
-    from hydra import compose, initialize_config_dir
 
     from eval.pixels import PixelErrors
-    from eval.sources import from_data
-    from vtok.config import instantiate
 
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("eval_reconstruction", overrides=["from=none", *data_options(kind, folder)])
-    data = instantiate(config.data)
-    images = from_data(data, "val", 2000 if kind == "cifar10" else None)
+    images = held_out(kind, folder, 2000 if kind == "cifar10" else None)
     errors = PixelErrors()
     for batch in images.batches(100):
         means = F.avg_pool2d(batch.permute(0, 3, 1, 2).float(), 8)
         copies = F.interpolate(means, scale_factor=8.0, mode="nearest").round().to(torch.uint8)
         errors.add(batch, copies.permute(0, 2, 3, 1).contiguous())
     return {"images": images.count, **errors.result(), "bits_per_pixel": 24 / 64}
+
+
+def held_out(kind: str, folder: Path, count: int | None) -> Any:
+    """The held-out images (eval.sources.Images) of a table, `count` of them evenly spaced; None: all."""
+    from hydra import compose, initialize_config_dir
+
+    from eval.sources import from_data
+    from vtok.config import instantiate
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("eval_reconstruction", overrides=["from=none", *data_options(kind, folder)])
+    return from_data(instantiate(config.data), "val", count)
 
 
 def facts(run: Path, rows: int) -> dict[str, Any]:
@@ -211,8 +254,8 @@ TITLES = {
 }
 
 
-def page(found: list[Mapping[str, Any]]) -> str:
-    """docs/tokenizers.md from the rows."""
+def page(found: list[Mapping[str, Any]], studies: list[Mapping[str, Any]]) -> str:
+    """docs/tokenizers.md from the rows of the table and of the studies."""
     lines = [
         "# Tokenizers, side by side",
         "",
@@ -234,7 +277,7 @@ def page(found: list[Mapping[str, Any]]) -> str:
             low = [family for family in low if family != "block_mean"]
         lines += ["", f"Below what is wanted: {', '.join(low) or 'none'}."]
         lines += [f"`block_mean`: one mean colour for each 8 x 8 block, {floor:.2f} dB."] if floor is not None else []
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *sections(studies)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ COUNTS = {
     "retok_ss": 136_302_603,
     "retok_sb": 232_686_347,
     "gigatok_small": 2_962_139,
-    "retok_small": 2_968_283,
+    "retok_small": 2_439_131,
 }
 
 
