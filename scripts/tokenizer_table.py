@@ -65,11 +65,11 @@ LARGE: dict[str, list[str]] = {
     "ifsq": [*EIGHT, "tokenizer.quantizer.levels=[17,17,17,17]", "batch_size=8"],
     "lfq": [*EIGHT, "tokenizer.quantizer.bits=16", "tokenizer.quantizer.groups=[8,8]", "batch_size=8"],
     "bsq": [*EIGHT, "tokenizer.quantizer.bits=16", "batch_size=8"],
-    "ibq": [*EIGHT, "tokenizer.quantizer.vocab_size=4096", "batch_size=8"],
+    "ibq": [*EIGHT, "tokenizer.quantizer.vocab_size=4096", "batch_size=4"],
     "kl": [*EIGHT, "batch_size=8"],
     "var": [
         *(f"tokenizer.{option}" for option in SIXTEEN), "tokenizer.quantizer.sides=[1,2,3,4,5,6,7,8]",
-        "tokenizer.quantizer.vocab_size=4096", "tokenizer.quantizer.channels=32", "batch_size=8",
+        "tokenizer.quantizer.vocab_size=4096", "tokenizer.quantizer.channels=32", "batch_size=4",
     ],
     "flexvar": [*EIGHT, "tokenizer.quantizer.sides=[1,2,4,8,16]", "batch_size=4"],
     "titok": [
@@ -77,9 +77,9 @@ LARGE: dict[str, list[str]] = {
         "tokenizer.quantizer.vocab_size=4096", "batch_size=8",
     ],
     "hita": [*EIGHT, "batch_size=4"],
-    "gigatok": [*(f"tokenizer.{option}" for option in SIXTEEN), "batch_size=8"],
-    "restok": [*(f"tokenizer.{option}" for option in SIXTEEN), "tokenizer.width=64", "batch_size=8"],
-    "retok": [*(f"tokenizer.network.{option}" for option in SIXTEEN), "batch_size=8"],
+    "gigatok": [*(f"tokenizer.{option}" for option in SIXTEEN), "batch_size=4"],
+    "restok": [*(f"tokenizer.{option}" for option in SIXTEEN), "tokenizer.width=64", "batch_size=4"],
+    "retok": [*(f"tokenizer.network.{option}" for option in SIXTEEN), "batch_size=4"],
     # a flow's width must not be below the 192 numbers of its patches: it has their noise to say
     "flextok": ["tokenizer.patch=8", "tokenizer.decoder_dim=256", "tokenizer.decoder_depth=3", "batch_size=4"],
     "detailflow": ["tokenizer.patch=16", "tokenizer.tokens=32", "tokenizer.group=4", "batch_size=8"],

@@ -268,6 +268,9 @@ def _gigatok(name: str, size: str, tokenizer: str, fid: float, file: str, scale:
     )
 
 
+HITA = {"B": 136_152_576, "L": 376_596_480, "XL": 816_806_400, "XXL": 1_461_500_928, "2B": 2_251_549_440}
+
+
 def _hita(letter: str, size: str, epochs: int, fid: float, score: float) -> GeneratorEntry:
     folder = {"v": "vanilla", "u": "ultra"}[letter]
     return GeneratorEntry(
@@ -278,6 +281,7 @@ def _hita(letter: str, size: str, epochs: int, fid: float, score: float) -> Gene
         "yexiguafu/hita-gen",
         inside="ema",
         licence="MIT",
+        parameters=HITA[size],
         tokenizer=f"hita-{letter}",
         fid=fid,
         inception_score=score,
@@ -373,11 +377,18 @@ TABLE: list[GeneratorEntry] = [
     _maskgit(
         "l32", True, 177_202_432, {"guidance": 5.5, "schedule": "previous", "temperature": 9.5, "steps": 8}, 2.77, 199.8
     ),
-    _maskgit("b64", True, None, {"guidance": 4.0, "schedule": "previous", "temperature": 11.0, "steps": 8}, 2.48, None),
+    _maskgit(
+        "b64",
+        True,
+        177_227_008,
+        {"guidance": 4.0, "schedule": "previous", "temperature": 11.0, "steps": 8},
+        2.48,
+        None,
+    ),
     _maskgit(
         "s128",
         False,
-        None,
+        294_990_848,
         {
             "guidance": 6.9,
             "schedule": "cosine",

@@ -98,7 +98,7 @@ def _gigatok(name: str, file: str, parts: tuple[str, str], parameters: int, rfid
     return Entry(name, family, file, config, licence=licence, **facts, **more)
 
 
-def _hita(name: str, file: str, ultra: bool, rfid: float) -> Entry:
+def _hita(name: str, file: str, ultra: bool, parameters: int, rfid: float) -> Entry:
     shared = {"layer_type": "normal", "image_size": 336, "patch_size": 16, "dim": 512, "depth": 3, "num_head": 8}
     shared |= {"mlp_dim": 2048, "dim_head": 64, "dropout": 0.1, "n_carrier": 128}
     side = {"target": "hita.modules.encoders.pretrained_enc_arch.SelfSupervisedCondtionEmbedder"}
@@ -113,12 +113,13 @@ def _hita(name: str, file: str, ultra: bool, rfid: float) -> Entry:
         "yexiguafu/hita-gen",
         drop=(r"encode_transformer\.(?:condition_embedder|visual_encoder|encoder)\..*",),
         licence="MIT",
+        parameters=parameters,
         rfid=rfid,
         note="reconstructed at 336 px, resized to 256; encoding needs DINOv2-L/14 with registers",
     )
 
 
-def _detailflow(tokens: int, rfid: float) -> Entry:
+def _detailflow(tokens: int, parameters: int, rfid: float) -> Entry:
     arguments = {"image_size": 256, "max_image_size": 256, "codebook_size": 8192, "codebook_embed_dim": 8}
     arguments |= {"enc_type": "siglip2", "dec_type": "siglip2", "num_latent_tokens": tokens, "group_size": 8}
     arguments |= {"causal_encoder": True, "causal_decoder": False, "global_token_loss_weight": 1.0}
@@ -128,7 +129,9 @@ def _detailflow(tokens: int, rfid: float) -> Entry:
         f"checkpoints/{tokens}.pt",
         {"ModelArgs": arguments},
         f"ByteFlow-AI/DetailFlow-{tokens // 8}",
+        drop=(r"repa_model\..*",),
         licence="Apache-2.0",
+        parameters=parameters,
         rfid=rfid,
         note="the README warns of +-0.3 between runs",
     )
@@ -143,10 +146,10 @@ def _network(channels: int, multipliers: list[int]) -> dict[str, Any]:
     return {"double_z": False, "z_channels": channels, "ch": 128, "ch_mult": multipliers, "num_res_blocks": 4}
 
 
-def _ibq(codes: int, rfid: float) -> Entry:
+def _ibq(codes: int, parameters: int, rfid: float) -> Entry:
     config = {"IBQ": {"ddconfig": _network(256, [1, 1, 2, 2, 4]), "n_embed": codes, "embed_dim": 256}}
     return _seed_voken(
-        f"ibq-{codes}", f"imagenet256_{codes}.ckpt", f"TencentARC/IBQ-Tokenizer-{codes}", config, rfid, None
+        f"ibq-{codes}", f"imagenet256_{codes}.ckpt", f"TencentARC/IBQ-Tokenizer-{codes}", config, rfid, parameters
     )
 
 
@@ -257,12 +260,12 @@ TABLE: list[Entry] = [
     _titok("titok_ll32_vae_c16", 606_879_604, 1.61, **VAE16, **_sizes("large", "large", 32)),
     _titok("titok_bl64_vae_c16", 389_418_100, 1.25, **VAE16, **_sizes("base", "large", 64)),
     _titok("titok_bl128_vae_c16", 389_581_940, 0.84, **VAE16, **_sizes("base", "large", 128)),
-    _titok("tatitok_bl32_vq", None, 3.95, ta=True, **TA_VQ, **_sizes("base", "large", 32)),
-    _titok("tatitok_bl64_vq", None, 2.43, ta=True, **TA_VQ, **_sizes("base", "large", 64)),
+    _titok("tatitok_bl32_vq", 390_800_532, 3.95, ta=True, **TA_VQ, **_sizes("base", "large", 32)),
+    _titok("tatitok_bl64_vq", 390_882_452, 2.43, ta=True, **TA_VQ, **_sizes("base", "large", 64)),
     _titok("tatitok_bl128_vq", 391_046_292, 1.53, ta=True, **TA_VQ, **_sizes("base", "large", 128)),
-    _titok("tatitok_bl32_vae", None, 1.53, ta=True, **VAE16, **_sizes("base", "large", 32)),
-    _titok("tatitok_bl64_vae", None, 1.47, ta=True, **VAE16, **_sizes("base", "large", 64)),
-    _titok("tatitok_sl128_vae", None, 0.90, ta=True, **VAE16, **_sizes("small", "large", 128)),
+    _titok("tatitok_bl32_vae", 390_202_484, 1.53, ta=True, **VAE16, **_sizes("base", "large", 32)),
+    _titok("tatitok_bl64_vae", 390_284_404, 1.47, ta=True, **VAE16, **_sizes("base", "large", 64)),
+    _titok("tatitok_sl128_vae", 330_275_188, 0.90, ta=True, **VAE16, **_sizes("small", "large", 128)),
     _gigatok("gigatok-ss", "VQ_SS256_e100.pt", ("small", "small"), 136_073_227, 1.01),
     _gigatok("gigatok-sb", "VQ_SB256_e200.pt", ("small", "base"), 232_399_627, 0.89),
     _gigatok("gigatok-bl", "VQ_BL256_e200.pt", ("base", "large"), 621_637_131, 0.81),
@@ -281,11 +284,11 @@ TABLE: list[Entry] = [
         rfid=1.28,
         note="661.79 M with the heads of training",
     ),
-    _hita("hita-v", "vanilla/tokenizer/hita-tok.pt", False, 1.03),
-    _hita("hita-u", "ultra/tokenizer/hita-ultra.pt", True, 0.57),
-    _detailflow(128, 1.13),
-    _detailflow(256, 0.80),
-    _detailflow(512, 0.52),
+    _hita("hita-v", "vanilla/tokenizer/hita-tok.pt", False, 104_240_839, 1.03),
+    _hita("hita-u", "ultra/tokenizer/hita-ultra.pt", True, 104_767_687, 0.57),
+    _detailflow(128, 272_773_448, 1.13),
+    _detailflow(256, 273_314_120, 0.80),
+    _detailflow(512, 274_395_464, 0.52),
     Entry(
         "dar",
         "dar",
@@ -303,10 +306,10 @@ TABLE: list[Entry] = [
     _flextok("d18-d28", "dfn"),
     _magvit2(256, [1, 1, 2, 2, 4], 1.17, 115_127_829),
     _magvit2(128, [1, 2, 2, 4], 1.18, 112_021_653),
-    _ibq(1024, 2.24),
-    _ibq(8192, 1.87),
-    _ibq(16384, 1.37),
-    _ibq(262144, 1.00),
+    _ibq(1024, 107_049_859, 2.24),
+    _ibq(8192, 108_884_867, 1.87),
+    _ibq(16384, 110_982_019, 1.37),
+    _ibq(262144, 173_896_579, 1.00),
     Entry(
         "ifsq-f16",
         "ifsq",
