@@ -26,6 +26,8 @@ from vgen.convert import convert
 from vgen.guidance import ClassifierFree, Constant, Cosine, Count, Guidance, Linear
 from vgen.heads import DrawRule
 from vgen.masking import masked_layout
+from vtok.acceleration import light_weights
+from vtok.low_bit import LowBit
 from vtok.noise import SampleNoise, sample_seeds
 
 Run = Callable[[], Any]
@@ -33,12 +35,15 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What is timed. size: the original's name of it, or tiny; steps: of sampling, None for the peer's own."""
+    """What is timed. size: the original's name of it, or tiny; steps: of sampling, None for the peer's own. dtype,
+    packed, quant: how our trunk's weights are stored for sampling (vtok/acceleration.py)."""
 
     size: str | None
     batch: int
     steps: int | None
     dtype: torch.dtype = torch.float32
+    packed: bool = False
+    quant: LowBit | None = None
 
 
 @dataclass
@@ -163,14 +168,14 @@ def trained(model: Any, tokens: Tensor, labels: Tensor) -> Run:
     return learn(model, lambda: model.loss(batch, progress=0.0)["loss"])
 
 
-def cast(model: Any, dtype: torch.dtype) -> Any:
-    """The trunk in `dtype`, as Pipeline.load does it; a copy where that is not float32."""
-    if dtype == torch.float32:
+def cast(model: Any, options: Options) -> Any:
+    """The trunk's weights as the options say, as Pipeline.load does it; a copy where that changes them."""
+    if options.dtype == torch.float32 and not options.packed and options.quant is None:
         return model
     import copy
 
     model = copy.deepcopy(model)
-    model.trunk.to(dtype)
+    light_weights(model.trunk, options.dtype, packed=options.packed, quant=options.quant)
     return model
 
 
@@ -194,7 +199,7 @@ def llamagen(folder: Path, options: Options) -> Pair:
     ours = convert("llamagen", theirs.state_dict(), {"Transformer_ModelArgs": vars(theirs.config)})
     length, labels = ours.layout.length, torch.arange(options.batch)
     tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, length))
-    steps, guide, fast = options.steps or length, ClassifierFree(Constant(4.0)), cast(ours, options.dtype)
+    steps, guide, fast = options.steps or length, ClassifierFree(Constant(4.0)), cast(ours, options)
     settings = {"cfg_scale": 4.0, "cfg_interval": -1, "temperature": 1.0, "top_p": 1.0}
 
     def plain(*, learning: bool) -> tuple[Tensor, Tensor | None]:
@@ -240,7 +245,7 @@ def var(folder: Path, options: Options) -> Pair:
     sides = list(theirs.patch_nums)
     arguments = {"VAR": {"patch_nums": sides, "cond_drop_rate": theirs.cond_drop_rate}, "VQVAE": {}}
     ours = convert("var", state, arguments)
-    fast, labels = cast(ours, options.dtype), torch.arange(options.batch)
+    fast, labels = cast(ours, options), torch.arange(options.batch)
     tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, ours.layout.length))
     maps = vae.quantize.idxBl_to_var_input([t.contiguous() for t in tokens.split([s * s for s in sides], dim=1)])
     vae.fhat_to_img = lambda f: f.clone()  # sampling excludes decoding
@@ -288,7 +293,7 @@ def rar(folder: Path, options: Options) -> Pair:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_seq_len")
     arguments = {"generator": {name: g[name] for name in names}}
     ours = convert("rar", theirs.state_dict(), {"RAR_config": {"model": arguments}})
-    fast, labels = cast(ours, options.dtype), torch.arange(options.batch)
+    fast, labels = cast(ours, options), torch.arange(options.batch)
     vocabulary = ours.spec.parts[0].vocab_size
     tokens = torch.randint(vocabulary, (options.batch, ours.layout.length))
     guide = ClassifierFree(Cosine(float(g.guidance_scale), float(g.guidance_scale_pow)))
@@ -348,7 +353,7 @@ def xar(folder: Path, options: Options) -> Pair:
     heads = theirs.encoder_blocks[0].attn.num_heads
     arguments = {"encoder_num_heads": heads, "decoder_num_heads": heads}
     ours = convert("xar", theirs.state_dict(), {"xAR": arguments})
-    fast, labels, steps = cast(ours, options.dtype), torch.arange(options.batch), options.steps or 10
+    fast, labels, steps = cast(ours, options), torch.arange(options.batch), options.steps or 10
     latents = torch.randn(options.batch, ours.channels, 16, 16)
     tokens, guide = latents.flatten(2).transpose(1, 2), ClassifierFree(Linear(2.7))
 
@@ -388,7 +393,7 @@ def mar(folder: Path, options: Options) -> Pair:
     given = {k: v for k, v in given.items() if not k.startswith(("encoder", "decoder", "norm"))}
     heads = {f"{side}_num_heads": theirs.encoder_blocks[0].attn.num_heads for side in ("encoder", "decoder")}
     ours = convert("mar", theirs.state_dict(), {"MAR": given | heads})
-    fast, labels, length = cast(ours, options.dtype), torch.arange(options.batch), ours.layout.length
+    fast, labels, length = cast(ours, options), torch.arange(options.batch), ours.layout.length
     fast.layout = masked_layout(fast.spec.layout, steps, "cosine")
     side, channels = int(length**0.5), ours.head.channels
     latents = torch.randn(options.batch, channels, side, side)

@@ -6,16 +6,21 @@ Random weights of the published sizes: speed does not depend on their values. Fo
 is the larger of (matrix operations counted / measured matmul rate) and (bytes of weights read / measured bandwidth);
 `fraction` is that over the measured time. Weights are read once a pass; sampling makes one pass for each step of the
 layout. Sampling does not include decoding. Training is forward, backward and a fused AdamW update, as in train.py.
+
+Every row holds the paths that were taken (vtok/counters.py), and a setting whose path was not is an error: a fallback
+is no measurement of it (eval/paths.py). compile is for training, cuda_graphs, packed and quant are for sampling.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +28,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from eval import paths
 from eval.fid import CONFIGS
 from eval.protocol import library_versions
+from vtok import counters
+from vtok.acceleration import compile_blocks, light_weights
 from vtok.cli import entry
+from vtok.decoding import channels_last, decode_images
+from vtok.layers.packed import PackedLinear
 
 PARTS = ("encode", "decode", "sample", "train")
+OPTIONS = ("compile", "cuda_graphs", "packed", "quant")
+
+
+@dataclass
+class Job:
+    """What is timed: `run` reads the weights of `module` `passes` times. graded: with gradients. asked: the paths to be
+    taken. plain: what counts its operations, where `run` hides them (replayed graphs)."""
+
+    run: Callable[[], Any]
+    module: nn.Module
+    passes: int
+    graded: bool
+    asked: paths.Asked
+    plain: Callable[[], Any] | None = None
 
 
 def wait(device: torch.device) -> None:
@@ -62,9 +86,18 @@ def bandwidth(device: torch.device) -> float:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters that every pass reads: all but lookup tables."""
+    """Bytes of the weights that every pass reads: all but lookup tables, as they are stored."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    return sum(p.numel() * p.element_size() for p in module.parameters() if id(p) not in tables)
+    packed = [t for m in module.modules() if isinstance(m, PackedLinear) for t in (m.weight, m.bias) if t is not None]
+    return sum(stored_bytes(t) for t in [*module.parameters(), *packed] if id(t) not in tables)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Of all that a tensor is made of: 8-bit weights have scales beside them, and show the dtype they stand for."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
 
 
 def floor(run: Callable[[], Any], bytes_read: float, rate: float, speed: float) -> tuple[float, float]:
@@ -80,18 +113,25 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
     device, dtype = next(tokenizer.parameters()).device, getattr(torch, config["dtype"])
     rate, speed = matmul_rate(device, dtype), bandwidth(device)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    rows = []
+    rows, light = [], generator
+    if generator is not None:  # training needs weights of its own
+        light = copy.deepcopy(generator) if "train" in config["parts"] else generator
+        light_weights(light.trunk, dtype, **storage(config))
     for batch in config["batches"]:
-        work = jobs(config, tokenizer, generator, int(batch), device)
+        work = jobs(config, tokenizer, generator, light, int(batch), device)
         for part in config["parts"]:
             if part not in work:
                 continue
-            run, module, passes, graded = work[part]
-            with autocast if part != "sample" else nullcontext(), nullcontext() if graded else torch.inference_mode():
+            job = work[part]
+            own = part in ("sample", "decode")  # these bring their precision with them
+            counters.reset()
+            with nullcontext() if own else autocast, nullcontext() if job.graded else torch.inference_mode():
+                operations, smallest = floor(job.plain or job.run, job.passes * weight_bytes(job.module), rate, speed)
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                operations, smallest = floor(run, passes * weight_bytes(module), rate, speed)
-                spent = seconds(run, device, int(config["repeats"]))
+                spent = seconds(job.run, device, int(config["repeats"]))
+            taken = counters.read()
+            job.asked.check(taken, f"{part} at batch {batch}")
             middle = statistics.median(spent)
             rows.append(
                 {
@@ -104,12 +144,14 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                     "fraction": smallest / middle,
                     "matmul_operations_per_image": operations / batch,
                     "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-                    "parameters": sum(p.numel() for p in module.parameters()),
+                    "parameters": sum(p.numel() for p in job.module.parameters()),
+                    "paths": taken,
                 }
             )
             print(
                 f"{part:7} batch {batch:4}  {rows[-1]['images_per_second']:9.2f} images/s  "
-                f"{rows[-1]['ms_per_image']:9.1f} ms/image  {rows[-1]['fraction']:6.1%} of the roofline",
+                f"{rows[-1]['ms_per_image']:9.1f} ms/image  {rows[-1]['fraction']:6.1%} of the roofline\n"
+                f"        paths: {', '.join(f'{path} {times}' for path, times in taken.items()) or 'none counted'}",
                 flush=True,
             )
     facts = {"matmul_rate": rate, "bandwidth": speed, "device": describe(device), "threads": torch.get_num_threads()}
@@ -117,9 +159,14 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
 
 
 def jobs(
-    config: Mapping[str, Any], tokenizer: Any, generator: Any | None, batch: int, device: torch.device
-) -> dict[str, tuple[Callable[[], Any], nn.Module, int, bool]]:
-    """Part -> (what is timed, the module whose weights it reads, passes over them, whether it needs gradients)."""
+    config: Mapping[str, Any],
+    tokenizer: Any,
+    generator: Any | None,
+    light: Any | None,
+    batch: int,
+    device: torch.device,
+) -> dict[str, Job]:
+    """What is timed, by part. light: the generator with its weights as they are stored for sampling."""
     size = tokenizer.spec.image_size
     drawer = torch.Generator().manual_seed(int(config["seed"]))
     images = (torch.rand(batch, 3, size, size, generator=drawer) * 2 - 1).to(device)
@@ -129,9 +176,11 @@ def jobs(
     noise = SampleNoise(seeds)
     with torch.inference_mode():
         tokens = tokenizer.encode(images, noise=noise)
-    found: dict[str, tuple[Callable[[], Any], nn.Module, int, bool]] = {
-        "encode": (lambda: tokenizer.encode(images, noise=noise), tokenizer, 1, False),
-        "decode": (lambda: tokenizer.decode(tokens, noise=noise), tokenizer, 1, False),
+    dtype = getattr(torch, config["dtype"])
+    decode = lambda: decode_images(tokenizer, tokens, dtype=dtype, noise=noise)  # noqa: E731
+    found = {
+        "encode": Job(lambda: tokenizer.encode(images, noise=noise), tokenizer, 1, False, paths.Asked()),
+        "decode": Job(decode, tokenizer, 1, False, paths.decoding(dtype=dtype, tokenizer=tokenizer)),
     }
     if generator is None:
         return found
@@ -139,24 +188,33 @@ def jobs(
     from vgen.heads import DrawRule
     from vgen.pipeline import Pipeline
 
-    pipeline, guide = Pipeline(generator, tokenizer), guidance(float(config["guidance"]))
+    guide, graphs = guidance(float(config["guidance"])), bool(config["cuda_graphs"])
     labels = torch.arange(batch, device=device) % max(generator.num_classes, 1)
-    steps = generator.layout.steps
-    found["sample"] = (
-        lambda: pipeline.tokens(labels, seeds, guide=guide, rule=DrawRule()), generator, steps, False
-    )  # fmt: skip
+    if "sample" in config["parts"]:
+        fast, plain = Pipeline(light, tokenizer, cuda_graphs=graphs), Pipeline(light, tokenizer)
+        draw = lambda pipeline: pipeline.tokens(labels, seeds, guide=guide, rule=DrawRule())  # noqa: E731
+        asked = paths.sampling(light, dtype=dtype, guided=guide.streams > 1, cuda_graphs=graphs, **storage(config))
+        found["sample"] = Job(lambda: draw(fast), light, light.layout.steps, False, asked, lambda: draw(plain))
     if "train" in config["parts"]:
-        found["train"] = (trainer(generator, tokens.clone(), labels, seeds), generator, 3, True)
+        compiled, given = bool(config["compile"]), {"tokens": tokens.clone(), "label": labels, "key": seeds}
+        asked = paths.training(generator, batch=batch, device=device, compiled=compiled)
+        step = trainer(generator, given, compiled=compiled)
+        plain_step = lambda: trainer(generator, given)()  # noqa: E731 (nothing of it stays in memory)
+        found["train"] = Job(step, generator, 3, True, asked, plain_step if compiled else None)
     return found
 
 
-def trainer(generator: Any, tokens: Tensor, labels: Tensor, keys: Tensor) -> Callable[[], None]:
-    """One optimizer step on a copy of the generator."""
-    import copy
+def storage(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the trunk's weights are stored for sampling, beside their dtype."""
+    return {"packed": bool(config["packed"]), "quant": config["quant"]}
 
+
+def trainer(generator: Any, batch: Mapping[str, Tensor], *, compiled: bool = False) -> Callable[[], None]:
+    """One optimizer step on a copy of the generator."""
     model = copy.deepcopy(generator).float().train()
+    if compiled:
+        compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    batch = {"tokens": tokens, "label": labels, "key": keys}
 
     def step() -> None:
         with torch.inference_mode(False):
@@ -228,6 +286,8 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         torch.set_num_threads(int(config["threads"]))
     torch.manual_seed(int(config["seed"]))
     tokenizer = instantiate(config["tokenizer"], _convert_="all").to(device).eval().requires_grad_(False)
+    if dtype != torch.float32:
+        channels_last(tokenizer)
     generator = None
     if config.get("model") is not None:
         make = instantiate(config["model"], _convert_="all", _partial_=True)
@@ -235,19 +295,19 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         generator = make(spec=tokenizer.spec, num_classes=int(config["num_classes"]))
         generator.adopt(tokenizer)
         generator.to(device).eval()
-        generator.trunk.to(dtype)
     elif {"sample", "train"} & set(config["parts"]):
         print("model=null: encoding and decoding only")
     from hydra.core.hydra_config import HydraConfig
 
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     names = {"tokenizer": choices.get("tokenizer"), "model": choices.get("model"), "dtype": config["dtype"]}
+    names |= {key: config[key] for key in OPTIONS}
     rows = [{**names, **row} for row in measure(config, tokenizer, generator)]
-    key = ("tokenizer", "model", "dtype", "part", "batch", "device")
+    key = ("tokenizer", "model", "dtype", *OPTIONS, "part", "batch", "device")
     out = Path(config["out"])
     earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
-    done = {tuple(row[k] for k in key) for row in rows}
-    rows_all = [row for row in earlier if tuple(row[k] for k in key) not in done] + rows
+    done = {tuple(row.get(k) for k in key) for row in rows}
+    rows_all = [row for row in earlier if tuple(row.get(k) for k in key) not in done] + rows
     date = time.strftime("%Y-%m-%d")
     write_json(out, {"rows": rows_all, "versions": library_versions(), "date": date})
     print(f"wrote {out}")

@@ -6,7 +6,8 @@ First the outputs must agree: teacher-forced logits (or states) within 1e-4 of t
 the two take turns in one process, the first to go changing every time, and the ratio is the original's time over ours:
 the median over the turns, with its 10-90 % range. A shared machine slows both sides of a turn, so ratios outlive it
 where times do not; clock=cpu with threads=1 counts this process's own seconds alone. The original's code comes from
-`dir`; without it the command says what to clone.
+`dir`; without it the command says what to clone. A row holds the paths that our side took (vtok/counters.py); where
+one that the settings ask for was not taken, the command fails (eval/paths.py).
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval import paths
 from eval.fid import CONFIGS
 from eval.peers import Options, draw, pair
 from eval.protocol import library_versions
-from eval.throughput import describe, wait
+from eval.throughput import describe, storage, wait
+from vtok import counters
 from vtok.cli import entry
 
 TOLERANCE = 1e-4  # of max|a - b| / max|b|; ids must be equal
@@ -91,6 +94,15 @@ def itself(batch: int, steps: int | None) -> Callable[[], Any]:
     return lambda: draw(model, labels, guidance(2.0), DrawRule(top_k=100), stop=steps)
 
 
+def asked(config: Mapping[str, Any], generator: Any | None, part: str, dtype: torch.dtype) -> paths.Asked:
+    """The paths that our side has to take; of the self-test's model, at least cached and guided steps."""
+    if generator is None:
+        return paths.Asked({"step.cached", "rows.guided"}, {"step.recomputed"})
+    if part == "train":
+        return paths.training(generator, batch=int(config["batch"]), device=torch.device("cpu"))
+    return paths.sampling(generator, dtype=dtype, guided=True, **storage(config))
+
+
 def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The command: checks, times, prints, adds to `out`; returns the rows of this call."""
     from vgen.sampling import resolve_dtype
@@ -108,7 +120,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"batch={config['batch']}: at least one image is made at once")
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
-    device, dtype, steps = torch.device("cpu"), resolve_dtype(config["dtype"]), config["steps"]
+    device, dtype, steps, both = torch.device("cpu"), resolve_dtype(config["dtype"]), config["steps"], None
     name, setting, differences = config["peer"], "", {}
     if config["selftest"]:
         run = itself(int(config["batch"]), steps)
@@ -116,7 +128,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     elif name is None:
         raise ValueError("pass peer=<family> and dir=<checkout of the original>, or selftest=true")
     else:
-        both = pair(name, config["dir"], Options(config["size"], int(config["batch"]), steps, dtype))
+        both = pair(name, config["dir"], Options(config["size"], int(config["batch"]), steps, dtype, **storage(config)))
         differences, setting = agree(both.same()), both.setting
         told = ", ".join(f"{k} {v:.1e}" for k, v in differences.items())
         print(f"{name}: same weights, same outputs ({told})", flush=True)
@@ -125,22 +137,27 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise ValueError(f"parts={list(config['parts'])}: choose of {', '.join(both.parts)}")
     rows = []
     for part, (theirs, ours) in parts.items():
+        counters.reset()  # only our side counts
         row = alternate(theirs, ours, int(config["turns"]), device, clock=CLOCKS[config["clock"]])
+        row["paths"] = counters.read()
+        asked(config, both.ours if both else None, part, dtype).check(row["paths"], f"{name} {part}")
         facts = {"peer": name, "size": config["size"], "part": part, "batch": int(config["batch"])}
         facts |= {"dtype": config["dtype"], "threads": torch.get_num_threads(), "device": describe(device)}
-        facts["clock"] = config["clock"]
+        facts |= {"clock": config["clock"], **storage(config)}
         more = {"setting": setting, "differences": differences, "date": time.strftime("%Y-%m-%d")}
         rows.append(facts | row | more | {"note": config["note"], "versions": library_versions()})
         print(
             f"{name} {part} batch {config['batch']}: the original's time is {row['ratio']:.2f} x ours "
             f"(10-90 % {row['ratio_low']:.2f} to {row['ratio_high']:.2f}, {row['turns']} turns; "
-            f"{row['original_seconds']:.3f} s and {row['our_seconds']:.3f} s)",
+            f"{row['original_seconds']:.3f} s and {row['our_seconds']:.3f} s)\n"
+            f"  our paths: {', '.join(f'{path} {times}' for path, times in row['paths'].items())}",
             flush=True,
         )
     out, key = Path(config["out"]), ("peer", "size", "part", "batch", "dtype", "threads", "device", "setting", "clock")
+    key += ("packed", "quant")
     earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
-    done = {tuple(row[k] for k in key) for row in rows}
-    kept = [row for row in earlier if tuple(row[k] for k in key) not in done]
+    done = {tuple(row.get(k) or None for k in key) for row in rows}  # rows of before have no storage: a plain one
+    kept = [row for row in earlier if tuple(row.get(k) or None for k in key) not in done]
     write_json(out, {"rows": kept + rows})
     print(f"wrote {out}")
     return rows

@@ -3,9 +3,10 @@
     python scripts/bench_gpu.py
     python scripts/bench_gpu.py seconds=540 only=[llamagen_l_sample_1]
 
-A row is one call of eval.throughput in a process of its own. A call of this script starts no row after `seconds`, and
-kills one that runs over `row_seconds`; rows that have their file are done, so three calls of nine minutes do what one
-of 25 would. scripts/benchmarks.py writes docs/benchmarks.md from the files.
+A row is one call of eval.throughput in a process of its own, on the fast paths unless its name says plain; where one
+was not taken, the row fails. A call of this script starts no row after `seconds`, and kills one that runs over
+`row_seconds`; rows that have their file are done, so three calls of nine minutes do what one of 25 would.
+scripts/benchmarks.py writes docs/benchmarks.md from the files.
 """
 
 from __future__ import annotations
@@ -24,21 +25,33 @@ sys.path.insert(0, str(ROOT))
 from vtok.cli import entry  # noqa: E402
 
 LLAMAGEN, VAR, KL = "tokenizer=llamagen_vq16", "tokenizer=var_vqvae", "tokenizer=kl16"
+GRAPHS, COMPILE = "cuda_graphs=true", "compile=true"
 ROWS: dict[str, tuple[str, ...]] = {
-    "llamagen_l_sample_1": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]"),
-    "var_d16_sample_1": (VAR, "model=var_d16", "parts=[sample]", "batches=[1]"),
-    "llamagen_l_train": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[64]"),
-    "var_d16_train": (VAR, "model=var_d16", "parts=[train]", "batches=[64]"),
-    "llamagen_l_sample_64": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[64]"),
-    "var_d16_sample_64": (VAR, "model=var_d16", "parts=[sample]", "batches=[64]"),
-    "llamagen_3b_sample_1": (LLAMAGEN, "model=llamagen_3b", "parts=[sample]", "batches=[1]"),
+    "llamagen_l_sample_1": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]", GRAPHS),
+    "var_d16_sample_1": (VAR, "model=var_d16", "parts=[sample]", "batches=[1]", GRAPHS),
+    "llamagen_l_train": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[64]", COMPILE),
+    "var_d16_train": (VAR, "model=var_d16", "parts=[train]", "batches=[64]", COMPILE),
+    "llamagen_l_sample_64": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[64]", GRAPHS),
+    "var_d16_sample_64": (VAR, "model=var_d16", "parts=[sample]", "batches=[64]", GRAPHS),
+    "llamagen_3b_sample_1": (LLAMAGEN, "model=llamagen_3b", "parts=[sample]", "batches=[1]", GRAPHS),
+    "llamagen_l_sample_1_plain": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]"),
     "llamagen_vq16": (LLAMAGEN, "parts=[encode,decode]", "batches=[1,64]"),
     "var_vqvae": (VAR, "parts=[encode,decode]", "batches=[1,64]"),
     "titok_l32": ("tokenizer=titok_l32", "parts=[encode,decode]", "batches=[1,64]"),
-    "rar_b_sample_1": ("tokenizer=maskgit_vqgan", "model=rar_b", "parts=[sample]", "batches=[1]"),
-    "xar_b_sample_1": (KL, "model=xar_b", "parts=[sample]", "batches=[1]"),
-    "mar_b_sample_1": (KL, "model=mar_b", "parts=[sample]", "batches=[1]"),
-    "llamagen_b_sample_256": (LLAMAGEN, "model=llamagen_b", "parts=[sample]", "batches=[256]"),
+    "rar_b_sample_1": ("tokenizer=maskgit_vqgan", "model=rar_b", "parts=[sample]", "batches=[1]", GRAPHS),
+    "xar_b_sample_1": (KL, "model=xar_b", "parts=[sample]", "batches=[1]", GRAPHS),
+    "mar_b_sample_1": (KL, "model=mar_b", "parts=[sample]", "batches=[1]", GRAPHS),
+    "llamagen_b_sample_256": (LLAMAGEN, "model=llamagen_b", "parts=[sample]", "batches=[256]", GRAPHS),
+    "llamagen_l_sample_1_int8": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]", GRAPHS, "quant=int8"),
+    "llamagen_l_sample_1_float8": (
+        LLAMAGEN,
+        "model=llamagen_l",
+        "parts=[sample]",
+        "batches=[1]",
+        GRAPHS,
+        "quant=float8",
+    ),
+    "llamagen_l_train_plain": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[64]"),
 }
 
 

@@ -6,6 +6,8 @@
 For each axis the others stay at batch 1, 64 tokens and 4 blocks. Sampling is timed a step: the last quarter of them
 over the second tells what grows with the position, which should be attention alone (at most 4 x positions x width x
 depth multiplications a row). Times are CPU seconds of this process, so that other jobs on the machine do not count.
+Memory is the most bytes that the tensors made by a run hold at once, counted one by one (eval/memory.py): the cache and
+a step's own for sampling; activations and gradients for training. Weights come on top.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from eval.memory import Memory  # noqa: E402
 from vtok.cli import entry  # noqa: E402
 
 BASE = {"tokens": 64, "batch": 1, "depth": 4}
@@ -74,6 +77,26 @@ def train_seconds(model: Any, batch: int) -> float:
     return min(spent)
 
 
+def train_bytes(model: Any, batch: int) -> int:
+    """The most bytes at once of a training step: activations, gradients, temporaries."""
+    from vtok.noise import sample_seeds
+
+    tokens = torch.randint(256, (batch, model.layout.length))
+    given = {"tokens": tokens, "label": torch.arange(batch) % 10, "key": sample_seeds(0, 0, batch)}
+    model.zero_grad(set_to_none=True)
+    with Memory() as memory:
+        model.train().loss(given)["loss"].backward()
+    model.zero_grad(set_to_none=True)
+    return memory.peak
+
+
+def sample_bytes(model: Any, batch: int) -> int:
+    """The most bytes at once of sampling: the cache, and what a step makes."""
+    with Memory() as memory:
+        step_seconds(model, batch)
+    return memory.peak
+
+
 def growth(steps: list[float]) -> float:
     """Median of the last quarter of the steps over that of the second quarter (the first few warm up)."""
     quarter = max(1, len(steps) // 4)
@@ -94,7 +117,9 @@ def measure(axis: str, value: int) -> dict[str, Any]:
         "step_ms": 1000 * statistics.median(steps),
         "sample_seconds": sum(steps),
         "growth": growth(steps),
-        "train_seconds": train_seconds(model, point["batch"]) if point["tokens"] <= 1024 else None,
+        "train_seconds": train_seconds(model, point["batch"]),
+        "train_bytes": train_bytes(model, point["batch"]),
+        "sample_bytes": sample_bytes(model, point["batch"]),
         "cache_bytes": cache.keys.numel() * cache.keys.element_size() * 2,
         "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
     }
@@ -106,17 +131,28 @@ def plot(path: Path, rows: list[Mapping[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
-    for panel, axis in zip(axes, AXES):
-        members = [row for row in rows if row["axis"] == axis]
-        for name, unit in (("step_ms", 1.0), ("train_seconds", 1000.0)):
-            found = [(row[axis], row[name] * unit) for row in members if row[name] is not None]
-            label = "decode step" if name == "step_ms" else "training step"
-            panel.plot(*zip(*found), marker="o", label=label)
-        panel.set(xscale="log", yscale="log", xlabel=axis, title=f"over {axis}")
-        panel.grid(alpha=0.3)
-    axes[0].set_ylabel("CPU ms")
-    axes[0].legend()
+    lines = {
+        "CPU ms": (
+            ("step_ms", 1.0, "decode step"),
+            ("sample_seconds", 1e3, "sampling"),
+            ("train_seconds", 1e3, "training step"),
+        ),
+        "MiB": (
+            ("cache_bytes", 2**-20, "cache"),
+            ("sample_bytes", 2**-20, "sampling"),
+            ("train_bytes", 2**-20, "training step"),
+        ),
+    }
+    figure, panels = plt.subplots(2, 3, figsize=(12, 7), sharey="row")
+    for row_of_panels, (unit, drawn) in zip(panels, lines.items()):
+        for panel, axis in zip(row_of_panels, AXES):
+            members = [row for row in rows if row["axis"] == axis]
+            for name, factor, label in drawn:
+                panel.plot([r[axis] for r in members], [r[name] * factor for r in members], marker="o", label=label)
+            panel.set(xscale="log", yscale="log", xlabel=axis, title=f"over {axis}")
+            panel.grid(alpha=0.3)
+        row_of_panels[0].set_ylabel(unit)
+        row_of_panels[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -130,10 +166,11 @@ def run(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     for axis, values in (LIGHT if config["light"] else AXES).items():
         for value in values:
             rows.append(measure(axis, value))
-            train = rows[-1]["train_seconds"]
+            row = rows[-1]
             print(
-                f"{axis} {value:5}  decode step {rows[-1]['step_ms']:8.2f} ms  last over second quarter "
-                f"{rows[-1]['growth']:.2f}  training step {'-' if train is None else f'{1000 * train:.0f} ms'}",
+                f"{axis} {value:5}  decode step {row['step_ms']:8.2f} ms, last / second quarter {row['growth']:.2f}  "
+                f"sampling {row['sample_seconds']:.2f} s, {row['sample_bytes'] / 2**20:.1f} MiB  "
+                f"training step {1000 * row['train_seconds']:.0f} ms, {row['train_bytes'] / 2**20:.1f} MiB",
                 flush=True,
             )
     out = Path(config["out"])

@@ -58,7 +58,10 @@ def test_command_measures_every_part_and_keeps_earlier_rows(tmp_path, monkeypatc
         assert row["ms_per_image"] == pytest.approx(1000 / row["images_per_second"])
         assert row["fraction"] == pytest.approx(row["roofline_ms_per_image"] / row["ms_per_image"])
         assert row["matmul_operations_per_image"] > 0
+        assert row["paths"] or row["part"] == "encode"
     decode, sample, train = rows[1:]
+    assert decode["paths"] == {"decode.float32": 3} and sample["paths"]["rows.guided"] == 3 * 16
+    assert train["paths"]["loss.whole"] == 3 and "step.recomputed" not in sample["paths"]
     assert train["parameters"] == sample["parameters"] != decode["parameters"]
     again = evaluate(config(f"out={out}", "parts=[decode]"))
     more = evaluate(config(f"out={out}", "parts=[decode]", "batches=[1]"))
@@ -74,3 +77,29 @@ def test_mistakes_name_their_key(tmp_path):
     for option in ("parts=[encode,fly]", "batches=[]", "batches=[0]", "repeats=0"):
         with pytest.raises(ValueError, match="parts must be of"):
             evaluate(config(option, f"out={tmp_path / 'x.json'}"))
+
+
+def test_light_weights_read_fewer_bytes_and_their_paths_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.throughput.matmul_rate", lambda *_: 1e15)
+    monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)
+    common = ("model=llamagen_tiny", "dtype=bfloat16", "parts=[decode,sample]", f"out={tmp_path / 't.json'}")
+    plain = evaluate(config(*common))
+    packed = evaluate(config(*common, "packed=true"))
+    assert packed[0]["paths"] == {"decode.bfloat16": 3, "decode.channels_last": 3}
+    assert packed[1]["paths"]["linear.packed"] > 0 == plain[1]["paths"].get("linear.packed", 0)
+    assert packed[1]["roofline_ms_per_image"] == pytest.approx(plain[1]["roofline_ms_per_image"])
+    assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 4, "other settings are other rows"
+
+
+def test_a_fallback_is_no_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.throughput.matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)
+    monkeypatch.setattr("vgen.generator.Generator.cache", lambda *_, **__: None)
+    out = tmp_path / "x.json"
+    with pytest.raises(ValueError, match=r"sample at batch 2 fell back.*step\.recomputed"):
+        evaluate(config("model=llamagen_tiny", "parts=[sample]", f"out={out}"))
+    assert not out.exists()
+    with pytest.raises(ValueError, match="cuda_graphs=true needs device=cuda"):
+        evaluate(config("model=llamagen_tiny", "parts=[sample]", "cuda_graphs=true", f"out={out}"))
+    with pytest.raises(ValueError, match="exclude each other"):
+        evaluate(config("model=llamagen_tiny", "parts=[sample]", "packed=true", "quant=int8", f"out={out}"))

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vtok.counters import count
+
 MOST = 2**27  # logits of a piece: 512 MiB in float32
 
 
@@ -19,6 +21,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor | None, target:
     """-log softmax(h weight^T + bias)[target], float32 [n], of h [n, D], weight [V, D] and ids int64 [n]."""
     rows = max(1, most // len(weight))
     pieces = [(h[i : i + rows], target[i : i + rows]) for i in range(0, len(h), rows)]
+    count("loss.whole" if len(pieces) == 1 else "loss.pieces")
     if len(pieces) == 1 or not torch.is_grad_enabled():
         return torch.cat([_piece(x, weight, bias, ids) for x, ids in pieces])
     return torch.cat([checkpoint(_piece, x, weight, bias, ids, use_reentrant=False) for x, ids in pieces])

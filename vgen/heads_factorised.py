@@ -48,6 +48,11 @@ def check_factors(
     return sizes
 
 
+def first_rows(factors: Sequence[int]) -> Tensor:
+    """Where the rows of each sub-code begin in a table of all, int64 [F]."""
+    return torch.tensor([sum(factors[:f]) for f in range(len(factors))])
+
+
 class FactorisedEmbedding(nn.Module):
     """The sum of one table a sub-code, in one weight [sum(factors), D]."""
 
@@ -56,32 +61,58 @@ class FactorisedEmbedding(nn.Module):
         self.factors = tuple(factors)
         self.weight = nn.Parameter(torch.empty(sum(self.factors), dim))
         nn.init.normal_(self.weight, std=0.02)
+        self.register_buffer("start", first_rows(self.factors), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[.., D] of ids [..], or of F distributions side by side, float [.., sum(factors)]."""
         if tokens.is_floating_point():
             return tokens @ self.weight
-        start = torch.tensor([sum(self.factors[:f]) for f in range(len(self.factors))], device=tokens.device)
-        return F.embedding(split(tokens, self.factors) + start, self.weight).sum(-2)
+        return F.embedding(split(tokens, self.factors) + self.start, self.weight).sum(-2)
 
 
 class FactorisedHead(nn.Module):
     """F softmaxes over factors[f] sub-codes. Logits and losses are float32.
 
     depth: blocks of the transformer over a token's sub-codes; 0 makes them independent. heads: its attention heads.
+    tied: that of iFSQ's code (Tencent-Hunyuan/iFSQ): it reads sub-codes by the tables that the trunk reads (`tokens`,
+    kept here), places them by rope (`set_rope`) instead of a table, and its norm is the only final one. hidden: width
+    of its feed-forward; dropout: in its blocks.
     """
 
-    def __init__(self, *, dim: int, factors: Sequence[int], depth: int = 0, heads: int = 8, bias: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        factors: Sequence[int],
+        depth: int = 0,
+        heads: int = 8,
+        bias: bool = False,
+        tied: bool = False,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
+        if tied and not depth:
+            raise ValueError("tied sub-codes need a transformer over them: set factor_depth")
         self.factors = tuple(int(f) for f in factors)
         self.linear = nn.Linear(dim, sum(self.factors), bias=bias)
-        self.trunk = self.embedding = self.place = None
+        self.trunk = self.embedding = self.place = self.tokens = None
         if depth:
-            self.trunk = Trunk(dim=dim, depth=depth, heads=heads, hidden=64 * -(-int(8 * dim / 3) // 64))
+            hidden = hidden or 64 * -(-int(8 * dim / 3) // 64)
+            self.trunk = Trunk(dim=dim, depth=depth, heads=heads, hidden=hidden, dropout=dropout)
+            self.register_buffer("start", first_rows(self.factors), persistent=False)
+        if tied:
+            self.tokens = FactorisedEmbedding(self.factors, dim)
+        elif depth:
             self.embedding = nn.Parameter(torch.empty(sum(self.factors[:-1]), dim))
             self.place = nn.Parameter(torch.empty(len(self.factors), dim))
             for table in (self.embedding, self.place):
                 nn.init.normal_(table, std=0.02)
+
+    def set_rope(self, cos: Tensor, sin: Tensor) -> None:
+        """Tables [F, E / 2], a row a sub-code; not in the state dict."""
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     @property
     def vocab_size(self) -> int:
@@ -142,9 +173,13 @@ class FactorisedHead(nn.Module):
 
     def _states(self, h: Tensor, parts: Tensor) -> Tensor:
         """States [B, n, F', D] that predict sub-codes 0 .. F' - 1, given those before: parts int64 [B, n, F' - 1]."""
-        start = torch.tensor([sum(self.factors[:f]) for f in range(parts.shape[-1])], device=h.device)
-        known = F.embedding(parts + start.to(torch.int64), self.embedding).to(h.dtype)
-        x = torch.cat([h.unsqueeze(2), known], dim=2) + self.place[: parts.shape[-1] + 1]
+        table = self.embedding if self.tokens is None else self.tokens.weight
+        known = F.embedding(parts + self.start[: parts.shape[-1]], table).to(h.dtype)
+        x, position = torch.cat([h.unsqueeze(2), known], dim=2), None
+        if self.tokens is None:
+            x = x + self.place[: parts.shape[-1] + 1]
+        else:
+            position = (self.cos[: x.shape[2]], self.sin[: x.shape[2]], None)
         rank = torch.arange(x.shape[2], device=h.device)
         pattern = "full" if len(rank) == 1 else "causal"
-        return self.trunk(Inputs(x.flatten(0, 1), rank, pattern)).unflatten(0, h.shape[:2]).to(h.dtype)
+        return self.trunk(Inputs(x.flatten(0, 1), rank, pattern, position)).unflatten(0, h.shape[:2]).to(h.dtype)

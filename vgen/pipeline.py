@@ -12,12 +12,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vgen.conditioning import Cond
 from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress, guidance
 from vgen.heads import DrawRule
 from vgen.models import FAMILIES
+from vgen.samplers.graphs import GraphSampler
+from vtok.acceleration import light_weights
 from vtok.checkpoint import (
     CheckpointError,
     Weights,
@@ -29,6 +32,8 @@ from vtok.checkpoint import (
 )
 from vtok.config import Families
 from vtok.data.transforms import to_uint8
+from vtok.decoding import channels_last, decode_images
+from vtok.low_bit import LowBit
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Tokenizer
 
@@ -36,14 +41,26 @@ from vtok.tokenizer import Tokenizer
 class Pipeline:
     """generator and tokenizer in eval mode on one device. chunk: images computed at once.
 
-    class_names: names for the picture's labels, where the run knew them.
+    class_names: names for the picture's labels, where the run knew them. cuda_graphs: replay recorded steps
+    (vgen/samplers/graphs.py); the same tokens. decoder_dtype: bfloat16 decodes images under autocast, convolutions
+    channels-last. decode_chunk: images decoded at once, a divisor of `chunk`, where memory asks for fewer.
     """
 
     def __init__(
-        self, generator: Generator, tokenizer: Tokenizer, *, chunk: int = 64, class_names: list[str] | None = None
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        *,
+        chunk: int = 64,
+        class_names: list[str] | None = None,
+        cuda_graphs: bool = False,
+        decoder_dtype: torch.dtype = torch.float32,
+        decode_chunk: int | None = None,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"chunk={chunk}: at least one image is computed at once")
+        if decode_chunk is not None and (decode_chunk < 1 or chunk % decode_chunk):
+            raise ValueError(f"decode_chunk={decode_chunk} must divide chunk={chunk}")
         if tokenizer.spec.layout.length != generator.spec.layout.length or tokenizer.spec.parts != generator.spec.parts:
             raise ValueError(
                 f"the tokenizer emits {tokenizer.spec.parts}, the generator was trained on {generator.spec.parts}; "
@@ -52,6 +69,11 @@ class Pipeline:
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
         self.chunk, self.class_names = chunk, class_names or []
         self.weight_file: Path | None = None  # where the generator's weights were read, for records
+        self.sampler = GraphSampler(self.generator) if cuda_graphs else generator.sampler
+        self.decode_chunk = decode_chunk or chunk
+        self.decoder_dtype = decoder_dtype
+        if decoder_dtype != torch.float32:
+            channels_last(self.tokenizer)
 
     @classmethod
     def load(
@@ -65,14 +87,20 @@ class Pipeline:
         chunk: int = 64,
         accept_license: bool = False,
         trust: Sequence[str] = (),
+        quant: LowBit | None = None,
+        packed: bool = False,
+        cuda_graphs: bool = False,
+        decoder_dtype: torch.dtype = torch.float32,
+        decode_chunk: int | None = None,
     ) -> Pipeline:
         """From a run directory, a .ckpt in it, an exported folder, "hf:<owner>/<name>" (an exported folder on the hub),
         or "zoo:<name>" (a published model, vgen/zoo.py).
 
         weights: ema or raw; for the zoo also a local file or folder. tokenizer: another place of the tokenizer than the
-        folder `tokenizer` beside the generator. dtype: of the trunk; embeddings, logits and the decoder stay float32.
+        folder `tokenizer` beside the generator. dtype: of the trunk; embeddings and logits stay float32.
         accept_license: consent to the terms of a published model that is for research only. trust: modules of yours
-        that a run or folder on this machine may name.
+        that a run or folder on this machine may name. quant, packed: how the trunk's weights are stored
+        (vtok/acceleration.py); the rest as in the constructor.
         """
         names: list[str] = []
         if str(path).startswith("zoo:"):
@@ -89,8 +117,16 @@ class Pipeline:
                 path = download(path)
             known = Families(FAMILIES, trust)
             generator, decoder, names, file = _from_disk(path, weights, tokenizer, known)
-        generator.trunk.to(dtype)
-        pipeline = cls(generator.to(device), decoder.to(device), chunk=chunk, class_names=names)
+        light_weights(generator.to(device).trunk, dtype, quant=quant, packed=packed)
+        pipeline = cls(
+            generator,
+            decoder.to(device),
+            chunk=chunk,
+            class_names=names,
+            cuda_graphs=cuda_graphs,
+            decoder_dtype=decoder_dtype,
+            decode_chunk=decode_chunk,
+        )
         pipeline.weight_file = file
         return pipeline
 
@@ -118,10 +154,14 @@ class Pipeline:
         streams = [generator.conditioner(labels)]
         streams += [generator.conditioner.null(len(labels)) for _ in range(guide.streams - 1)]
         start = {} if canvas is None else {"canvas": canvas}
-        canvas = generator.sampler(
+        canvas = self.sampler(
             generator, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, on_step=on_step, **start
         )
         return generator.restore(canvas)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images float32 [B, 3, H, W] of tokens [B, L], `decode_chunk` of them at once."""
+        return decode_images(self.tokenizer, tokens, dtype=self.decoder_dtype, at_once=self.decode_chunk)
 
     @torch.no_grad()
     def __call__(
@@ -133,11 +173,14 @@ class Pipeline:
         rule: DrawRule | Callable[[Progress], DrawRule] = DrawRule(),  # noqa: B008 (frozen)
         on_chunk: Callable[[int, Tensor], None] | None = None,
         on_tokens: Callable[[int, Tensor], None] | None = None,
+        size: int | None = None,
     ) -> Tensor:
         """uint8 images [N, H, W, 3] of labels and seeds int64 [N].
 
         labels: 0..num_classes - 1, or num_classes for "no class". guidance: a scale for all steps, or a Guidance.
         on_chunk: called with the first index and the images of every finished chunk; on_tokens: so with its tokens.
+        size: side to which the decoded images are brought before rounding (bicubic without antialiasing, as LlamaGen
+        does with 384 px models before evaluation); None leaves them as decoded.
         """
         if len(labels) != len(seeds) or labels.dim() != 1 or len(labels) == 0:
             shapes = f"{tuple(labels.shape)}, {tuple(seeds.shape)}"
@@ -153,7 +196,10 @@ class Pipeline:
             stop = min(start + self.chunk, len(labels))
             index = torch.arange(start, start + self.chunk).clamp(max=stop - 1)  # padding repeats the last image
             tokens = self.tokens(labels[index], seeds[index], guide=guide, rule=rule)
-            images = to_uint8(self.tokenizer.decode(tokens))[: stop - start].cpu()
+            decoded = self.decode(tokens)
+            if size is not None:
+                decoded = functional.interpolate(decoded.float(), (size, size), mode="bicubic")
+            images = to_uint8(decoded)[: stop - start].cpu()
             done.append(images)
             if on_tokens is not None:
                 on_tokens(start, tokens[: stop - start])

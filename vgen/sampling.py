@@ -47,6 +47,11 @@ def sample(config: Mapping[str, Any]) -> Path:
         chunk=int(config["chunk"]),
         accept_license=bool(config.get("accept_license", False)),
         trust=config.get("trust") or (),
+        quant=config.get("quant"),
+        packed=bool(config.get("packed", False)),
+        cuda_graphs=bool(config.get("cuda_graphs", False)),
+        decoder_dtype=resolve_dtype(config.get("decoder_dtype", "float32")),
+        decode_chunk=config.get("decode_chunk"),
     )
     if drawn["steps"]:
         pipeline.generator.set_steps(int(drawn["steps"]))
@@ -65,6 +70,7 @@ def sample(config: Mapping[str, Any]) -> Path:
         "seed": int(config["seed"]),
         "seeds": "vtok.noise.sample_seeds(seed, 0, num_images)",
         **{k: config[k] for k in ("dtype", "chunk")},
+        **{k: config[k] for k in ("quant", "packed", "cuda_graphs", "decoder_dtype", "decode_chunk") if k in config},
         **drawn,
         "device": device.type,
         "torch": torch.__version__,

@@ -1,5 +1,5 @@
-"""What makes training faster or smaller without changing what is computed: compiled blocks, recomputed activations,
-and how much of the hardware is used.
+"""What makes training and sampling faster or smaller without changing what is computed but for rounding: compiled
+blocks, recomputed activations, light weights; and how much of the hardware is used.
 
 Model FLOPs utilisation (MFU, Chowdhery et al., PaLM, arXiv 2204.02311, appendix B): operations that the model needs,
 6 a matmul parameter and token (2 forward, 4 backward) plus 12 D a block and pair of positions that see each other
@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from vtok.layers.block import Block
+from vtok.layers.packed import pack_linears
 from vtok.layers.trunk import Trunk
 from vtok.layout import SequenceLayout
+from vtok.low_bit import LowBit, quantize_weights
 
 PEAKS = {  # dense bf16 operations a second, from the makers' data sheets; the first name that fits decides
     "H100 PCIe": 756e12,
@@ -54,6 +56,21 @@ def checkpoint_blocks(module: nn.Module) -> int:
     for trunk in trunks:
         trunk.checkpointing = True
     return len(trunks)
+
+
+def light_weights(module: nn.Module, dtype: torch.dtype, *, quant: LowBit | None = None, packed: bool = False) -> None:
+    """Store the weights of a trunk for sampling, in place, on the device where it is going to run.
+
+    dtype: of all of them; quant: its linear layers in 8 bits (vtok/low_bit.py); packed: in the order of the CPU's
+    kernels (vtok/layers/packed.py). ValueError where the two last meet, or cannot be had.
+    """
+    if quant is not None and packed:
+        raise ValueError(f"quant={quant} and packed=true exclude each other: choose one of them")
+    module.to(dtype)
+    if quant is not None:
+        quantize_weights(module, quant)
+    if packed:
+        pack_linears(module)
 
 
 def pairs(layout: SequenceLayout) -> int:

@@ -9,7 +9,7 @@ per-step loss weights derive from a layout. Next-token, next-scale (VAR, arXiv 2
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -135,7 +135,21 @@ class SequenceLayout:
     def ranks(self, start: int = 0, stop: int | None = None, *, device: torch.device | None = None) -> Tensor:
         """Rank of the trunk positions read in steps start..stop-1, int64 [l]."""
         a, b = self.read(start, self.steps if stop is None else stop)
-        return torch.tensor(self._ranks[a:b], device=device)
+        if device is None:
+            return torch.tensor(self._ranks[a:b])
+        if device not in self._placed:  # copied to the device once: a copy in a sampling step would wait for it
+            with torch.inference_mode(False):
+                self._placed[device] = torch.tensor(self._ranks, device=device)
+        return self._placed[device][a:b]
+
+    def __getstate__(self) -> dict:
+        """The numbers alone: copies and other processes place their own tensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def _placed(self) -> dict[torch.device, Tensor]:
+        """All ranks on each device that asked for them."""
+        return {}
 
     def pattern(self, start: int = 0, stop: int | None = None) -> Pattern:
         """How the positions of steps start..stop-1 see each other: all, only earlier ones, or by rank."""

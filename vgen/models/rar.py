@@ -142,7 +142,7 @@ class RAR(Generator):
         if start == 0:
             x = torch.cat([self.start.expand(rows, -1, -1), cond.start, x], dim=1)
         order = torch.arange(canvas.layout.length, device=x.device)[None] if canvas.order is None else canvas.order
-        prefix = torch.tensor([-2, -1], device=x.device).expand(len(order), -1)
+        prefix = torch.arange(-2, 0, device=x.device).expand(len(order), -1)
         cells = torch.cat([prefix, order], dim=1)[:, a : b + 1] + 2  # of every position read, and of the next one
         x = x + self.positions[cells[:, :-1]]
         target = self.targets[cells[:, 1:]]

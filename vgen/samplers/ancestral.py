@@ -10,6 +10,8 @@ from vgen.conditioning import Cond
 from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress, Unguided
 from vgen.heads import DrawRule
+from vtok.counters import count
+from vtok.layers.cache import KVCache
 from vtok.noise import SampleNoise
 
 PLAIN, UNGUIDED = DrawRule(), Unguided()
@@ -43,14 +45,33 @@ def ancestral(
     other = {} if layout is generator.layout else {"layout": layout}
     cache = generator.cache(guide.streams * rows, prefix=prefix, **other) if cached else None
     for k in range(layout.steps if stop is None else stop):
-        a, b = layout.written(k, k + 1)
-        progress = Progress(k, layout.steps, a / layout.length, b / layout.length)
-        chosen = rule if isinstance(rule, DrawRule) else rule(progress)
-        tokens = generator.draw(canvas, cond, k, cache=cache, noise=noise, guide=guide, rule=chosen)
-        if canvas.known is not None:
-            known = canvas.known[:, a:b] if tokens.dim() == 2 else canvas.known[:, a:b, None]
-            tokens = torch.where(known, canvas.tokens[:, a:b], tokens)
-        canvas.tokens[:, a:b] = tokens
+        progress = write_step(generator, canvas, cond, k, cache=cache, noise=noise, guide=guide, rule=rule)
         if on_step is not None:
             on_step(canvas, progress)
     return canvas
+
+
+def write_step(
+    generator: Generator,
+    canvas: Canvas,
+    cond: Cond,
+    k: int,
+    *,
+    cache: KVCache | None,
+    noise: SampleNoise,
+    guide: Guidance,
+    rule: DrawRule | Callable[[Progress], DrawRule],
+) -> Progress:
+    """Draw the tokens of step k into the canvas, but for those it knows; returns where generation stood."""
+    count("step.cached" if cache is not None else "step.recomputed" if generator.caches else "step.whole")
+    count("rows.single" if guide.streams == 1 else "rows.guided")
+    layout = canvas.layout
+    a, b = layout.written(k, k + 1)
+    progress = Progress(k, layout.steps, a / layout.length, b / layout.length)
+    chosen = rule if isinstance(rule, DrawRule) else rule(progress)
+    tokens = generator.draw(canvas, cond, k, cache=cache, noise=noise, guide=guide, rule=chosen)
+    if canvas.known is not None:
+        known = canvas.known[:, a:b] if tokens.dim() == 2 else canvas.known[:, a:b, None]
+        tokens = torch.where(known, canvas.tokens[:, a:b], tokens)
+    canvas.tokens[:, a:b] = tokens
+    return progress

@@ -19,6 +19,7 @@ from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule, draw_ids
 from vgen.samplers.ancestral import PLAIN, UNGUIDED
+from vtok.counters import count
 from vtok.noise import SampleNoise
 
 CONFIDENCE_STREAM = 100_000  # noise streams: step k draws tokens on k, confidences on this plus k
@@ -54,6 +55,8 @@ def refine(
         progress = Progress(k, layout.steps, a / layout.length, b / layout.length)
         chosen = rule if isinstance(rule, DrawRule) else rule(progress)
         temperature = chosen.temperature * (1 - (k + 1) / layout.steps)
+        count("step.whole")
+        count("rows.single" if guide.streams == 1 else "rows.guided")
         h = generator(canvas.repeat(guide.streams), cond, k, k + 1)
         logits = guide(generator.head.logits(h)[0].unflatten(0, (guide.streams, -1)), progress)
         for process in chosen.processors:

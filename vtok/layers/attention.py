@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.counters import count
 from vtok.layers.cache import KVCache
 from vtok.layers.rope import rotate
 
@@ -112,6 +113,12 @@ class Attention(nn.Module):
         elif qk_norm != "none":
             raise ValueError(f"qk_norm={qk_norm!r}: choose none, l2, rms, layer or layer_plain")
 
+    def joint_bias(self) -> Tensor | None:
+        """The bias of the joint projection [3 D]; with "qv" that of k is zero."""
+        if self.q_bias is None:
+            return self.qkv.bias
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
     def forward(
         self,
         x: Tensor,
@@ -123,10 +130,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [R, l, D] to [R, l, D]; position: (cos, sin, added to q and k) of the l positions; see Inputs."""
         rows, length, dim = x.shape
-        bias = self.qkv.bias
-        if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).view(rows, length, 3 * self.heads, dim // self.heads).transpose(1, 2)
+        if self.q_bias is None:
+            qkv = self.qkv(x)
+        else:
+            qkv = F.linear(x, self.qkv.weight, self.joint_bias())
+        qkv = qkv.view(rows, length, 3 * self.heads, dim // self.heads).transpose(1, 2)
         together = self.qk_norm == "none" and position is not None
         if together:  # one call turns queries and keys: half the kernels of a decode step
             turned = rotate(qkv[:, : 2 * self.heads], *position[:2])
@@ -140,6 +148,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if position is not None:
             cos, sin, added = position
+            count("attention.turned" if together else "attention.turned_apart")
             if not together:
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             if added is not None:

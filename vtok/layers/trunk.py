@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vtok.counters import count, stored_as
 from vtok.layers.attention import Mask, QKNorm, block_mask
 from vtok.layers.block import Activation, Block, Modulation, Norm, make_norm
 from vtok.layers.cache import KVCache
@@ -149,10 +150,24 @@ class Trunk(nn.Module):
         seen = seen if fresh else cache.mask(seen, inputs.x.shape[1])
         return seen.unsqueeze(1) if seen.dim() == 3 else seen
 
+    def count(self, weight: Tensor, mask: Mask) -> None:
+        """Which way this pass goes (vtok/counters.py)."""
+        count(stored_as(weight))
+        if mask is None or isinstance(mask, str):
+            count("attention.full" if mask is None else "attention.causal")
+        else:
+            count("attention.mask" if isinstance(mask, Tensor) else "attention.blocks")
+        if self.checkpointing and self.training:
+            count("block.recomputed")
+        if self.blocks[0]._compiled_call_impl is not None:
+            count("block.compiled")
+
     def forward(self, inputs: Inputs, cache: KVCache | None = None) -> Tensor:
         """h [R, l, D] after the final norm. Writes the cache provisionally; the caller commits."""
         # weights in bf16 mean a bf16 residual stream; under autocast the weights are float32 and x stays float32
-        x, mask = inputs.x.to(self.blocks[0].attention.qkv.weight.dtype), self.mask(inputs, cache)
+        weight, mask = self.blocks[0].attention.qkv.weight, self.mask(inputs, cache)
+        x = inputs.x.to(weight.dtype)
+        self.count(weight, mask)
         vector = None if inputs.vector is None else F.silu(inputs.vector.to(x.dtype))
         slots = vector if self.shared is None or vector is None else self.shared(vector).unflatten(-1, (6, -1))
         settings: dict[str, Any] = {"vector": slots, "position": inputs.position, "mask": mask, "cache": cache}

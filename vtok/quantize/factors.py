@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,5 +19,7 @@ def split(ids: Tensor, factors: Sequence[int]) -> Tensor:
 
 def join(parts: Tensor, factors: Sequence[int]) -> Tensor:
     """Ids int64 [..] of sub-codes [.., F]: the inverse of `split`."""
-    basis = [math.prod(factors[:f]) for f in range(len(factors))]
-    return (parts * torch.tensor(basis, device=parts.device)).sum(-1)
+    ids = parts[..., -1]
+    for f in reversed(range(len(factors) - 1)):
+        ids = ids * factors[f] + parts[..., f]
+    return ids

@@ -1,0 +1,124 @@
+"""What a benchmark's settings ask for, and whether it was taken: a fallback fails the benchmark.
+
+The paths count themselves (vtok/counters.py). `Asked` says which must have been taken for a part of a benchmark and
+which must not; what a family cannot do, whatever the settings, is not asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from vgen.cross_entropy import MOST
+from vgen.generator import Generator
+from vgen.heads import CategoricalHead
+from vtok.layers.attention import Attention
+from vtok.layers.trunk import Trunk
+from vtok.low_bit import LowBit
+
+STORED = {torch.bfloat16: "weights.bfloat16", torch.float32: "weights.float32"}
+
+
+@dataclass
+class Asked:
+    """Names of vtok.counters.PATHS that must have been taken, and those that must not."""
+
+    taken: set[str] = field(default_factory=set)
+    never: set[str] = field(default_factory=set)
+
+    def one_of(self, chosen: str, *others: str) -> None:
+        self.taken.add(chosen)
+        self.never.update(set(others) - {chosen})
+
+    def check(self, counts: Mapping[str, int], part: str) -> None:
+        """ValueError, naming the paths, where the counts are not as asked."""
+        missed = sorted(path for path in self.taken if not counts.get(path))
+        strayed = sorted(path for path in self.never if counts.get(path))
+        if missed or strayed:
+            told = [f"not taken: {', '.join(missed)}"] if missed else []
+            told += [f"taken instead: {', '.join(strayed)}"] if strayed else []
+            raise ValueError(f"{part} fell back, so its time is none of this setting ({'; '.join(told)})")
+
+
+def sampling(
+    generator: Generator,
+    *,
+    dtype: torch.dtype,
+    guided: bool,
+    cuda_graphs: bool = False,
+    packed: bool = False,
+    quant: LowBit | None = None,
+) -> Asked:
+    """For drawing tokens with weights stored in `dtype`, or in 8 bits."""
+    asked = Asked()
+    asked.one_of("rows.guided" if guided else "rows.single", "rows.guided", "rows.single")
+    asked.one_of("step.cached" if generator.caches else "step.whole", "step.cached", "step.recomputed")
+    inside = [m for m in generator.trunk.modules() if isinstance(m, Trunk)]
+    apart = [m for m in generator.modules() if isinstance(m, Trunk) and m not in inside]
+    if inside:
+        asked.taken.add(f"weights.{quant}" if quant else STORED[dtype])
+    if inside and not apart:  # a head's own transformer stays float32
+        asked.never |= {"weights.bfloat16", "weights.float32", "weights.other"} - asked.taken
+    if (
+        inside
+        and generator.caches
+        and not _own_mask(generator)
+        and all(_maskless(generator, k) for k in range(generator.layout.steps))
+    ):
+        asked.never.add("attention.mask")
+    if inside and getattr(generator, "cos", None) is not None and _plain(inside):
+        asked.one_of("attention.turned", "attention.turned_apart")
+    if cuda_graphs:
+        asked.taken.add("graph.replayed")
+    if packed:
+        asked.taken.add("linear.packed")
+    return asked
+
+
+def training(generator: Generator, *, batch: int, device: torch.device, compiled: bool = False) -> Asked:
+    """For a training step on whole sequences."""
+    asked = Asked()
+    if compiled:
+        asked.taken.add("block.compiled")
+    trunk, layout = generator.trunk, generator.layout
+    if isinstance(generator.head, CategoricalHead) and generator.caches:
+        many = batch * layout.length * generator.head.vocab_size > MOST
+        asked.taken.add("loss.pieces" if many else "loss.whole")
+    if not isinstance(trunk, Trunk) or not generator.caches or _own_mask(generator):
+        return asked
+    pattern = layout.pattern()
+    if pattern in ("causal", "full"):
+        asked.one_of(f"attention.{pattern}", "attention.mask")
+    elif device.type == "cuda" and not trunk.attention_dropout:
+        asked.one_of("attention.blocks", "attention.mask")
+    return asked
+
+
+def decoding(*, dtype: torch.dtype, tokenizer: nn.Module) -> Asked:
+    """For images of tokens: bfloat16 means channels-last convolutions too."""
+    asked = Asked()
+    light = dtype != torch.float32
+    asked.one_of("decode.bfloat16" if light else "decode.float32", "decode.bfloat16", "decode.float32")
+    wide = [m for m in tokenizer.modules() if isinstance(m, nn.Conv2d) and min(m.weight.shape[1:]) > 1]
+    if light and wide:
+        asked.taken.add("decode.channels_last")
+    return asked
+
+
+def _own_mask(generator: Generator) -> bool:
+    """Whether it sees what no rank can say: ARTM's levels see only the one before them."""
+    return getattr(generator, "markov", False)
+
+
+def _maskless(generator: Generator, k: int) -> bool:
+    """Whether step k needs no mask against what the cache holds."""
+    pattern = generator.layout.pattern(k, k + 1)
+    return pattern == "full" or (k == 0 and pattern == "causal")
+
+
+def _plain(trunks: list[Trunk]) -> bool:
+    layers = [m for trunk in trunks for m in trunk.modules() if isinstance(m, Attention)]
+    return all(layer.qk_norm == "none" for layer in layers)

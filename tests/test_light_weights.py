@@ -1,0 +1,178 @@
+"""Weights stored for sampling: packed ones give the same numbers, 8-bit ones nearly, and how nearly is measured."""
+
+import copy
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from generators import make, tokens_of
+from test_generators import LABELS, draw
+from test_pipeline import exported, settings
+from torch import nn
+
+from vgen.guidance import guidance
+from vgen.heads import DrawRule
+from vgen.pipeline import Pipeline
+from vgen.sampling import sample
+from vtok.acceleration import light_weights
+from vtok.decoding import channels_last, decode_images
+from vtok.layers.packed import PackedLinear, pack_linears, packable
+from vtok.low_bit import quantize_weights
+from vtok.models.cnn import CNNTokenizer
+from vtok.noise import sample_seeds
+from vtok.quantize.vq import VQ
+
+needs_packing = pytest.mark.skipif(
+    not packable(torch.zeros(1, dtype=torch.bfloat16)), reason="this processor has no packed products in bfloat16"
+)
+
+
+def needs_torchao():
+    """Skips where the extra `quant` is not installed."""
+    pytest.importorskip("torchao", reason="torchao, the extra `quant`, is not installed")
+
+
+@needs_packing
+@pytest.mark.parametrize("name", ["llamagen", "var", "rar", "xar_cell", "mar"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_packed_weights_draw_the_same_tokens(name, dtype):
+    """Joint biases (VAR's q and v) and plain ones; the sums may run in another order, hence values within rounding."""
+    plain = make(name).requires_grad_(False)
+    light_weights(plain.trunk, dtype)
+    fast = copy.deepcopy(plain)
+    before = [m for m in fast.trunk.modules() if type(m) is nn.Linear]
+    light_weights(fast.trunk, dtype, packed=True)
+    after = [m for m in fast.trunk.modules() if isinstance(m, PackedLinear)]
+    assert len(after) == len(before) > 0 and not any(type(m) is nn.Linear for m in fast.trunk.modules())
+    rule = DrawRule(top_k=9) if plain.spec.discrete else DrawRule()
+    got, want = (draw(m, LABELS, sample_seeds(0, 0, 3), guidance(2.0), rule).tokens for m in (fast, plain))
+    if plain.spec.discrete:
+        assert torch.equal(got, want)
+    else:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 0.02)
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", [1, 2, 64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_is_its_linear_layer(rows, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 80, bias=bias)
+    packed = PackedLinear(linear.weight, linear.bias, rows=2)
+    x = torch.randn(rows, 3, 48)
+    torch.testing.assert_close(packed(x), linear(x))
+    assert packed.weight.dtype == torch.float32 and not list(packed.parameters()) and not packed.state_dict()
+
+
+def test_what_cannot_be_packed_says_so():
+    with pytest.raises(ValueError, match=r"packed=true: no packed products for torch\.float64"):
+        pack_linears(nn.Sequential(nn.Linear(2, 2)).double())
+    with pytest.raises(ValueError, match="exclude each other"):
+        light_weights(nn.Linear(2, 2), torch.float32, quant="int8", packed=True)
+
+
+def test_eight_bit_weights_move_the_logits_little():
+    """A tiny model of 16 channels: a weight is off by half a 127th of its row's largest at most, so that logits stay
+    within a few percent of the largest, as with bf16, and the distribution of a token within 0.01 nats."""
+    needs_torchao()
+    model = make("llamagen").requires_grad_(False)
+    light = copy.deepcopy(model)
+    assert quantize_weights(light.trunk, "int8") == 8
+    canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
+    want, got = (m.head.logits(m(canvas, cond))[0] for m in (model, light))
+    off = float((got - want).abs().max() / want.abs().max())
+    divergence = (want.softmax(-1) * (want.log_softmax(-1) - got.log_softmax(-1))).sum(-1)
+    print(f"int8: logits off by {off:.3%} of the largest, {float(divergence.mean()):.5f} nats a token")
+    assert 0 < off < 0.05 and 0 <= float(divergence.mean()) < 0.01
+    same = draw(light, LABELS, sample_seeds(0, 0, 3), guidance(2.0), DrawRule()).tokens
+    plain = draw(model, LABELS, sample_seeds(0, 0, 3), guidance(2.0), DrawRule()).tokens
+    assert float((same == plain).double().mean()) > 0.5, "noise is keyed: most tokens win their race all the same"
+
+
+def test_eight_bit_weights_are_the_rounded_ones():
+    """Half a step s = max |w| / 127 of the row at most, symmetric: zero stays zero."""
+    needs_torchao()
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 8, bias=False))
+    with torch.no_grad():
+        layer[0].weight[:, 5] = 0
+    weight = layer[0].weight.detach().clone()
+    quantize_weights(layer, "int8")
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    read = layer(torch.eye(64)).T
+    assert float(((read - weight).abs() / scale).max()) < 0.51
+    assert not read[:, 5].any() and float(((read - weight).abs() / scale).max()) > 0.3
+
+
+def test_low_bit_mistakes_name_their_key(monkeypatch):
+    with pytest.raises(ValueError, match="quant='int3': choose"):
+        quantize_weights(nn.Linear(2, 2), "int3")
+    with pytest.raises(ValueError, match="quant=float8 needs device=cuda"):
+        quantize_weights(nn.Sequential(nn.Linear(2, 2)), "float8")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match="quant=int8 needs torchao, which is not installed"):
+        quantize_weights(nn.Sequential(nn.Linear(2, 2)), "int8")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="8-bit floats need a CUDA device")
+def test_eight_bit_floats_move_the_logits_little():
+    needs_torchao()
+    model = make("llamagen").requires_grad_(False).cuda()
+    model.trunk.to(torch.bfloat16)
+    light = copy.deepcopy(model)
+    quantize_weights(light.trunk, "float8")
+    canvas, cond = model.arrange(tokens_of(model, 3).cuda()), model.conditioner(LABELS.cuda())
+    want, got = (m.head.logits(m(canvas, cond))[0] for m in (model, light))
+    assert float((got - want).abs().max() / want.abs().max()) < 0.1
+
+
+def small_tokenizer():
+    torch.manual_seed(0)
+    sizes = {"channels": 8, "multipliers": (1, 1, 1, 1), "blocks": 1, "groups": 4, "z_channels": 8}
+    return CNNTokenizer(image_size=32, quantizer=VQ(vocab_size=24, channels=6), **sizes).eval()
+
+
+def test_channels_last_images_are_the_same_and_bfloat16_ones_close():
+    tokenizer, tokens = small_tokenizer(), torch.randint(24, (5, 16))
+    plain = tokenizer.decode(tokens)
+    assert channels_last(tokenizer) > 5
+    torch.testing.assert_close(decode_images(tokenizer, tokens), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decode_images(tokenizer, tokens, at_once=2), plain, rtol=1e-4, atol=1e-5)
+    light = decode_images(tokenizer, tokens, dtype=torch.bfloat16)
+    assert light.dtype == torch.float32
+    assert float((light - plain).abs().max() / plain.abs().max()) < 0.05  # eight bits of mantissa, a dozen layers
+
+
+def test_pipeline_decodes_apart_from_the_generator_and_says_what_does_not_fit():
+    parts = make("llamagen"), small_tokenizer()
+    labels, seeds = torch.arange(6) % 5, sample_seeds(0, 0, 6)
+    want = Pipeline(*parts, chunk=4)(labels, seeds, guidance=2.0)
+    got = Pipeline(*parts, chunk=4, decode_chunk=2)(labels, seeds, guidance=2.0)
+    assert int((got.int() - want.int()).abs().max()) <= 1  # another batch: the last bit of a convolution
+    light = Pipeline(*parts, chunk=4, decoder_dtype=torch.bfloat16)(labels, seeds, guidance=2.0)
+    assert float((light.float() - want.float()).abs().mean()) < 2
+    with pytest.raises(ValueError, match="decode_chunk=3 must divide chunk=4"):
+        Pipeline(*parts, chunk=4, decode_chunk=3)
+    with pytest.raises(ValueError, match="cuda_graphs=true needs device=cuda"):
+        Pipeline(*parts, cuda_graphs=True)
+
+
+@needs_packing
+def test_sampling_command_takes_the_keys_and_records_them(tmp_path):
+    source = exported(tmp_path / "model")
+    chosen = {"classes": [3], "per_class": 4, "guidance": 2.0, "chunk": 4}
+    sample(settings(source, tmp_path / "plain.npz", **chosen))
+    sample(settings(source, tmp_path / "packed.npz", **chosen, packed=True, decode_chunk=4))
+    plain, packed = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("plain", "packed"))
+    assert np.abs(plain.astype(int) - packed).max() <= 1  # equal tokens; products summed in another order
+    record = json.loads((tmp_path / "packed.metadata.json").read_text())
+    assert record["packed"] is True and record["quant"] is None and record["decode_chunk"] == 4
+    for changes, words in [
+        ({"cuda_graphs": True}, "cuda_graphs=true needs device=cuda"),
+        ({"quant": "int3"}, "quant='int3'"),
+        ({"decoder_dtype": "int4"}, "choose float32"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            sample(settings(source, tmp_path / "x.npz", **chosen, **changes))

@@ -1,0 +1,130 @@
+"""Counters of the paths taken, and benchmarks that fail where a path they ask for was not taken."""
+
+import pytest
+import torch
+from generators import FAMILIES, make, tokens_of
+from test_generators import LABELS, draw
+
+from eval import paths
+from vgen.guidance import guidance
+from vgen.heads import DrawRule
+from vgen.models.llamagen import LlamaGen
+from vtok import counters
+from vtok.acceleration import compile_blocks
+from vtok.noise import sample_seeds
+
+
+def counted(run):
+    counters.reset()
+    run()
+    return counters.read()
+
+
+def sampled(model, scale, **options):
+    rule = DrawRule(top_k=9) if model.spec.discrete else DrawRule()
+    return counted(lambda: draw(model, LABELS, sample_seeds(0, 0, 3), guidance(scale), rule, **options))
+
+
+def trained(model):
+    batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": sample_seeds(0, 0, 3)}
+    return counted(lambda: model.train().loss(batch, progress=0.5))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_takes_the_paths_that_are_asked_for(name):
+    model = make(name)
+    for scale in (1.0, 2.0):
+        counts = sampled(model, scale)
+        asked = paths.sampling(model, dtype=torch.float32, guided=scale != 1)
+        asked.check(counts, "sample")
+        assert counts["rows.guided" if scale != 1 else "rows.single"] == model.layout.steps
+    counts = trained(model)
+    paths.training(model, batch=3, device=torch.device("cpu")).check(counts, "train")
+
+
+def test_counts_are_those_of_the_layers_and_steps():
+    """Two blocks, sixteen tokens: a pass a step, a rotation a block."""
+    counts = sampled(make("llamagen"), 2.0)
+    assert counts == {
+        "attention.full": 16,
+        "attention.turned": 32,
+        "rows.guided": 16,
+        "step.cached": 16,
+        "weights.float32": 16,
+    }
+    counters.reset()
+    assert counters.read() == {}
+
+
+def test_fallbacks_fail_and_say_which():
+    model = make("llamagen")
+    asked = paths.sampling(model, dtype=torch.float32, guided=True)
+    with pytest.raises(
+        ValueError, match=r"sample fell back.*not taken: step\.cached; taken instead: .*step\.recomputed"
+    ):
+        asked.check(sampled(model, 2.0, cached=False), "sample")
+    with pytest.raises(ValueError, match=r"not taken: rows\.guided; taken instead: rows\.single"):
+        asked.check(sampled(model, 1.0), "sample")
+    light = paths.sampling(model, dtype=torch.bfloat16, guided=True)
+    with pytest.raises(ValueError, match=r"not taken: weights\.bfloat16; taken instead: weights\.float32"):
+        light.check(sampled(model, 2.0), "sample")
+    model.trunk.to(torch.bfloat16)
+    light.check(sampled(model, 2.0), "sample")
+    wanted = {"cuda_graphs": "graph.replayed", "packed": "linear.packed"}
+    for option, path in wanted.items():
+        with pytest.raises(ValueError, match=f"not taken: {path}"):
+            paths.sampling(model, dtype=torch.bfloat16, guided=True, **{option: True}).check(
+                sampled(model, 2.0), "sample"
+            )
+    with pytest.raises(ValueError, match=r"not taken: weights\.int8; taken instead: weights\.bfloat16"):
+        paths.sampling(model, dtype=torch.bfloat16, guided=True, quant="int8").check(sampled(model, 2.0), "sample")
+    asked = paths.training(make("var"), batch=3, device=torch.device("cuda"))
+    with pytest.raises(
+        ValueError, match=r"train fell back.*not taken: attention\.blocks; taken instead: attention\.mask"
+    ):
+        asked.check(trained(make("var")), "train")
+
+
+def test_compiled_and_recomputed_blocks_are_counted():
+    model = make("llamagen", dropout=0.0, token_dropout=0.0, checkpointing=True)
+    torch._dynamo.reset()
+    compile_blocks(model, backend="eager")
+    counts = trained(model)
+    assert counts["block.compiled"] == counts["block.recomputed"] == 1
+    paths.training(model, batch=3, device=torch.device("cpu"), compiled=True).check(counts, "train")
+    with pytest.raises(ValueError, match=r"not taken: block\.compiled"):
+        paths.training(model, batch=3, device=torch.device("cpu"), compiled=True).check(
+            trained(make("llamagen")), "train"
+        )
+
+
+def test_counting_makes_compiled_code_no_slower():
+    """A count inside compiled code would be a guard that changes at every call: none may be traced."""
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    def step(x):
+        counters.count("attention.turned")
+        return x + 1
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, backend=backend)
+    counters.reset()
+    for _ in range(3):
+        fast(torch.ones(2))
+    assert len(calls) == 1 and counters.read() == {}
+
+
+def test_pieces_of_the_loss_are_asked_for_where_the_logits_are_many(monkeypatch):
+    model = make("llamagen")
+    assert isinstance(model, LlamaGen)
+    assert "loss.whole" in paths.training(model, batch=3, device=torch.device("cpu")).taken
+    monkeypatch.setattr(paths, "MOST", 3 * 16 * 24 - 1)
+    asked = paths.training(model, batch=3, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"not taken: loss\.pieces"):
+        asked.check(trained(model), "train")
+    monkeypatch.setattr("vgen.cross_entropy.linear_cross_entropy.__kwdefaults__", {"most": 3 * 16 * 24 - 1})
+    asked.check(trained(model), "train")

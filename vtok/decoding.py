@@ -1,0 +1,52 @@
+"""Decoding tokens to images for speed: bfloat16 with channels-last convolutions, some images at once.
+
+Apart from the generator's batch: its rows cost little memory, a decoder's activations at full resolution much. Codes
+are looked up in float32 whatever the dtype, as everywhere; the images change by bfloat16's rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vtok.counters import count
+from vtok.noise import SampleNoise
+from vtok.tokenizer import Tokenizer
+
+
+def channels_last(tokenizer: nn.Module) -> int:
+    """Store the weights of all two-dimensional convolutions channels-last, in place; returns how many. Tensor cores and
+    AMX want them so; nothing else changes, since other tensors are left alone."""
+    convolutions = [m for m in tokenizer.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    for convolution in convolutions:
+        convolution.to(memory_format=torch.channels_last)
+    return len(convolutions)
+
+
+@torch.no_grad()
+def decode_images(
+    tokenizer: Tokenizer,
+    tokens: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    at_once: int | None = None,
+    noise: SampleNoise | None = None,
+) -> Tensor:
+    """Images float32 [B, 3, H, W] of tokens [B, ..], `at_once` of them at a time. dtype bfloat16: under autocast."""
+    light, pieces = dtype != torch.float32, tokens.split(at_once or len(tokens))
+    count("decode.bfloat16" if light else "decode.float32")
+    if next((m for m in tokenizer.modules() if isinstance(m, nn.Conv2d) and _is_channels_last(m)), None) is not None:
+        count("decode.channels_last")
+    images, start = [], 0
+    with torch.autocast(tokens.device.type, dtype, enabled=light):
+        for part in pieces:
+            drawn = {} if noise is None else {"noise": noise.rows(slice(start, start + len(part)))}
+            images.append(tokenizer.decode(part, **drawn).float())
+            start += len(part)
+    return torch.cat(images)
+
+
+def _is_channels_last(convolution: nn.Conv2d) -> bool:
+    """Not only in name: one with a 1 x 1 kernel or one channel is both at once."""
+    weight = convolution.weight
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
