@@ -1,8 +1,12 @@
-"""The images that an evaluation judges: files as they are, or a run that draws them while they are read."""
+"""The images that an evaluation judges: files as they are, or a run that draws them while they are read.
+
+A zoo model is drawn with its paper's settings unless the command says otherwise; what was taken is printed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +14,7 @@ import torch
 from eval.sources import Images, from_run, open_images
 
 DEFAULT_IMAGES = 1000  # drawn from a run when `images` is not given
+EVALUATED = 256  # px, of the ImageNet protocols
 
 
 def load_pipeline(config: Mapping[str, Any], device: torch.device) -> Any:
@@ -17,18 +22,58 @@ def load_pipeline(config: Mapping[str, Any], device: torch.device) -> Any:
     from vgen.pipeline import Pipeline
     from vgen.sampling import resolve_dtype
 
-    pipeline = Pipeline.load(
+    return Pipeline.load(
         config["from"],
         weights=config["weights"],
         tokenizer=config["tokenizer_from"],
         device=device,
         dtype=resolve_dtype(config["dtype"]),
         chunk=int(config["chunk"]),
+        accept_license=bool(config.get("accept_license", False)),
         trust=config.get("trust") or (),
     )
-    if config.get("steps"):
-        pipeline.generator.set_steps(int(config["steps"]))
-    return pipeline
+
+
+def results_folder(source: str) -> Path:
+    """Where results about `from` go by default: into the run, or outputs/eval/<name> for models that have a name."""
+    for prefix in ("zoo:", "hf:"):
+        if source.startswith(prefix):
+            return Path("outputs/eval", source.removeprefix(prefix).replace("/", "+"))
+    path = Path(source)
+    return (path if path.is_dir() else path.parent) / "eval"
+
+
+def weights_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the weight file of `from`, without loading it."""
+    from vgen.sampling import checkpoint_hash
+    from vtok.checkpoint import file_hash
+
+    source = str(config["from"])
+    if source.startswith("zoo:"):
+        from vgen.published import entry_of, locate
+
+        given = None if config["weights"] in ("ema", "raw", None) else config["weights"]
+        return file_hash(locate(entry_of(source), given, accept_license=bool(config.get("accept_license", False))))
+    if source.startswith("hf:"):
+        from vgen.hub import download
+
+        return checkpoint_hash(download(source))
+    return checkpoint_hash(source)
+
+
+def sample_size(config: Mapping[str, Any]) -> int | None:
+    """Side that drawn images are brought to: as asked, else as the paper of a zoo model evaluates it, else as drawn."""
+    from vgen.sampling import published_evaluation
+
+    if config.get("sample_size"):
+        return int(config["sample_size"])
+    known = published_evaluation(str(config["from"]))
+    if not known.get("resize"):
+        return None
+    if known["resize"] != "bicubic":
+        raise ValueError(f"{known['name']} was evaluated after {known['resize']}: pass sample_size=<side> for bicubic")
+    print(f"{known['name']}: drawn at {known['image_size']} px, brought to {EVALUATED} px (bicubic) as in the paper")
+    return EVALUATED
 
 
 def samples_of(
@@ -40,27 +85,30 @@ def samples_of(
     """
     given = [key for key in ("samples", "from") if config[key]]
     if len(given) != 1:
-        raise ValueError("give exactly one of samples=<npz or folder> and from=<run or exported folder>")
+        raise ValueError("give exactly one of samples=<npz or folder> and from=<run, exported folder or zoo:<name>>")
     if config["samples"]:
         images = open_images(config["samples"]).first(config["images"])
         facts = dict.fromkeys(("seed", "guidance", "rule", "weights"))
         return images, {**facts, "labels": "given", "rounding": "as stored", "source": images.name}
-    from vgen.sampling import checkpoint_hash, rule_and_guidance
+    from vgen.sampling import rule_and_guidance, settings
 
+    drawn, size = settings(config), sample_size(config)
     pipeline = pipeline or load_pipeline(config, device)
-    rule, guide = rule_and_guidance(config)
-    scale, schedule, options = float(config["guidance"]), config["schedule"], dict(config["schedule_options"])
-    extra = "".join(f", {k} {v}" for k, v in options.items())
-    steps = "".join(f", {k} {config.get(k)}" for k in ("steps", "solver_steps", "solver") if config.get(k))
-    hashed = checkpoint_hash(config["from"])
+    if drawn["steps"]:
+        pipeline.generator.set_steps(int(drawn["steps"]))
+    rule, guide = rule_and_guidance(drawn)
+    extra = "".join(f", {k} {v}" for k, v in drawn["schedule_options"].items())
+    steps = "".join(f", {k} {drawn[k]}" for k in ("steps", "solver_steps", "solver") if drawn[k])
+    named = str(config["from"]).startswith("zoo:") and config["weights"] != "raw"
+    hashed = weights_hash(config)
     facts = {
         "seed": int(config["seed"]),
-        "guidance": f"{schedule} {scale:g}{extra}",
+        "guidance": f"{drawn['schedule']} {float(drawn['guidance']):g}{extra}",
         "rule": f"temperature {rule.temperature:g}, top_k {rule.top_k}, top_p {rule.top_p:g}{steps}, "
         f"chunk {config['chunk']}, {config['dtype']}",
-        "weights": config["weights"],
+        "weights": "published" if named else config["weights"],
         "labels": config["labels"] if pipeline.generator.num_classes else "none",
-        "rounding": "nearest",
+        "rounding": "nearest" if size is None else f"nearest, after bicubic to {size} px",
         "source": f"{config['from']} (checkpoint sha256 {hashed})",
     }
     images = from_run(
@@ -71,6 +119,7 @@ def samples_of(
         seed=int(config["seed"]),
         guidance=guide,
         rule=rule,
+        size=size,
         identity=hashed,
     )
     return images, facts

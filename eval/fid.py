@@ -2,6 +2,7 @@
 
     python -m eval.fid samples=samples.npz reference=val data=digits
     python -m eval.fid from=outputs/my_run protocol=adm guidance=1.5
+    python -m eval.fid from=zoo:var-d16 protocol=adm           with the settings of the paper, printed
     python -m eval.fid from=outputs/my_run images=10000 guidance=1.5 reference=statistics.npz
 
 The number is called FID only with the 2015 Inception network (Heusel et al. 2017, arXiv 1706.08500); with another
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from eval.blocks import Job
-from eval.drawing import samples_of
+from eval.drawing import results_folder, samples_of
 from eval.features import Extractor, make_extractor
 from eval.kernel import kernel_distance
 from eval.manifold import density_coverage, precision_recall
@@ -128,6 +129,8 @@ def finish(
     out: Path,
 ) -> dict[str, Any]:
     """From complete jobs to the result: metrics, protocol, JSON."""
+    from vgen.sampling import published_evaluation
+
     files = {}
     if config["manifold"] or config.get("kid"):
         files = {name: FeatureFile(out, name, job.images.count, extractor.dim) for name, job in jobs.items()}
@@ -177,6 +180,11 @@ def finish(
         "command": "python -m eval.fid " + " ".join(sys.argv[1:]),
     }
     show(metrics, protocol, reasons)
+    published = published_evaluation(str(config["from"]))
+    if published:  # what the zoo says, beside what was measured
+        result["published"] = published
+        score = f", IS {published['inception_score']}" if published["inception_score"] else ""
+        print(f"reported: FID {published['fid']}{score} ({published['evaluator']}; {published['source']})")
     write_json(out, result)
     print(f"wrote {out}")
     if config.get("wandb"):
@@ -259,8 +267,7 @@ def default_out(config: Mapping[str, Any]) -> Path:
     if config["samples"]:
         path = Path(config["samples"])
         return path.with_name(path.name.removesuffix(".npz") + ".fid.json")
-    path = Path(config["from"])
-    return (path if path.is_dir() else path.parent) / "eval" / "fid.json"
+    return results_folder(str(config["from"])) / "fid.json"
 
 
 @entry("eval_fid", CONFIGS)

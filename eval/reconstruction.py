@@ -122,7 +122,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     extractor = None
     if config["extractor"] != "none":
         extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)
-    keep = images.count if config["npz"] else GRID if config["grid"] else 0
+    keep = images.count if config["npz"] or config.get("samples") else GRID if config["grid"] else 0
     lpips = perceptual_distance(config.get("lpips"), config.get("lpips_path"))
     done = run_through(
         tokenizer, images, extractor, batch_size=int(config["batch_size"]), keep=keep, device=device,
@@ -151,7 +151,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "reconstruction.json")
     write_json(out, result)
     print(f"wrote {out}")
-    write_pairs(done.pairs, config["npz"], config["grid"])
+    write_pairs(done.pairs, config["npz"], config["grid"], config.get("samples"))
     return result
 
 
@@ -212,14 +212,20 @@ def _protocol(config: Mapping[str, Any], images: Any, extractor: Extractor, refe
     )
 
 
-def write_pairs(pairs: list[tuple[Tensor, Tensor]], npz: str | None, grid: str | None) -> None:
-    """npz with `originals` and `reconstructions`; grid with originals above their reconstructions."""
+def write_pairs(
+    pairs: list[tuple[Tensor, Tensor]], npz: str | None, grid: str | None, samples: str | None = None
+) -> None:
+    """npz with `originals` and `reconstructions`; grid with originals above their reconstructions; samples: an npz as
+    eval.fid reads it, with the reconstructions as `arr_0`."""
     if not pairs:
         return
     originals, copies = (torch.cat(side).numpy() for side in zip(*pairs))
     if npz:
         write_atomic(npz, lambda file: np.savez_compressed(file, originals=originals, reconstructions=copies))
         print(f"wrote {npz}")
+    if samples:
+        write_atomic(samples, lambda file: np.savez_compressed(file, arr_0=copies))
+        print(f"wrote {samples}")
     if grid:
         picture = pair_grid(originals, copies)
         write_atomic(grid, lambda file: picture.save(file, "PNG"))

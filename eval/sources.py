@@ -243,22 +243,33 @@ def open_images(path: str | Path) -> Images:
 
 
 def from_run(
-    pipeline: Any, *, name: str, count: int, plan: str, seed: int, guidance: Any, rule: Any, identity: str = ""
+    pipeline: Any,
+    *,
+    name: str,
+    count: int,
+    plan: str,
+    seed: int,
+    guidance: Any,
+    rule: Any,
+    size: int | None = None,
+    identity: str = "",
 ) -> Images:
     """Images that a vgen Pipeline draws while they are read; nothing is stored.
 
-    plan: see `label_plan`. Image i has the same seed, label and chunk whatever `count` is.
+    plan: see `label_plan`. size: side that they are brought to, None as drawn. Image i has the same seed, label and
+    chunk whatever `count` is.
     """
     from vtok.noise import sample_seeds
 
     labels = label_plan(plan, count, pipeline.generator.num_classes, seed)
     seeds = sample_seeds(seed, 0, count)
+    how = {"guidance": guidance, "rule": rule} | ({} if size is None else {"size": size})
 
     def span(size: int, first: int, last: int) -> Iterator[Tensor]:
         assert first % pipeline.chunk == 0, "an image belongs to one chunk, wherever the drawing starts"
         for start in range(first, last, pipeline.chunk):
             part = slice(start, min(start + pipeline.chunk, last))
-            yield from pipeline(labels[part], seeds[part], guidance=guidance, rule=rule).split(size)
+            yield from pipeline(labels[part], seeds[part], **how).split(size)
 
     known = labels if pipeline.generator.num_classes else None
     return Images(name, count, lambda size: span(size, 0, count), known, "direct", span, identity, unit=pipeline.chunk)

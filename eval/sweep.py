@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.drawing import load_pipeline
+from eval.drawing import load_pipeline, results_folder, weights_hash
 from eval.fid import CONFIGS, evaluate
 from eval.references import DATA_SPLITS
 from vtok.checkpoint import write_atomic
@@ -52,7 +52,7 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
 
     if not config["from"]:
         raise ValueError("give from=<run or exported folder>: a sweep draws its samples")
-    folder = Path(config["out"] or Path(config["from"]) / "eval" / "sweep")
+    folder = Path(config["out"] or results_folder(str(config["from"])) / "sweep")
     chosen = settings(axes, config)
     device, pipeline, loaded = resolve_device(config["device"]), None, None
     for number, setting in enumerate(chosen):
@@ -73,11 +73,8 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
 
 def check(path: Path, config: Mapping[str, Any]) -> None:
     """ValueError where the result in `path` is of another checkpoint or another number of images."""
-    from vgen.sampling import checkpoint_hash
-
     protocol = json.loads(path.read_text())["protocol"]
-    hashed = checkpoint_hash(config["from"])
-    if hashed not in protocol["source"]:
+    if weights_hash(config) not in protocol["source"]:
         raise ValueError(f"{path} was measured on another checkpoint; delete it or pass another out=<folder>")
     if config["images"] and protocol["images"] != int(config["images"]):
         raise ValueError(f"{path} has {protocol['images']} images, now images={config['images']}; pass another out=")
@@ -165,7 +162,7 @@ def main(config: Any) -> None:
     found = run(plain, data, plain["sweep"], task)
     if not found:
         return
-    folder = Path(config.out or Path(config["from"]) / "eval" / "sweep")
+    folder = Path(config.out or results_folder(str(config["from"])) / "sweep")
     text = "".join(json.dumps(record, default=str) + "\n" for record in found)
     write_atomic(folder / "sweep.jsonl", lambda file: file.write(text.encode()))
     plot(found, folder / "sweep.png")

@@ -1,19 +1,26 @@
-"""DINOv2's extractor, LPIPS of reconstructions, linear probes."""
+"""DINOv2's extractor, LPIPS of reconstructions, linear probes, published models."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import test_zoo
 import torch
 from safetensors.torch import save_file
 from test_eval import FID_CONFIG, pictures
+from test_zoo import config_of
 
 from eval import linprobe
 from eval.dinov2 import MODEL, SIDE, DinoV2
+from eval.drawing import results_folder, sample_size
 from eval.features import make_extractor
 from eval.fid import evaluate
-from eval.reconstruction import perceptual_distance, run_through
-from eval.sources import Images
+from eval.reconstruction import perceptual_distance, run_through, write_pairs
+from eval.sources import Images, from_npz
+from vgen.guidance import guidance
+from vgen.heads import DrawRule
+from vgen.pipeline import Pipeline
+from vgen.sampling import sample
 
 
 def test_missing_dinov2_weights_say_what_to_do(tmp_path) -> None:
@@ -105,3 +112,60 @@ def test_probe_command(tmp_path) -> None:
     assert found["metrics"]["probe_accuracy"] > 2 * found["metrics"]["chance"], "codes of an untrained net keep shapes"
     with pytest.raises(ValueError, match="pool=max"):
         linprobe.evaluate(config | {"pool": "max"}, data)
+
+
+# --- published models -------------------------------------------------------------------------------------------------
+
+recorded_var = test_zoo.tiny  # a fixture: the recorded VAR under the name of the published one
+
+
+def test_a_zoo_model_is_judged_with_its_papers_settings(recorded_var, tmp_path, capsys) -> None:
+    """The images are those of sample.py from the same name, so the sums are equal bit for bit."""
+    folder, _ = recorded_var
+    np.savez(tmp_path / "ref.npz", arr_0=pictures(12, 32))
+    common = {"from": "zoo:var-d16", "weights": str(folder), "chunk": 2, "device": "cpu", "seed": 3}
+    sample(config_of("sample", **common, num_images=5, out=str(tmp_path / "s.npz")))
+    judged = {"reference": str(tmp_path / "ref.npz"), "extractor": "cifar", "splits": 2, "batch_size": 2}
+    files = {"samples": str(tmp_path / "s.npz"), "out": str(tmp_path / "files.json"), "device": "cpu"}
+    want = evaluate(config_of("eval_fid", **judged, **files))
+    config = config_of("eval_fid", **judged, **common, images=5, out=str(tmp_path / "zoo.json"))
+    capsys.readouterr()
+    found, said = evaluate(config), capsys.readouterr().out
+    assert "guidance=2.5, schedule=linear" in said and "(the paper's settings)" in said
+    assert "reported: FID 3.55" in said and "published" not in want and found["published"]["fid"] == 3.55
+    assert found["moments_sha256"] == want["moments_sha256"]
+    drawn = found["protocol"]
+    assert drawn["guidance"] == "linear 2.5" and drawn["rule"].startswith("temperature 1, top_k 900, top_p 0.96")
+    assert drawn["weights"] == "published" and drawn["rounding"] == "nearest"
+    config["guidance"], config["out"] = 1.5, str(tmp_path / "mine.json")
+    mine = evaluate(config)
+    assert mine["protocol"]["guidance"] == "linear 1.5" and "yours: guidance" in capsys.readouterr().out
+    assert mine["protocol"]["rule"] == drawn["rule"] and mine["moments_sha256"] != found["moments_sha256"]
+
+
+def test_pictures_are_brought_to_the_size_that_the_paper_evaluates(recorded_var, capsys) -> None:
+    folder, _ = recorded_var
+    assert sample_size({"from": "zoo:llamagen-xl-384"}) == 256 and "drawn at 384 px" in capsys.readouterr().out
+    assert sample_size({"from": "zoo:llamagen-l-256"}) is None and sample_size({"from": "outputs/run"}) is None
+    assert sample_size({"from": "zoo:llamagen-xl-384", "sample_size": 128}) == 128
+    pipeline = Pipeline.load("zoo:var-d16", weights=folder, chunk=2)
+    labels, seeds = torch.tensor([0, 1]), torch.tensor([5, 6])
+    tokens = pipeline.tokens(labels, seeds, guide=guidance(1.0), rule=DrawRule())
+    with torch.no_grad():
+        decoded = pipeline.tokenizer.decode(tokens)
+    want = torch.nn.functional.interpolate(decoded, (20, 20), mode="bicubic")
+    want = (want.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert torch.equal(pipeline(labels, seeds, size=20), want)
+
+
+def test_results_of_named_models_have_a_folder_of_their_own(tmp_path) -> None:
+    assert results_folder("zoo:var-d16").as_posix() == "outputs/eval/var-d16"
+    assert results_folder("hf:someone/model").as_posix() == "outputs/eval/someone+model"
+    assert results_folder(str(tmp_path)) == tmp_path / "eval" == results_folder(str(tmp_path / "a.ckpt"))
+
+
+def test_copies_are_written_as_samples_for_the_frechet_command(tmp_path) -> None:
+    originals, copies = (torch.from_numpy(pictures(5, 16, seed)) for seed in (0, 1))
+    pairs = [(originals[:3], copies[:3]), (originals[3:], copies[3:])]
+    write_pairs(pairs, None, None, str(tmp_path / "copies.npz"))
+    assert torch.equal(torch.cat(list(from_npz(tmp_path / "copies.npz").batches(2))), copies)
