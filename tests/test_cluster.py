@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LLAMAGEN, TOKENIZER, losses, run, state, tokenizer_folder
+from runs import LLAMAGEN, TOKENIZER, everything, losses, run, state, tokenizer_folder
 from torch.utils.data import DataLoader
 
 from vtok import checkpoint
@@ -67,6 +68,42 @@ def test_workers_live_through_the_first_request(tmp_path):
     quiet = iter(Fake(image_size=8, batch_size=4, train_images=40, val_images=4).train_dataloader())
     for batch in (*first, *later):
         assert torch.equal(batch["image"], next(quiet)["image"])
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_and_a_restart_of_torchrun_goes_on(tmp_path):
+    """One of two processes is killed after a checkpoint; the end is that of a run that nobody killed, bit for bit."""
+    made_by = tokenizer_folder(tmp_path / "tokenizer")
+    base = (*LLAMAGEN, f"tokenizer_from={made_by}", "steps=6", "save_every=2", "trainer=ddp_sim")
+    base = (*base, "trainer.strategy.start_method=popen", "resume=auto")  # torchrun has started the processes
+    script = tmp_path / "jobs.py"
+    script.write_text(
+        f"""import os, signal, sys
+sys.path[:0] = ['tests', '.']
+from runs import run
+from vtok.lit import Lit
+step, first = Lit.training_step, os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
+if first:
+    run(*{base!r}, 'run_dir={tmp_path / "straight"}')
+
+def killed(self, batch, batch_idx):
+    if first and self.global_step == 3 and os.environ['RANK'] == '1':
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, batch, batch_idx)
+
+Lit.training_step = killed
+run(*{base!r}, 'run_dir={tmp_path / "killed"}')
+"""
+    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    done = command(*torchrun, str(script), timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "error: another process of this job has ended, so this one stops after step 3" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"resume=auto: from {tmp_path / 'killed' / 'checkpoints' / 'last.ckpt'}" in done.stdout
+    assert "goes on from step 2" in done.stdout
+    assert everything(tmp_path / "killed") == everything(tmp_path / "straight")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
 
 # --- full disks -----------------------------------------------------------------------------------------------------
@@ -226,12 +263,12 @@ def test_every_image_once_and_the_same_for_any_number_of_tasks(tmp_path):
     source = exported(tmp_path / "model")
     options = {"per_class": 5, "chunk": 4}  # 5 classes: 25 images, 7 chunks, the last one padded
     sample(settings(source, tmp_path / "one", **options))
-    for tasks in (2, 3):
+    for tasks in (2, 3, 4):
         for task in range(tasks):
             sample(settings(source, tmp_path / f"of{tasks}", **options, task_id=task, num_tasks=tasks))
     wanted = {p.name: p.read_bytes() for p in (tmp_path / "one").glob("*.png")}
     assert len(wanted) == 25
-    for tasks in (2, 3):
+    for tasks in (2, 3, 4):
         assert {p.name: p.read_bytes() for p in (tmp_path / f"of{tasks}").glob("*.png")} == wanted
 
     names = sorted(wanted)  # a killed task: some files are missing, and only their chunks are made again
@@ -299,6 +336,58 @@ def close(one: Path, two: Path) -> None:
         for name in a:
             if name.endswith(("loss", "psnr", "nats", "grad_norm")):
                 assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_pieces_is_read_by_any_number_of_processes(tmp_path):
+    """Two processes write pieces and go on from them; one process reads, exports and finishes the run."""
+    from safetensors.torch import load_file
+
+    from vtok.ckpt_files import newest_whole
+    from vtok.pieces import read_whole
+
+    made_by = tokenizer_folder(tmp_path / "tokenizer")
+    job = (
+        *LLAMAGEN,
+        f"tokenizer_from={made_by}",
+        "model.dropout=0",
+        "model.token_dropout=0",
+        "steps=6",
+        "save_every=2",
+    )
+    job = (*job, "val_every=6", "ema=0.9")
+    two = (*job, *SHARDED, "trainer.strategy.pieces=true", f"run_dir={tmp_path / 'two'}", "resume=auto")
+    script = tmp_path / "jobs.py"
+    lines = ["import sys", "sys.path[:0] = ['tests', '.']", "from runs import run"]
+    lines += [f"run(*{two!r}, 'stop_after={stop}')" for stop in (2, 4)]
+    script.write_text("\n".join(lines))
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    folder = tmp_path / "two" / "checkpoints"
+    assert sorted(p.name for p in folder.glob("*.pieces*")) == ["step_2.pieces", "step_4.pieces"]
+    assert len(list((folder / "step_4.pieces").iterdir())) == 2  # a file of each process
+    small = state(tmp_path / "two")
+    assert not any(v.dim() for v in small["state_dict"].values()) and small["global_step"] == 4
+    tensors = read_whole(folder / "step_4.pieces")
+    sizes = [sum(v.numel() for v in load_file(p).values()) for p in sorted((folder / "step_4.pieces").iterdir())]
+    assert sum(sizes) == sum(v.numel() for v in tensors.values()) and max(sizes) < 0.7 * sum(sizes)  # none is whole
+
+    done = command("scripts/export.py", f"from={tmp_path / 'two'}", f"out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(value, tensors.get(f"state_dict.ema.{name}", value)), name
+
+    run(*job, f"run_dir={tmp_path / 'one'}")
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "two", copy)
+    run(*job, f"run_dir={tmp_path / 'two'}", "resume=auto")  # one process, whole files: the pieces go one by one
+    close(tmp_path / "one", tmp_path / "two")
+    assert sorted(p.name for p in folder.glob("*.pieces")) == ["step_4.pieces"]
+
+    os.truncate(sorted((copy / "checkpoints" / "step_4.pieces").iterdir())[1], 100)
+    found, passed = newest_whole(copy / "checkpoints")
+    assert found.name == "step_2.ckpt" and "shard-00002" in passed[0] and "damaged" in passed[0]
 
 
 def test_a_gan_is_not_sharded(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from vtok.optim import Recipe, memory
 from vtok.resume import EXIT_PREEMPTED, Checkpoints, Preempted, ResumeState
 from vtok.rng import seed_all
 from vtok.warmstart import warm_start
-from vtok.watch import DataWatch
+from vtok.watch import DataWatch, Lost, process_gone
 
 # keys whose change makes a resumed run another one than it was
 PART_OF_THE_RUN = (
@@ -47,6 +48,7 @@ PART_OF_THE_RUN = (
     "optimizer",
     "discriminator_optimizer",
     "schedule",
+    "final_weight_decay",
     "clip",
 )
 PART_OF_THE_RUN += ("ema", "precision", "data", "objective", "tokenizer_from", "corruption", "corrections", "teacher")
@@ -107,6 +109,9 @@ def train(config: DictConfig) -> float | None:
         code = getattr(error, "exit_code", None)  # of a process that Lightning spawned
         if code:
             raise Preempted(code) from None
+        if trainer.world_size > 1 and process_gone(error):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which Lightning's handler would turn into noise
+            raise Lost(trainer.global_step) from None
         raise
     say(f"checkpoints: {folder / 'checkpoints'}\npictures:    {folder / 'pictures'}")
     value = trainer.callback_metrics.get(config.monitor)
@@ -186,6 +191,7 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
         ema=config.ema,
         log_every=config.log_every,
         on_nan=config.on_nan,
+        final_weight_decay=config.get("final_weight_decay"),
         **plain,
     )
     if config.get("model") is None:

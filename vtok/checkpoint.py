@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vtok import pieces
 from vtok.config import Configured, build, describe
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk, in the quota, in a file
@@ -161,8 +162,11 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | os
     module.load_state_dict(state, assign=hollow)
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
-    """A Lightning .ckpt of ours, weights-only, on the CPU. Raises CheckpointError for anything else."""
+def read_checkpoint(path: str | os.PathLike, *, tensors: bool = True) -> dict:
+    """A Lightning .ckpt of ours, weights-only, on the CPU. Raises CheckpointError for anything else.
+
+    tensors: of a checkpoint in pieces (vtok/pieces.py), whether the state dict is put together.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
@@ -177,7 +181,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise CheckpointError(f"{path} is damaged or truncated ({str(error).splitlines()[0]:.120})") from None
     if not isinstance(data, dict) or "module" not in data or "state_dict" not in data:
         raise CheckpointError(f"{path} is not a checkpoint of this toolkit (no `module` key)")
-    return data
+    folder = pieces.folder_of(data, path)
+    if folder is None or not tensors:
+        return data
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} is in pieces, and {folder} is missing: copy that folder too")
+    return pieces.join(data, pieces.read_whole(folder, ("state_dict",)))
 
 
 def find_checkpoint(path: str | os.PathLike, name: str = "last") -> Path:

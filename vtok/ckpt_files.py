@@ -2,7 +2,8 @@
 
 Files are written beside their target, flushed to disk and renamed (Lightning's own writer goes through $TMPDIR and was
 seen to tear when that is another file system), with a SHA-256 in a file beside them. The hash is written first: at
-every moment the side file knows the checkpoint that stands under the name.
+every moment the side file knows the checkpoint that stands under the name. A checkpoint in pieces (vtok/pieces.py) has
+those of its pieces there too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from vtok import pieces
 from vtok.checkpoint import FULL, CheckpointError, file_hash, read_checkpoint, write_atomic
 
 PATTERN = "step_*.ckpt"
@@ -30,10 +32,23 @@ def verify(path: Path) -> str | None:
         return "does not exist"
     if not side(path).is_file():
         return f"has no {side(path).name} beside it"
-    known = [line.split()[0] for line in side(path).read_text().splitlines() if line.strip()]
-    if file_hash(path) not in known:
+    own, parts = _hashes(path)
+    if file_hash(path) not in own:
         return "differs from its SHA-256, it is damaged or truncated"
+    for name, digest in parts.items():
+        if not (path.parent / name).is_file():
+            return f"lacks {name}"
+        if file_hash(path.parent / name) != digest:
+            return f"differs from the SHA-256 of {name}, it is damaged or truncated"
     return None
+
+
+def _hashes(path: Path) -> tuple[list[str], dict[str, str]]:
+    """What the side file knows: hashes of the checkpoint, and of its pieces by name."""
+    lines = side(path).read_text().splitlines() if side(path).is_file() else []
+    pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
+    parts = {name: digest for digest, name in (p for p in pairs if len(p) == 2 and "/" in p[1])}
+    return [pair[0] for pair in pairs if len(pair) < 2 or "/" not in pair[1]], parts
 
 
 def step_of(path: Path) -> int:
@@ -53,7 +68,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
         reason = verify(path)
         if reason is None:
             try:
-                read_checkpoint(path)
+                read_checkpoint(path, tensors=False)
                 return path, passed
             except CheckpointError as error:
                 reason = str(error)
@@ -67,15 +82,24 @@ def sweep(folder: Path) -> list[Path]:
     stale = [p for p in folder.glob("*.tmp.*") if not _alive(p.name.rpartition(".")[2])]
     for path in stale:
         path.unlink(missing_ok=True)
+    pieces.sweep(folder)
     return stale
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, with its pieces where no other one has the same."""
+    path.unlink(missing_ok=True)
+    side(path).unlink(missing_ok=True)
+    pieces.sweep(path.parent)
 
 
 def link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, atomically; a copy where the file system has no hard links."""
     digest = file_hash(source)
-    old = side(target).read_text().split()[:1] if side(target).is_file() else []
+    old, old_parts = _hashes(target)
+    parts = _hashes(source)[1]
     # for a moment both hashes stand there: whichever file a kill leaves, it verifies
-    _write_side(target, [digest, *old])
+    _write_side(target, [digest, *old[:1]], parts | old_parts)
     temporary = target.with_name(f"{target.name}.tmp.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
@@ -85,11 +109,22 @@ def link(source: Path, target: Path) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
     os.replace(temporary, target)
-    _write_side(target, [digest])
+    _write_side(target, [digest], parts)
 
 
-def _write_side(path: Path, digests: list[str]) -> None:
+def write_side(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Name the pieces of a checkpoint that is about to be written."""
+    _write_side(path, [], _parts(checkpoint))
+
+
+def _parts(checkpoint: dict[str, Any]) -> dict[str, str]:
+    found = checkpoint.get(pieces.KEY)
+    return {f"{found['folder']}/{name}": digest for name, digest in found["files"].items()} if found else {}
+
+
+def _write_side(path: Path, digests: list[str], parts: dict[str, str]) -> None:
     text = "".join(f"{digest}  {path.name}\n" for digest in digests)
+    text += "".join(f"{digest}  {name}\n" for name, digest in parts.items())
     write_atomic(side(path), lambda file: file.write(text.encode()))
 
 
@@ -122,18 +157,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._write(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        data = torch.load(path, map_location=map_location, weights_only=True)
+        folder = pieces.folder_of(data, Path(path))
+        return data if folder is None else pieces.join(data, pieces.read_whole(folder))
 
     def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
-        side(Path(path)).unlink(missing_ok=True)
+        remove(Path(path))
 
     @staticmethod
     def _write(checkpoint: dict[str, Any], path: Path) -> None:
         def write(file: Any) -> None:
             torch.save(checkpoint, file)
             file.flush()
-            _write_side(path, [file_hash(Path(file.name))])
+            _write_side(path, [file_hash(Path(file.name))], _parts(checkpoint))
 
         write_atomic(path, write, size=bytes_of(checkpoint))
 

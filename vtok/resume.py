@@ -17,7 +17,7 @@ import lightning as L
 from torch import distributed as dist
 
 from vtok import rng
-from vtok.ckpt_files import generations, link, side
+from vtok.ckpt_files import generations, link, remove
 from vtok.noise import key
 
 EXIT_PREEMPTED = 85
@@ -174,6 +174,5 @@ class Checkpoints(L.Callback):
             if best:
                 link(path, self.folder / "best.ckpt")
             for old in generations(self.folder)[self.keep :]:
-                old.unlink(missing_ok=True)
-                side(old).unlink(missing_ok=True)
+                remove(old)
         self._saved, self._clock = step, time.monotonic()

@@ -26,7 +26,7 @@ from vtok.checkpoint import (
     write_atomic,
     write_json,
 )
-from vtok.ckpt_files import generations, link, newest_whole, side, step_of, sweep, verify
+from vtok.ckpt_files import generations, link, newest_whole, remove, side, step_of, sweep, verify
 from vtok.config import Configured
 from vtok.loggers import trim_rows
 
@@ -41,6 +41,7 @@ NUMBERS: dict[str, tuple[tuple[type, ...], float | None, bool]] = {
     "accumulate": ((int,), 1, False),
     "clip": ((int, float), 0, True),
     "ema": ((int, float), 0, True),
+    "final_weight_decay": ((int, float), 0, True),
     "log_every": ((int,), 1, False),
     "val_every": ((int,), 1, False),
     "val_batches": ((int,), 1, True),
@@ -104,7 +105,7 @@ def resume_from(
 
 def check_same(path: Path, kind: str, description: Mapping[str, Any]) -> int:
     """Raise CheckpointError unless the checkpoint is of this module; returns its optimizer step."""
-    data = read_checkpoint(path)
+    data = read_checkpoint(path, tensors=False)
     found = data["module"]
     if found.get("kind") != kind:
         raise CheckpointError(f"{path} is of a {found.get('kind')}, this run trains a {kind}")
@@ -143,6 +144,7 @@ def prepare(
             old += (folder / "pictures").glob("*.png")
         for path in old:
             path.unlink(missing_ok=True)
+        sweep(checkpoints)
     else:
         trim_rows(folder / "metrics.csv", step)
         if resumed.parent == checkpoints:
@@ -150,8 +152,7 @@ def prepare(
                 link(resumed, checkpoints / "last.ckpt")
             for later in (p for p in generations(checkpoints) if step_of(p) > step):
                 print(f"removing {later.name}: later than step {step}, from which the run goes on", flush=True)
-                later.unlink()
-                side(later).unlink(missing_ok=True)
+                remove(later)
     for name, text in (("config.yaml", config), ("overrides.txt", "\n".join(overrides) + "\n")):
         write_atomic(folder / name, lambda file, text=text: file.write(text.encode()))
     write_json(folder / "versions.json", versions())

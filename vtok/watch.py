@@ -1,4 +1,4 @@
-"""Bad days of a training: which images were in a batch, and data that do not come.
+"""Bad days of a training: which images were in a batch, data that do not come, and processes that are gone.
 
 A loader that hangs (a network file system, a dead worker's lock) shows nowhere: the job stands still until its time is
 over. The alarm below says so after a tenth of `data_timeout`, and stops the run at its end, so that a restart goes on.
@@ -20,6 +20,26 @@ SHOWN = 8
 
 class Stalled(ValueError):
     """No batch came in `data_timeout` seconds."""
+
+
+class Lost(SystemExit):
+    """Another process of the job has ended. The code is 1, so that torchrun or SLURM see a failure and start again."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"error: another process of this job has ended, so this one stops after step {step}; what is above, or the "
+            "report of torchrun or SLURM, says which one and why\n  a restart with resume=auto (torchrun: "
+            "--max-restarts) goes on from the newest checkpoint"
+        )
+
+
+# what gloo and NCCL say where the other end of a connection is gone
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process")
+
+
+def process_gone(error: BaseException) -> bool:
+    """Whether a collective call failed because another process no longer answers."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)
 
 
 class DataWatch(L.Callback):

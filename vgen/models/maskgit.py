@@ -25,6 +25,7 @@ from vtok.layers.attention import Attention
 from vtok.layers.block import FeedForward
 from vtok.layers.cache import KVCache
 from vtok.noise import SampleNoise
+from vtok.quantize.statistics import all_mean
 from vtok.tokenizer import TokenSpec
 
 Arch = Literal["bert", "uvit"]
@@ -151,7 +152,9 @@ class MaskGIT(Generator):
         with torch.no_grad():
             plain = F.cross_entropy(logits, target, reduction="none")
             nats = (plain * hidden).sum(1, keepdim=True) / hidden.sum(1, keepdim=True)
-        return {"loss": (smooth * weight).sum() / weight.sum(), "nats": nats}
+        count = weight.sum()  # of all processes, as their gradients are averaged: the whole batch has one weight
+        count = all_mean(count) if self.training else count
+        return {"loss": (smooth * weight).sum() / count, "nats": nats}
 
 
 class MaskedBlock(nn.Module):

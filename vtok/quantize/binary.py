@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vtok.quantize.entropy import bit_entropy, mean_entropy, mean_of_products
 from vtok.quantize.fsq import check_groups
-from vtok.quantize.statistics import code_statistics
+from vtok.quantize.statistics import code_statistics, shared_mean
 from vtok.tokenizer import Quantized, Quantizer
 
 LARGEST = 20  # bits of which a table over all codes is kept, 4 MB: for statistics and the entropy of the mean
@@ -86,13 +86,16 @@ class LFQ(Quantizer):
         return Quantized(codes, codes.flatten(1, -2), ids, loss, stats)
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean entropy of the soft assignments, entropy of their mean) of z [.., C], in nats.
+        """(mean entropy of the soft assignments, entropy of their mean) of z [.., C], in nats; in training the mean is
+        that of all processes.
 
         softmax(2 z c / temperature) is a product over the channels, with log odds 4 size z_i / temperature.
         """
         log_odds = 4 * self.size / self.temperature * z.flatten(0, -2)
         parts = log_odds.split(self.entropy_groups, dim=1)
-        return bit_entropy(log_odds).mean(), sum(mean_entropy(mean_of_products(part)) for part in parts)
+        return bit_entropy(log_odds).mean(), sum(
+            mean_entropy(shared_mean(mean_of_products(part), everywhere=self.training)) for part in parts
+        )
 
     @torch.no_grad()
     def indices(self, z: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Codebook(nn.Module):
         decay = 0.99 if self.ema_decay is None else self.ema_decay
         self.counts.lerp_(count_ids(ids, len(self.counts)), 1 - decay)
         if self.ema_decay is not None:
-            sums = torch.zeros_like(self.sums).index_add_(0, ids, vectors)
+            sums = torch.zeros_like(self.sums).index_add_(0, ids, vectors.to(self.sums.dtype))
             self.sums.lerp_(all_sum(sums), 1 - decay)
             used = self.counts.unsqueeze(1) > 1e-5
             self.weight.copy_(torch.where(used, self.sums / self.counts.clamp(min=1e-5).unsqueeze(1), self.weight))

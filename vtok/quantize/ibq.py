@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtok.quantize.entropy import mean_entropy
-from vtok.quantize.statistics import code_statistics
+from vtok.quantize.statistics import code_statistics, shared_mean
 from vtok.tokenizer import Quantized, Quantizer
 
 # Logits held at once, in floats (128 MB): vectors are taken in parts, whose softmax the backward pass computes again.
@@ -72,7 +72,8 @@ class IBQ(Quantizer):
         stats = code_statistics(ids, self.vocab_size, everywhere=self.training)
         if self.entropy_weight:
             sample = sum(part[2] for part in found) / len(flat)
-            batch = mean_entropy(sum(part[3] for part in found) / len(flat))
+            mean = sum(part[3] for part in found) / len(flat)
+            batch = mean_entropy(shared_mean(mean, everywhere=self.training))
             losses["entropy"] = self.entropy_weight * (self.sample_weight * sample - self.batch_weight * batch)
             stats |= {"sample_entropy": sample.detach(), "batch_entropy": batch.detach()}
         return Quantized(out, out.flatten(1, -2), ids, losses, stats)

@@ -24,6 +24,12 @@ def all_mean(value: Tensor) -> Tensor:
     return value
 
 
+def shared_mean(value: Tensor, *, everywhere: bool) -> Tensor:
+    """`value` as its mean over all processes, with the gradient of this process's own: averaging the gradients of the
+    processes, as DDP and FSDP do, then gives that of a function of the mean. `everywhere` False: `value` itself."""
+    return value + (all_mean(value.detach()) - value.detach()) if everywhere else value
+
+
 def count_ids(ids: Tensor, vocab_size: int, *, everywhere: bool = True) -> Tensor:
     """How often each code occurs in `ids`, float32 [vocab_size]; `everywhere` sums over all processes."""
     counts = torch.zeros(vocab_size, device=ids.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtok.quantize.codebook import SEARCH_BUDGET, Codebook, nearest
 from vtok.quantize.rotation import rotated
-from vtok.quantize.statistics import code_statistics
+from vtok.quantize.statistics import code_statistics, shared_mean
 from vtok.tokenizer import Quantized, Quantizer
 
 
@@ -73,7 +73,9 @@ class VQ(Quantizer):
             if self.codebook.ema_decay is None:
                 loss["codebook"] = self.codebook_weight * _mean((codes - z.detach()).square(), weight)
             if self.entropy_weight:
-                loss["entropy"] = self.entropy_weight * entropy_loss(flat, table, self.entropy_temperature)
+                loss["entropy"] = self.entropy_weight * entropy_loss(
+                    flat, table, self.entropy_temperature, everywhere=self.training
+                )
             if self.training:
                 self.codebook.update(flat.detach(), ids)
             out = rotated(z, codes) if self.rotation else codes.detach() + (z - z.detach())
@@ -120,13 +122,13 @@ def _mean(errors: Tensor, weight: Tensor | None) -> Tensor:
     return (errors.mean(-1) * weight).sum() / weight.sum().clamp(min=1)
 
 
-def entropy_loss(vectors: Tensor, table: Tensor, temperature: float) -> Tensor:
+def entropy_loss(vectors: Tensor, table: Tensor, temperature: float, *, everywhere: bool = False) -> Tensor:
     """Mean entropy of softmax(-distance^2 / temperature) minus the entropy of its mean (Yu et al., arXiv 2310.05737).
 
-    vectors [N, C], table [V, C], both with gradients.
+    vectors [N, C], table [V, C], both with gradients. everywhere: the mean is that of all processes.
     """
     distances = vectors.square().sum(1, keepdim=True) + table.square().sum(1) - 2 * vectors @ table.T
     log_shares = F.log_softmax(-distances / temperature, dim=-1)
     shares = log_shares.exp()
-    mean = shares.mean(0)
+    mean = shared_mean(shares.mean(0), everywhere=everywhere)
     return -(shares * log_shares).sum(-1).mean() + (mean * torch.log(mean + 1e-5)).sum()
