@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.export import export, free  # noqa: E402
 from vtok.cli import entry  # noqa: E402
 
 
@@ -34,8 +35,7 @@ def convert(config: Any) -> Path:
     out, source = Path(config["out"]), config["from"]
     if source is None:
         raise ValueError("from= is missing: a published file, or zoo:<name> (`python -m vgen.zoo` lists them)")
-    if (out / "config.json").exists() and not config["overwrite"]:
-        raise ValueError(f"{out} holds a model already; pass overwrite=true or another out=")
+    free(out, config["overwrite"])
     consent = {"inside": config["inside"], "accept_license": bool(config["accept_license"])}
     if str(source).startswith("zoo:"):
         known = entry_of(source)
@@ -46,8 +46,8 @@ def convert(config: Any) -> Path:
             loaded = load_entry(known, config["weights"], **consent)
         facts = {"reported_fid": getattr(known, "fid", known.rfid), "evaluator": getattr(known, "evaluator", None)}
         _save(loaded, out, sampling=getattr(known, "sampling", None), **facts)
-    elif Path(source).is_dir():
-        _export(Path(source), out, config)
+    elif Path(source).is_dir() or (Path(source).suffix == ".ckpt" and config["family"] is None):
+        export(Path(source), out, weights=config["weights"] or "ema", trust=config["trust"])
     else:
         if config["family"] is None or config["kind"] not in ("tokenizer", "generator"):
             raise ValueError("a file needs family=<converter> and kind=tokenizer or generator; or give from=zoo:<name>")
@@ -57,21 +57,6 @@ def convert(config: Any) -> Path:
         save_folder(module, out, converted_from={"file": Path(source).name, "sha256": file_hash(source)})
     print(f"wrote {out}")
     return out
-
-
-def _export(run: Path, out: Path, config: Any) -> None:
-    """One set of weights of our own run, with its tokenizer."""
-    from vgen.models import FAMILIES
-    from vtok.checkpoint import find_checkpoint, is_folder, load_module, read_checkpoint, save_folder
-    from vtok.config import Families
-
-    if is_folder(run):
-        raise ValueError(f"{run} is an exported folder already; copy it")
-    known, weights = Families(FAMILIES, config["trust"]), config["weights"] or "ema"
-    names = read_checkpoint(find_checkpoint(run))["module"].get("class_names")
-    save_folder(load_module(run, known, weights), out, **({"class_names": names} if names else {}))
-    if is_folder(run / "tokenizer"):
-        save_folder(load_module(run / "tokenizer", known), out / "tokenizer")
 
 
 def _save(loaded: Any, folder: Path, **extra: Any) -> None:

@@ -2,12 +2,13 @@
 
     python scripts/export.py from=outputs/imagenet_var out=exported/var
 
-A generator's folder holds its tokenizer too. Checkpoints of trainer=fsdp are whole files like any other's.
+A generator's folder holds its tokenizer too. `scripts/convert.py from=<run>` does the same, beside published files.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,34 @@ from vtok.cli import entry  # noqa: E402
 
 @entry("export", ROOT / "configs")
 def main(config: Any) -> None:
-    from vgen.models import FAMILIES
-    from vtok.checkpoint import find_checkpoint, load_module, read_checkpoint, save_folder
+    free(Path(config.out), config.overwrite)
+    export(Path(config["from"]), Path(config.out), weights=config.weights, trust=config.trust)
+    print(f"wrote {config.out}")
 
-    out, file = Path(config.out), find_checkpoint(config["from"])
-    if out.exists() and any(out.iterdir()) and not config.overwrite:
-        raise ValueError(f"out={out} exists; pass overwrite=true or another out=")
+
+def free(out: Path, overwrite: bool) -> None:
+    """Raise ValueError where `out` holds a model that is not to be replaced."""
+    if (out / "config.json").exists() and not overwrite:
+        raise ValueError(f"{out} holds a model already; pass overwrite=true or another out=")
+
+
+def export(run: Path, out: Path, *, weights: str = "ema", trust: Sequence[str] = ()) -> None:
+    """Write one set of weights (ema or raw) of a run or .ckpt to the folder `out`, a generator's with its tokenizer."""
+    from vgen.models import FAMILIES
+    from vtok.checkpoint import find_checkpoint, is_folder, load_module, read_checkpoint, save_folder
+    from vtok.config import Families
+
+    if is_folder(run):
+        raise ValueError(f"{run} is an exported folder already; copy it")
+    file, known = find_checkpoint(run), Families(FAMILIES, trust)
     described = read_checkpoint(file)["module"]
-    module = load_module(file, FAMILIES, config.weights)
-    extra = {"kind": described.get("kind"), "weights": config.weights}
+    module = load_module(file, known, weights)
+    extra = {"kind": described.get("kind"), "weights": weights}
     if described.get("class_names"):
         extra["class_names"] = list(described["class_names"])
-    if described.get("kind") == "generator":
-        place = file.parent.parent / "tokenizer"
-        save_folder(load_module(place, FAMILIES), out / "tokenizer", kind="tokenizer")
+    if extra["kind"] == "generator":
+        save_folder(load_module(file.parent.parent / "tokenizer", known), out / "tokenizer", kind="tokenizer")
     save_folder(module, out, **extra)
-    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

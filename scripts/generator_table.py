@@ -39,12 +39,15 @@ MARGIN, ACCURACY = 0.1, 0.2  # what a row must reach: nats below the baseline, c
 @dataclass(frozen=True)
 class Family:
     """tokenizer: a row of the tokenizers' table; train: options of train.py; draw: options of sample.py; status:
-    published, or unofficial where no code of the authors could be compared with."""
+    published, or unofficial where no output of the authors could be compared with. teacher: (model of timm, pixels)
+    that training looks at, with random weights; images are encoded anew then. note: what a reader must know."""
 
     tokenizer: str
     train: list[str]
     draw: list[str] = field(default_factory=lambda: ["guidance=3.0"])
     status: str = "published"
+    teacher: tuple[str, int] | None = None
+    note: str | None = None
 
 
 UNOFFICIAL = "unofficial"
@@ -53,6 +56,14 @@ FLOW = ["optimizer.lr=1e-3"]
 FAMILIES: dict[str, Family] = {
     "llamagen": Family("cnn_vq", ["model=llamagen_small", *DRY]),
     "llamagen_factorised": Family("lfq", ["model=llamagen_factorised_small", *DRY]),
+    "elm": Family("lfq", ["model=elm_small", *DRY], status=UNOFFICIAL),
+    "llamagen_repa": Family(
+        "cnn_vq",
+        ["model=llamagen_repa_small", *DRY],
+        teacher=("test_vit", 128),
+        note="aligned with a vision transformer of RANDOM weights, since a clone has no pretrained ones: the row shows "
+        "that the model trains with the alignment, not what alignment with DINOv2 buys",
+    ),
     "ifsq": Family("ifsq", ["model=ifsq_small"]),
     "rar": Family("cnn_vq", ["model=rar_small"]),
     "gigatok": Family("gigatok", ["model=gigatok_small"]),
@@ -117,6 +128,19 @@ def tokens_of(stages: Any, family: str, folder: Path, budget: float) -> tuple[Pa
     return run, codes
 
 
+def random_teacher(model: str, size: int) -> list[str]:
+    """Options of train.py for a frozen vision transformer with weights drawn from seed 0."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    path = RUNS / f"random_{model}.safetensors"
+    torch.manual_seed(0)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    save_file(timm.create_model(model, num_classes=0).state_dict(), path)
+    return [f"teacher={{model: {model}, size: {size}, weights_path: {path}}}"]
+
+
 def row(name: str, folder: Path, budget: float) -> None:
     """Train, draw and measure one row, and write its JSON and grid; nothing where that is there."""
     from scripts.stages import Stages, column, train_for
@@ -130,7 +154,10 @@ def row(name: str, folder: Path, budget: float) -> None:
 
     stages, run = Stages(9), RUNS / name
     tokenizer, codes = tokens_of(stages, family.tokenizer, folder, budget)
-    options = ["data=codes", f"data.folder={codes}", f"tokenizer_from={tokenizer}", *SHARED, *family.train]
+    source = ["data=codes", f"data.folder={codes}"]
+    if family.teacher:
+        source = [*data_options("cifar10", folder), *random_teacher(*family.teacher)]
+    options = [*source, f"tokenizer_from={tokenizer}", *SHARED, *family.train]
     began = time.perf_counter()
     steps = train_for(stages, run, options, budget)
     trained = time.perf_counter() - began
@@ -160,6 +187,7 @@ def row(name: str, folder: Path, budget: float) -> None:
         {
             "family": name,
             "status": family.status,
+            "note": family.note,
             "tokenizer": family.tokenizer,
             "parameters": sum(p.numel() for p in module.parameters()),
             "tokens": module.layout.length,
@@ -211,8 +239,9 @@ def page(found: list[Mapping[str, Any]]) -> str:
         f"time on one CPU core; {SAMPLES} samples. So the rows show that every family works, and what a tiny budget",
         "buys; they say little about the published models. Loss: nats a token, or the family's squared error for",
         "continuous tokens; its baseline knows only how often each code occurs at each step (continuous: a Gaussian",
-        "for each position). FD[cifar] and class accuracy: the judge of docs/evaluation.md. `unofficial`: no code of",
-        "the authors to compare with. Written by `python scripts/generator_table.py` from docs/tables/generators.",
+        "for each position). FD[cifar] and class accuracy: the judge of docs/evaluation.md. `unofficial`: no output of",
+        "the authors to compare with ([what was chosen by us](unofficial.md)). Written by",
+        "`python scripts/generator_table.py` from docs/tables/generators.",
         "",
         *markdown(COLUMNS, [row for row in ranked if learns(row)]),
     ]
@@ -220,6 +249,8 @@ def page(found: list[Mapping[str, Any]]) -> str:
     if slow:
         lines += ["", "## Does not learn yet", "", *markdown(COLUMNS, slow)]
         lines += ["", f"Wanted: {MARGIN} below the baseline and a class accuracy of {ACCURACY}."]
+    for row in ranked:
+        lines += ["", f"`{row['family']}`: {row['note']}."] if row.get("note") else []
     return "\n".join(lines) + "\n"
 
 

@@ -154,6 +154,9 @@ FAMILIES = {
     "llamagen_factorised_depth": lambda **o: llamagen(
         factors=[2, 3, 4], factor_depth=1, **{"dropout": 0.0, "token_dropout": 0.0, **o}
     ),
+    "llamagen_factorised_tied": lambda **o: llamagen(
+        factors=[2, 3, 4], factor_depth=1, factor_tied=True, **{"dropout": 0.0, "token_dropout": 0.0, **o}
+    ),
     "mar": mar,
     "mar_flow": lambda **o: mar(head="flow", decoder_width=24, decoder_depth=2, **o),
     "maskgit": maskgit,

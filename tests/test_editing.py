@@ -8,11 +8,13 @@ from generators import CLASSES, FAMILIES, MASKED, OWN_INPUT, flexvar, make, toke
 from test_generators import assert_same, draw
 
 from vgen.editing import composite, constrain, has_places, kept_cells, prefix, region, swap_parts
+from vgen.flow_draw import pinned
 from vgen.masking import random_order
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.tokenizer import Part, TokenSpec
 
+JOINT = ("xar_image", "flowar", "flowar_cross", "ecar")  # the tokens of a step flow together
 LABELS = torch.tensor([0, 3, CLASSES])
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_placed = pytest.mark.parametrize("name", [name for name in FAMILIES if has_places(make(name).spec.layout)])
@@ -71,13 +73,13 @@ def test_nothing_kept_is_free_sampling(name):
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in MASKED])
 def test_any_part_of_an_own_sample_brings_back_the_sample(name):
-    """The noise belongs to a token's place: with the same context, the missing tokens are drawn as they were. (xAR:
-    whole entities, since given tokens change how the rest of their entity flows. MAR and MaskGIT see given tokens from
-    the first step on.)"""
+    """The noise belongs to a token's place: with the same context, the missing tokens are drawn as they were. (xAR,
+    FlowAR, E-CAR: whole steps, since given tokens change how the rest of their step flows. MAR and MaskGIT see given
+    tokens from the first step on.)"""
     model, seeds = make(name), sample_seeds(0, 0, 3)
     sample = draw(model, LABELS, seeds)
     drawer = torch.Generator().manual_seed(4)
-    if name in OWN_INPUT:
+    if name in OWN_INPUT or name in JOINT:
         known = torch.rand(3, model.layout.steps, generator=drawer)[:, model.layout.steps_of_tokens()] < 0.5
     else:
         known = torch.rand(3, model.layout.length, generator=drawer) < 0.5
@@ -144,15 +146,32 @@ def test_given_tokens_come_first_in_an_order_of_the_sample():
         assert canvas.order[row].tolist() == want
 
 
-def test_given_tokens_of_an_entity_bend_the_flow_of_the_rest_of_it():
-    model, seeds = make("xar_image"), sample_seeds(0, 0, 2)
-    results = []
-    for seed in (1, 2):  # two images, of which the same left half is kept
-        tokens = tokens_of(model, 2, seed=seed)
-        canvas = region(model, tokens, SampleNoise(seeds), right_half())
-        unknown = ~canvas.known.clone()
-        results.append(draw(model, LABELS[:2], seeds, canvas=canvas).tokens[unknown])
+@pytest.mark.parametrize("name", JOINT)
+def test_given_tokens_of_a_step_bend_the_flow_of_the_rest_of_it(name):
+    """Kept is half of the last step alone: what is drawn before it is the free sample, and the rest of it depends on
+    which image is kept."""
+    model, seeds = make(name), sample_seeds(0, 0, 2)
+    a, b = model.layout.written(model.layout.steps - 1, model.layout.steps)
+    known = (torch.arange(model.layout.length) >= a) & (torch.arange(model.layout.length) < (a + b) // 2)
+    free, results = draw(model, LABELS[:2], seeds).tokens, []
+    for seed in (1, 2):
+        canvas = constrain(model, tokens_of(model, 2, seed=seed), SampleNoise(seeds), lambda canvas: known)
+        before, after = completed(model, canvas, seeds, LABELS[:2])
+        assert torch.equal(after.tokens[:, known], before[:, known])
+        torch.testing.assert_close(after.tokens[:, :a], free[:, :a], rtol=1e-4, atol=1e-4)
+        results.append(after.tokens[:, (a + b) // 2 :])
     assert not torch.allclose(*results, atol=1e-3)
+
+
+def test_a_pinned_velocity_sees_the_straight_path():
+    """At time t a known token is (1 - t) token + t start, an unknown one what the solver has; with none known, nothing
+    is changed."""
+    x, tokens, start = torch.randn(3, 2, 4, 5).unbind()
+    known = torch.tensor([[True, False, True, False], [False] * 4])
+    found = pinned(lambda x, t: x, known, tokens, start)(x, 0.25)
+    wanted = torch.where(known[..., None], torch.lerp(tokens, start, 0.25), x)
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(found[1], x[1]) and pinned(torch.lerp, None, tokens, start) is torch.lerp
 
 
 def test_free_lists_of_scales_are_edited_too():

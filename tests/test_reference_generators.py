@@ -18,6 +18,7 @@ from vgen.masking import masked_layout
 from vgen.samplers.ancestral import ancestral
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, sample_seeds
+from vtok.quantize.factors import join, split
 
 
 def teacher_forced(model, tokens, label):
@@ -61,6 +62,28 @@ def test_gpt(family, option):
         cond = replace(cond, at={model.block: lambda h: (states.append(h), h)[1]})
         model(model.arrange(inputs["indices"]), cond)
         assert_close(model.projector(states[0]), outputs["projected"])
+
+
+def test_ifsq_with_sub_codes():
+    """Two blocks over the sub-codes of a token, with the trunk's tables, rope and norm: logits, and guided decoding."""
+    state, inputs, outputs, info = read("ifsq_gpt_sub_codes")
+    model = convert("ifsq", state, info["ctor"])
+    sizes, parts = info["ctor"]["Transformer_ModelArgs"]["vocab_size"], inputs["parts"]
+    assert sum(p.numel() for p in model.parameters()) == sum(v.numel() for v in state.values())
+    ids, states = join(parts.movedim(0, -1), sizes), []
+    cond = model.conditioner(inputs["label"])
+    cond = replace(cond, at={model.block: lambda h: (states.append(h), h)[1]})
+    canvas = model.arrange(ids)
+    for f, logits in enumerate(model.head.logits(model(canvas, cond), canvas.tokens)):
+        assert_close(logits, outputs[f"logits_{f}"])
+    assert_close(model.projector(states[0]), outputs["projected"])
+    assert outputs["margin"] > 1e-4
+    for name, guide in {"greedy_cfg": ClassifierFree(Constant(2.0)), "greedy_nocfg": Unguided()}.items():
+        got = greedy(model, inputs["label"][:2] % 10, guide).tokens
+        assert torch.equal(split(got, sizes), outputs[name].long()), name
+    with pytest.raises(ValueError, match=r"vocab_size=\[5, 6, 4\] in the config, but the weights have sub-codes"):
+        given = info["ctor"]["Transformer_ModelArgs"]
+        convert("ifsq", state, {"Transformer_ModelArgs": given | {"vocab_size": [5, 6, 4]}})
 
 
 def test_what_ifsqs_converter_does_not_know_is_an_error():

@@ -6,6 +6,7 @@ The interrupted run is the second path; the negative test shows that the compari
 from __future__ import annotations
 
 import errno
+import math
 import os
 import random
 import signal
@@ -62,8 +63,12 @@ def test_without_the_random_numbers_the_runs_differ(straight, tmp_path, monkeypa
 def test_a_generator_resumes_exactly(tmp_path, family):
     tokenizer = tokenizer_folder(tmp_path / "tokenizer", family)
     base = (*(LLAMAGEN if family == "llamagen" else VAR), f"tokenizer_from={tokenizer}", "steps=5", "accumulate=2")
+    base += ("final_weight_decay=0.08",) if family == "var" else ()  # moves at every step
     run(*base, f"run_dir={tmp_path / 'a'}")
     run(*base, f"run_dir={tmp_path / 'b'}", "stop_after=2")
+    moved = [group["weight_decay"] for group in state(tmp_path / "b")["optimizer_states"][0]["param_groups"]]
+    second = 0.08 - 0.03 * math.cos(math.pi / 8) ** 2 if family == "var" else 0.05  # step 1 of 0 .. 4
+    assert moved == pytest.approx([second, 0.0])
     run(*base, f"run_dir={tmp_path / 'b'}", f"ckpt_path={tmp_path / 'b/checkpoints/last.ckpt'}")
     assert everything(tmp_path / "b") == everything(tmp_path / "a")
     assert losses(tmp_path / "b") == losses(tmp_path / "a")

@@ -77,6 +77,29 @@ def test_only_matrices_decay():
     }
 
 
+def test_weight_decay_moves_along_half_a_cosine():
+    """Without a gradient AdamW multiplies a matrix by 1 - lr decay_s at step s; VAR's decays, 0.05 to 0.08."""
+    recipe = optim.Recipe({"lr": 0.5, "weight_decay": 0.05}, {"kind": "constant"}, 9, final_weight_decay=0.08)
+    wanted = [0.08 - 0.03 * math.cos(math.pi * s / 16) ** 2 for s in range(9)]
+    assert [recipe.decay(s) for s in range(9)] == pytest.approx(wanted, rel=1e-12)
+    assert (recipe.decay(0), recipe.decay(4), recipe.decay(8), recipe.decay(99)) == pytest.approx(
+        (0.05, 0.065, 0.08, 0.08)
+    )
+    layer = nn.Linear(3, 2)
+    matrix, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    optimizer = optim.make_optimizer([layer], **recipe.optimizer)
+    for step in range(9):
+        layer.weight.grad, layer.bias.grad = torch.zeros(2, 3), torch.zeros(2)
+        optim.set_decay(optimizer, recipe.decay(step))
+        optimizer.step()
+    assert torch.equal(layer.bias, bias)
+    torch.testing.assert_close(layer.weight.detach(), matrix * math.prod(1 - 0.5 * d for d in wanted))
+    assert optim.Recipe({"lr": 1.0}, {}, 9).decay(5) == 0.05
+    for end, begin in ((0.0, 0.05), (0.08, 0.0)):
+        with pytest.raises(ValueError, match="final_weight_decay"):
+            optim.Recipe({"lr": 0.5, "weight_decay": begin}, {}, 9, final_weight_decay=end)
+
+
 def test_averages_have_their_closed_form():
     """After s steps of weights w_s: a_s = k_s a_{s-1} + (1 - k_s) w_s with k_s = min(decay, (1 + s) / (10 + s))."""
     module, ema = nn.BatchNorm1d(1), nn.BatchNorm1d(1)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from references import read
+from runs import LLAMAGEN, run, tokenizer_folder
 
 from vgen import published
 from vgen.guidance import guidance
@@ -194,3 +195,21 @@ def test_the_hub_mixin_saves_loads_and_uploads(tmp_path, monkeypatch):
     assert torch.equal(Pipeline.load("hf:somebody/model", chunk=4)(LABELS, SEEDS), pipeline(LABELS, SEEDS))
     with pytest.raises(ValueError, match="no repository of the hub"):
         Pipeline.load("hf:nonsense")
+
+
+def test_a_run_is_exported_alike_by_both_commands(tmp_path):
+    """scripts/export.py and scripts/convert.py from a run, or from its checkpoint: the same bytes."""
+    from scripts.convert import convert
+    from scripts.export import export
+
+    tokenizer = tokenizer_folder(tmp_path / "tokenizer")
+    run(*LLAMAGEN, f"tokenizer_from={tokenizer}", "steps=1", f"run_dir={tmp_path / 'run'}")
+    export(tmp_path / "run", tmp_path / "a")
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    for name, source in (("b", tmp_path / "run"), ("c", checkpoint)):
+        convert(config_of("convert", **{"from": str(source), "out": str(tmp_path / name)}))
+    found = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.*")} for n in "abc"]
+    assert found[0] == found[1] == found[2] and len(found[0]) == 4  # weights and config, of both
+    assert read_config(tmp_path / "a")["kind"] == "generator" and read_config(tmp_path / "a")["weights"] == "ema"
+    with pytest.raises(ValueError, match="exported folder already"):
+        convert(config_of("convert", **{"from": str(tmp_path / "a"), "out": str(tmp_path / "d")}))

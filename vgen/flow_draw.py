@@ -20,6 +20,18 @@ from vtok.noise import SampleNoise
 SOLVERS = ("euler", "heun", "ab2", "euler_maruyama")
 
 
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+def pinned(velocity: Velocity, known: Tensor | None, tokens: Tensor, start: Tensor) -> Velocity:
+    """A velocity that sees the known tokens, bool [B, n], on the straight path from `start` at time 1 to `tokens` at
+    time 0, both [B, n, C], so that the others flow to what goes with them (replacement as in RePaint, Lugmayr et al.,
+    arXiv 2201.09865, without its resampling)."""
+    if known is None:
+        return velocity
+    return lambda x, t: velocity(torch.where(known[..., None], (1 - t) * tokens + t * start, x), t)
+
+
 @dataclass(frozen=True)
 class FlowDraw:
     """How many steps of which solver walk from noise to a token, where the draw rule does not say otherwise.
@@ -38,7 +50,7 @@ class FlowDraw:
 
     def __call__(
         self,
-        velocity: Callable[[Tensor, float], Tensor],
+        velocity: Velocity,
         channels: int,
         *,
         guide: Guidance,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgen.flow_draw import FlowDraw
+from vgen.flow_draw import FlowDraw, pinned
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule
 from vtok.flow import interpolate
@@ -147,10 +147,13 @@ class BlockFlowHead(nn.Module):
         progress: Progress,
         start: Tensor | None = None,
         span: tuple[float, float] = (0.0, 1.0),
+        known: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> Tensor:
         """Tokens float32 [B, n, C] of one step from h [S * B, n, D], stream-major.
 
-        start: the tokens at the later time of `span`, where the path does not begin at noise (E-CAR).
+        start: the tokens at the later time of `span`, where the path does not begin at noise (E-CAR). known: which
+        tokens, bool [B, n], are those of `given` [B, n, C]: the flow of the others sees them.
         """
         low, high = span
 
@@ -158,6 +161,9 @@ class BlockFlowHead(nn.Module):
             time = torch.full((len(h),), low + t * (high - low), device=h.device)
             return self(x.repeat(guide.streams, 1, 1), time, h)
 
+        if known is not None:
+            begin = noise.normal(position, self.channels) * rule.temperature if start is None else start
+            velocity = pinned(velocity, known, given, begin)
         return self.flow(
             velocity,
             self.channels,

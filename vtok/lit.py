@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vtok import rng
 from vtok.config import describe
 from vtok.fsdp import is_sharded, shard, whole
-from vtok.optim import Recipe, average, check_arguments, check_optimizer, make_optimizer, rate, set_rate
+from vtok.optim import Recipe, average, check_arguments, check_optimizer, make_optimizer, rate, set_decay, set_rate
 from vtok.quantize.statistics import perplexity, usage
 from vtok.watch import shown_images
 
@@ -135,6 +135,8 @@ class Lit(L.LightningModule):
         norm = self._clip([self.module])
         self._guard(step, torch.isfinite(norm) & torch.isfinite(self._sums["loss"]))
         set_rate(wrapped.optimizer, self.recipe.optimizer["lr"] * factor)
+        if self.recipe.final_weight_decay is not None:
+            set_decay(wrapped.optimizer, self.recipe.decay(step))
         wrapped.step()
         wrapped.zero_grad(set_to_none=True)
         others = self._update_others(factor)

@@ -1,7 +1,7 @@
 """What tokenizer and generator training share: AdamW with decay groups, the learning rate of a step, weight averaging.
 
-Learning rate and averaging are pure functions of the optimizer step, so a resumed run needs no state of them. The
-averaged weights follow Polyak and Juditsky (SIAM J. Control Optim. 1992) with the warm-up
+Learning rate, weight decay and averaging are pure functions of the optimizer step, so a resumed run needs no state of
+them. The averaged weights follow Polyak and Juditsky (SIAM J. Control Optim. 1992) with the warm-up
 decay_s = min(decay, (1 + s) / (10 + s)) that lets early steps forget the initial weights.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 Kind = Literal["constant", "cosine", "linear"]
+WEIGHT_DECAY = 0.05
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Recipe:
     optimizer: arguments of `make_optimizer`; schedule: of `rate`. steps: length of the schedule in optimizer steps.
     accumulate: batches per step. clip: largest gradient norm, None for none. ema: decay of the averaged weights, None
     for none. log_every: steps between two records. on_nan: stop, or skip a step whose gradient is not finite.
+    final_weight_decay: what optimizer.weight_decay moves to (`weight_decay`); None leaves it as it is.
     """
 
     optimizer: Mapping[str, Any]
@@ -36,6 +38,7 @@ class Recipe:
     ema: float | None = 0.999
     log_every: int = 20
     on_nan: Literal["stop", "skip"] = "stop"
+    final_weight_decay: float | None = None
 
     def __post_init__(self) -> None:
         if self.on_nan not in ("stop", "skip"):
@@ -46,6 +49,18 @@ class Recipe:
             raise ValueError(f"clip is a positive gradient norm, or null for none, got {self.clip}")
         check_arguments("schedule", check_schedule, self.schedule)
         check_arguments("optimizer", check_optimizer, self.optimizer)
+        if self.final_weight_decay is not None and not (self.final_weight_decay > 0 and self.decay(0) > 0):
+            # groups that decay are told by a decay above 0
+            raise ValueError(
+                f"final_weight_decay={self.final_weight_decay} and optimizer.weight_decay={self.decay(0)} must both be "
+                "positive; final_weight_decay=null keeps the decay constant"
+            )
+
+    def decay(self, step: int) -> float:
+        """Weight decay in optimizer step `step`, counted from 0."""
+        begin = self.optimizer.get("weight_decay", WEIGHT_DECAY)
+        end = begin if self.final_weight_decay is None else self.final_weight_decay
+        return weight_decay(step, self.steps, begin, end)
 
 
 def check_arguments(name: str, check: Callable[..., None], given: Mapping[str, Any]) -> None:
@@ -62,7 +77,7 @@ def make_optimizer(
     *,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.95),
-    weight_decay: float = 0.05,
+    weight_decay: float = WEIGHT_DECAY,
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `modules`. Tensors with fewer than two dimensions (biases, norms) get no
@@ -83,7 +98,7 @@ def make_optimizer(
 
 
 def check_optimizer(
-    *, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.05, eps: float = 1e-8
+    *, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = WEIGHT_DECAY, eps: float = 1e-8
 ) -> None:
     """Raise ValueError naming the key unless these are arguments of `make_optimizer`."""
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
@@ -139,10 +154,24 @@ def rate(
     return final + (1 - final) * fall
 
 
+def weight_decay(step: int, steps: int, begin: float, end: float) -> float:
+    """Weight decay in optimizer step `step` of `steps`, counted from 0: half a cosine from `begin` to `end` at the last
+    step, as in VAR's code (arXiv 2404.02905: 0.05 to 0.08 for d30 and d36)."""
+    share = min(1.0, step / max(1, steps - 1))
+    return end + (begin - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of all groups; a group with an `lr_scale` gets that multiple of it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def set_decay(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Set the weight decay of the groups that have one."""
+    for group in optimizer.param_groups:
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = decay
 
 
 @torch.no_grad()

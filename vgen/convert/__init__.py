@@ -6,13 +6,13 @@ original's classes, {class: {argument: value}}. Sizes come from the shapes, the 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from vgen.generator import Generator
+from vtok.convert import call
 
 CONVERTERS: dict[str, str] = {
     "llamagen": "vgen.convert.llamagen",
@@ -37,7 +37,4 @@ def convert(family: str, state: Mapping[str, Tensor], config: Mapping[str, Any])
 
     Raises ValueError for an unknown family, an unknown or missing key, and a config that does not fit the shapes.
     """
-    if family not in CONVERTERS:
-        raise ValueError(f"unknown family {family!r}; known are {', '.join(sorted(CONVERTERS))}")
-    module, _, function = CONVERTERS[family].partition(":")
-    return getattr(importlib.import_module(module), function or "convert")(state, config)
+    return call(CONVERTERS, family, state, config)

@@ -76,8 +76,10 @@ def convert_as(
     source: str,
     rules: Sequence[Rule] = (),
     more: frozenset[str] = frozenset(),
+    vocab_size: int | None = None,
 ) -> Generator:
-    """A model of LlamaGen's kind. make: builds the module; rules, more: keys and arguments that LlamaGen lacks."""
+    """A model of LlamaGen's kind. make: builds the module; rules, more: keys and arguments that LlamaGen lacks, rules
+    before LlamaGen's own; vocab_size: where there is no one table of tokens that tells it."""
     arguments = dict(config.get(CLASS, {}))
     unknown = (set(arguments) - ARGUMENTS - more) | (set(config) - {CLASS})
     if unknown:
@@ -90,9 +92,9 @@ def convert_as(
             raise ValueError(f"{source}: {name}={arguments[name]} is not supported, only {allowed[-1]}")
     if arguments.get("resid_dropout_p", 0.1) != arguments.get("ffn_dropout_p", 0.1):
         raise ValueError(f"{source}: resid_dropout_p and ffn_dropout_p differ; our block has one dropout")
-    tensors = translate(state, [*RULES, *rules], source)
+    tensors = translate(state, [*rules, *RULES], source)
     rows, width = shape(state, "cls_embedding.embedding_table.weight", source)
-    vocab_size = shape(state, "tok_embeddings.weight", source)[0]
+    vocab_size = vocab_size or shape(state, "tok_embeddings.weight", source)[0]
     depth = highest(state, r"layers\.(\d+)\..*", source)
     hidden = shape(state, "layers.0.feed_forward.w1.weight", source)[0]
     check(arguments, {"dim": width, "n_layer": depth, "vocab_size": vocab_size, "num_classes": rows - 1}, source)

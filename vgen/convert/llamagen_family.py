@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vgen.convert.llamagen import Found, convert_as
+from vgen.convert.llamagen import RULES, Found, convert_as
 from vgen.generator import Generator
 from vgen.models.detailflow import DetailFlow
 from vgen.models.har import HAR
 from vgen.models.hita import HitaGPT
 from vgen.models.llamagen import LlamaGen
 from vgen.models.repa import LlamaGenREPA
-from vtok.convert.table import Rule
+from vtok.convert.table import Rule, highest
 from vtok.layout import SequenceLayout
 from vtok.tokenizer import Part, TokenSpec
 
@@ -118,35 +119,53 @@ def hita(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Generator:
 
 
 def ifsq(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Generator:
-    """LlamaGen, or with z_dims LlamaGen-REPA. Of tokens in sub-codes, the original's own depth transformer (tied
-    tables, rope, one norm for both) is another function than ours: its files are refused. None is published.
-    """
+    """LlamaGen, or with z_dims LlamaGen-REPA. vocab_size may be a list: more than one are sizes of sub-codes, the first
+    of which counts fastest in our ids, as in FSQ's indices."""
     arguments = dict(config.get("Transformer_ModelArgs", {}))
     sizes = arguments.get("vocab_size")
+    factors = tuple(sizes) if isinstance(sizes, Sequence) and len(sizes) > 1 else ()
     if isinstance(sizes, Sequence):
-        if len(sizes) > 1:
-            raise ValueError(f"iFSQ GPT: vocab_size={list(sizes)}: sub-codes are not supported, only one vocabulary")
-        arguments["vocab_size"] = sizes[0]
+        arguments["vocab_size"] = math.prod(sizes)
+    have = [len(state[key]) for i in range(len(factors)) if (key := f"{i}_emb.weight") in state]
+    if have != list(factors):
+        raise ValueError(f"iFSQ GPT: vocab_size={list(sizes)} in the config, but the weights have sub-codes {have}")
     widths = arguments.get("z_dims") or []
     if len(widths) > 1:
         raise ValueError(f"iFSQ GPT: z_dims={list(widths)}: only one vision model is supported")
     rules = [Rule(rf"projectors\.0\.([024])\.{BOTH}", r"projector.\1.\2")] if widths else []
+    rules += _sub_codes(len(factors)) if factors else []
 
     def make(found: Found) -> LlamaGen:
-        side = math.isqrt(found.tokens)
+        side, more = math.isqrt(found.tokens), {}
+        if factors:
+            depth = highest(state, r"factorized_blocks\.(\d+)\..*", "iFSQ GPT")
+            more = {"factors": factors, "factor_depth": depth, "factor_tied": True}
         part = Part(found.tokens, found.vocab_size, CODE_CHANNELS)
         spec = TokenSpec(SequenceLayout.raster(side, side), (part,), 16 * side)
         if not widths:
-            return LlamaGen(spec, found.classes, **found.sizes)
+            return LlamaGen(spec, found.classes, **more, **found.sizes)
         if found.sizes["theta"] != 10000 or found.sizes["attention_dropout"]:
             raise ValueError("iFSQ GPT: with z_dims only rope_base=10000 and attn_dropout_p=0 are supported")
         taken = {k: v for k, v in found.sizes.items() if k not in ("theta", "attention_dropout")}
         block, hidden = found.arguments.get("encoder_depth", 8), found.arguments.get("projector_dim", 2048)
-        return LlamaGenREPA(spec, found.classes, block=block, channels=widths[0], hidden=hidden, **taken)
+        return LlamaGenREPA(spec, found.classes, block=block, channels=widths[0], hidden=hidden, **more, **taken)
 
     more = frozenset({"factorized_n_layer", "use_checkpoint", "z_dims", "encoder_depth", "projector_dim"})
     config = {**config, "Transformer_ModelArgs": arguments}
-    return convert_as(state, config, make, source="iFSQ GPT", rules=rules, more=more)
+    vocab_size = math.prod(factors) if factors else None
+    return convert_as(state, config, make, source="iFSQ GPT", rules=rules, more=more, vocab_size=vocab_size)
+
+
+def _sub_codes(count: int) -> list[Rule]:
+    """Of tables, outputs and the transformer over sub-codes, whose blocks are named as the trunk's are."""
+    blocks = [
+        replace(rule, pattern=rule.pattern.replace("layers", "factorized_blocks"), target=f"head.{rule.target}")
+        for rule in RULES
+        if rule.pattern.startswith("layers")
+    ]
+    tables = [Rule(rf"{i}_emb\.weight", "head.tokens.weight", part=(i, count)) for i in range(count)]
+    outputs = [Rule(rf"output\.{i}\.weight", "head.linear.weight", part=(i, count)) for i in range(count)]
+    return [*blocks, *tables, *outputs, Rule(r"norm\.weight", "head.trunk.norm.weight")]
 
 
 def hita_spec(queries: int, side: int, vocab_size: int) -> TokenSpec:

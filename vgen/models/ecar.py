@@ -20,16 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.conditioning import Cond
 from vgen.gaussian import Moments
 from vgen.generator import Canvas
-from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule
 from vgen.heads_block_flow import NOISE_STREAM, TIME_STREAM
 from vgen.latents import enlarge, scale_map, shrink
 from vgen.models.flowar import FlowAR
 from vtok.flow import interpolate
-from vtok.layers.cache import KVCache
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.tokenizer import TokenSpec
 
@@ -96,41 +93,16 @@ class ECAR(FlowAR):
         ratios = [side // before for before, side in itertools.pairwise(sides)]
         self.starts = (1.0, *(start_after(end, ratio) for end, ratio in zip(self.ends, ratios)))
 
-    def draw(
-        self,
-        canvas: Canvas,
-        cond: Cond,
-        k: int,
-        *,
-        cache: KVCache | None,
-        noise: SampleNoise,
-        guide: Guidance,
-        rule: DrawRule,
-    ) -> Tensor:
+    def path(
+        self, canvas: Canvas, k: int, noise: SampleNoise, position: Tensor, rule: DrawRule
+    ) -> tuple[Tensor, tuple[float, float]]:
         if "euler_maruyama" in (rule.solver, self.head.flow.solver):
             raise ValueError("solver=euler_maruyama needs a path from noise to data; E-CAR's stages walk a part of it")
-        layout, rows = canvas.layout, canvas.repeat(guide.streams)
-        a, b = layout.written(k, k + 1)
-        h = self(rows, cond, 0 if cache is None else k, k + 1, cache)[:, a - b :]
-        position = torch.arange(a, b, device=h.device)
         start = noise.normal(position, self.head.channels) * rule.temperature
         if k:
-            before = scale_map(canvas.tokens, layout, k - 1)
-            start = renoise(before, self.ends[k - 1], start.unflatten(1, layout.sides[k])).flatten(1, 2)
-        tokens = self.head.draw(
-            h,
-            layout.sizes[k : k + 1],
-            guide=guide,
-            noise=noise,
-            position=position,
-            rule=rule,
-            progress=Progress(k, layout.steps, a / layout.length, b / layout.length),
-            start=start,
-            span=(self.ends[k], self.starts[k]),
-        )
-        if cache is not None:
-            cache.commit(layout.reads[k])
-        return tokens
+            before = scale_map(canvas.tokens, canvas.layout, k - 1)
+            start = renoise(before, self.ends[k - 1], start.unflatten(1, canvas.layout.sides[k])).flatten(1, 2)
+        return start, (self.ends[k], self.starts[k])
 
     def stages(self, canvas: Canvas, noise: SampleNoise) -> tuple[Tensor, Tensor]:
         """(starts, ends), each [B, L, C], of every stage's path, from the clean scales of `canvas`. Noise is carried

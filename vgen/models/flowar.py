@@ -20,6 +20,8 @@ from vgen.conditioning import ClassConditioner, Cond
 from vgen.flow_draw import FlowDraw
 from vgen.gaussian import Moments
 from vgen.generator import Canvas, Generator
+from vgen.guidance import Guidance, Progress
+from vgen.heads import DrawRule
 from vgen.heads_block_flow import BlockFlowHead
 from vgen.latents import enlarge, gather_index, halved, pyramid, require_square, scale_map, shrink, stretched_rope
 from vgen.two_stacks import TwoStacks, initialise, stacked_trunk
@@ -122,6 +124,46 @@ class FlowAR(Generator):
     ) -> Tensor:
         a, b = canvas.layout.written(start, canvas.layout.steps if stop is None else stop)
         return super().forward(canvas, cond, start, stop, cache) + self.state_position[:, a:b]
+
+    def draw(
+        self,
+        canvas: Canvas,
+        cond: Cond,
+        k: int,
+        *,
+        cache: KVCache | None,
+        noise: SampleNoise,
+        guide: Guidance,
+        rule: DrawRule,
+    ) -> Tensor:
+        """As in Generator; given tokens of the scale bend the flow of the others."""
+        layout, rows = canvas.layout, canvas.repeat(guide.streams)
+        a, b = layout.written(k, k + 1)
+        h = self(rows, cond, 0 if cache is None else k, k + 1, cache)[:, a - b :]
+        position = torch.arange(a, b, device=h.device)
+        start, span = self.path(canvas, k, noise, position, rule)
+        tokens = self.head.draw(
+            h,
+            layout.sizes[k : k + 1],
+            guide=guide,
+            noise=noise,
+            position=position,
+            rule=rule,
+            progress=Progress(k, layout.steps, a / layout.length, b / layout.length),
+            start=start,
+            span=span,
+            known=None if canvas.known is None else canvas.known[:, a:b],
+            given=canvas.tokens[:, a:b],
+        )
+        if cache is not None:
+            cache.commit(layout.reads[k])
+        return tokens
+
+    def path(
+        self, canvas: Canvas, k: int, noise: SampleNoise, position: Tensor, rule: DrawRule
+    ) -> tuple[Tensor | None, tuple[float, float]]:
+        """(where scale k starts, None for fresh noise; the flow times at which it ends and starts)."""
+        return None, (0.0, 1.0)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """Squared error of the velocity: the mean of each scale, weighted by its tokens over those of the last, summed.

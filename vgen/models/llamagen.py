@@ -37,7 +37,7 @@ class LlamaGen(Generator):
     as it is read, by one projection a block ("own") or in all ("shared"). qk_norm: "layer" norms queries and keys.
     factors: sizes of sub-codes whose product is the vocabulary (vgen/heads_factorised.py), "auto" for those that the
     tokenizer's quantizer was given (groups), predicted independently, or one after another by a transformer of
-    factor_depth blocks.
+    factor_depth blocks; factor_tied: that transformer shares tables and final norm with the trunk, as in iFSQ's code.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class LlamaGen(Generator):
         qk_norm: Literal["none", "layer"] = "none",
         factors: Sequence[int] | Literal["auto"] | None = None,
         factor_depth: int = 0,
+        factor_tied: bool = False,
     ) -> None:
         super().__init__()
         spec = TokenSpec.from_config(spec)
@@ -77,22 +78,30 @@ class LlamaGen(Generator):
         self.conditioner = ClassConditioner(num_classes=num_classes, dim=width)
         sizes = None if factors is None else check_factors(factors, vocab_size, spec.quantizer)
         self.tokens = FactorisedEmbedding(sizes, width) if sizes else nn.Embedding(vocab_size, width)
+        plain = position == "rope_2d" and modulation == "none"
+        if factor_tied and not (plain and sizes and len(sizes) <= spec.layout.length):
+            raise ValueError("factor_tied needs factors (no more than tokens), position=rope_2d and modulation=none")
+        hidden = multiple_of * -(-int(8 * width / 3) // multiple_of)
         self.token_dropout = nn.Dropout(token_dropout)
         self.trunk = Trunk(
             dim=width,
             depth=depth,
             heads=heads,
-            hidden=multiple_of * -(-int(8 * width / 3) // multiple_of),
+            hidden=hidden,
             dropout=dropout,
             attention_dropout=attention_dropout,
             checkpointing=checkpointing,
             modulation=modulation,
             modulated_affine="all" if modulation != "none" else "none",
             qk_norm=qk_norm,
+            final_norm=not factor_tied,
         )
         self.head = CategoricalHead(dim=width, vocab_size=vocab_size)
         if sizes:
-            self.head = FactorisedHead(dim=width, factors=sizes, depth=factor_depth, heads=heads)
+            tied = {"tied": True, "hidden": hidden, "dropout": dropout} if factor_tied else {}
+            self.head = FactorisedHead(dim=width, factors=sizes, depth=factor_depth, heads=heads, **tied)
+        if factor_tied:
+            self.tokens = None  # the head has it
         self.theta, self.modulated = theta, modulation != "none"
         self.positions = nn.Parameter(torch.empty(self.layout.length + 1, width)) if position == "learned" else None
         self.cos = self.sin = None
@@ -100,6 +109,8 @@ class LlamaGen(Generator):
             self.turn_by_cells(self.layout.coords[: self.layout.length - 1])
         elif position == "rope_1d":
             self.set_rope(*rope_1d(torch.arange(self.layout.length), width // heads, theta))
+        if factor_tied:  # sub-code f is turned as the trunk's position f is
+            self.head.set_rope(self.cos[: len(sizes)], self.sin[: len(sizes)])
         self._init()
 
     def turn_by_cells(self, cells: Sequence[tuple[int, int, int]]) -> None:
@@ -160,4 +171,5 @@ class LlamaGen(Generator):
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [R, n, D] of ids [R, n], or of distributions over the vocabulary [R, n, V] (with factors: those
         of the sub-codes, side by side)."""
-        return tokens @ self.tokens.weight if tokens.is_floating_point() else self.tokens(tokens)
+        table = self.tokens if self.tokens is not None else self.head.tokens
+        return tokens @ table.weight if tokens.is_floating_point() else table(tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,14 +41,17 @@ class LlamaGenREPA(LlamaGen):
         depth: int,
         heads: int,
         multiple_of: int = 256,
-        factors: Sequence[int] | None = None,
+        position: Literal["rope_2d", "rope_1d", "learned"] = "rope_2d",
+        factors: Sequence[int] | Literal["auto"] | None = None,
         factor_depth: int = 0,
+        factor_tied: bool = False,
         dropout: float = 0.1,
         token_dropout: float = 0.1,
         label_drop: float = 0.1,
     ) -> None:
         shape = {"width": width, "depth": depth, "heads": heads, "multiple_of": multiple_of}
-        shape |= {"factors": factors, "factor_depth": factor_depth}
+        shape |= {"position": position, "factors": factors, "factor_depth": factor_depth}
+        shape |= {"factor_tied": factor_tied}
         super().__init__(
             spec, num_classes, dropout=dropout, token_dropout=token_dropout, label_drop=label_drop, **shape
         )

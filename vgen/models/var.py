@@ -29,7 +29,7 @@ class VAR(Generator):
 
     spec: residual tokens on growing square maps; its `quantizer` is rebuilt here. l2_attention: q and k normalised,
     with a learned temperature a head; without it the softmax scale is 0.25 / sqrt(E). gate_init: factor on the gate
-    rows of the modulation at the start (1e-3 for d16, d20; 1e-4 d24; 1e-5 larger).
+    rows of the modulation at the start (1e-3 for d16, d20; 1e-4 d24; 1e-5 d30; 5e-6 d36).
 
     Progressive training, off in all published runs: until the share `progressive_until` of training is done, only the
     first scales are trained, from `progressive_first` of them on, one more at a time; the loss of the newest one rises

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vgen.conditioning import ClassConditioner, Cond
-from vgen.flow_draw import FlowDraw
+from vgen.flow_draw import FlowDraw, pinned
 from vgen.gaussian import Moments
 from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress
@@ -143,16 +143,15 @@ class XAR(Generator):
         tokens, time = rows.tokens.clone(), rows.tokens.new_zeros(len(rows.tokens), layout.steps)
         noised = Canvas(tokens, layout, time=time)
         position = torch.arange(a, b, device=tokens.device) if canvas.order is None else canvas.order[:, a:b]
-        start = None if canvas.known is None else noise.normal(position, self.channels) * rule.temperature
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            if start is not None:  # given tokens are seen on the straight path that ends at them
-                given = (1 - t) * canvas.tokens[:, a:b] + t * start
-                x = torch.where(canvas.known[:, a:b, None], given, x)
             tokens[:, a:b] = x.repeat(guide.streams, 1, 1)
             time[:, k] = t
             return self.head(self(noised, cond, 0 if cache is None else k, k + 1, cache)[:, a - b :])
 
+        if canvas.known is not None:
+            start = noise.normal(position, self.channels) * rule.temperature
+            velocity = pinned(velocity, canvas.known[:, a:b], canvas.tokens[:, a:b], start)
         return self.flow(
             velocity,
             self.channels,

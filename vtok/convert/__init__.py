@@ -39,6 +39,12 @@ def convert(family: str, state: Mapping[str, Tensor], config: Mapping[str, Any])
 
     Raises ValueError for an unknown family, an unknown or missing key, and a config that does not fit the shapes.
     """
-    if family not in CONVERTERS:
-        raise ValueError(f"unknown family {family!r}; known are {', '.join(sorted(CONVERTERS))}")
-    return importlib.import_module(CONVERTERS[family]).convert(state, config)
+    return call(CONVERTERS, family, state, config)
+
+
+def call(table: Mapping[str, str], family: str, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
+    """What the converter of that family in a table of "module" or "module:function" (without: convert) returns."""
+    if family not in table:
+        raise ValueError(f"unknown family {family!r}; known are {', '.join(sorted(table))}")
+    module, _, function = table[family].partition(":")
+    return getattr(importlib.import_module(module), function or "convert")(state, config)
