@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LLAMAGEN, TOKENIZER, everything, losses, run, state, tokenizer_folder
+from runs import LLAMAGEN, TOKENIZER, losses, run, state, tokenizer_folder
 from torch.utils.data import DataLoader
 
 from vtok import checkpoint
@@ -68,42 +68,6 @@ def test_workers_live_through_the_first_request(tmp_path):
     quiet = iter(Fake(image_size=8, batch_size=4, train_images=40, val_images=4).train_dataloader())
     for batch in (*first, *later):
         assert torch.equal(batch["image"], next(quiet)["image"])
-
-
-@pytest.mark.slow
-def test_a_killed_process_ends_the_job_and_a_restart_of_torchrun_goes_on(tmp_path):
-    """One of two processes is killed after a checkpoint; the end is that of a run that nobody killed, bit for bit."""
-    made_by = tokenizer_folder(tmp_path / "tokenizer")
-    base = (*LLAMAGEN, f"tokenizer_from={made_by}", "steps=6", "save_every=2", "trainer=ddp_sim")
-    base = (*base, "trainer.strategy.start_method=popen", "resume=auto")  # torchrun has started the processes
-    script = tmp_path / "jobs.py"
-    script.write_text(
-        f"""import os, signal, sys
-sys.path[:0] = ['tests', '.']
-from runs import run
-from vtok.lit import Lit
-step, first = Lit.training_step, os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
-if first:
-    run(*{base!r}, 'run_dir={tmp_path / "straight"}')
-
-def killed(self, batch, batch_idx):
-    if first and self.global_step == 3 and os.environ['RANK'] == '1':
-        os.kill(os.getpid(), signal.SIGKILL)
-    step(self, batch, batch_idx)
-
-Lit.training_step = killed
-run(*{base!r}, 'run_dir={tmp_path / "killed"}')
-"""
-    )
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
-    done = command(*torchrun, str(script), timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "error: another process of this job has ended, so this one stops after step 3" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert f"resume=auto: from {tmp_path / 'killed' / 'checkpoints' / 'last.ckpt'}" in done.stdout
-    assert "goes on from step 2" in done.stdout
-    assert everything(tmp_path / "killed") == everything(tmp_path / "straight")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
 
 # --- full disks -----------------------------------------------------------------------------------------------------
