@@ -15,11 +15,10 @@ from torch import nn
 from vgen.cross_entropy import MOST
 from vgen.generator import Generator
 from vgen.heads import CategoricalHead
+from vtok.counters import STORED
 from vtok.layers.attention import Attention
 from vtok.layers.trunk import Trunk
 from vtok.low_bit import LowBit
-
-STORED = {torch.bfloat16: "weights.bfloat16", torch.float32: "weights.float32"}
 
 
 @dataclass

@@ -183,7 +183,7 @@ class Generator(Configured, nn.Module):
             noise=noise,
             position=torch.arange(a, b, device=h.device) if canvas.order is None else canvas.order[:, a:b],
             rule=rule,
-            progress=Progress(k, layout.steps, a / layout.length, b / layout.length),
+            progress=Progress.of(layout, k),
         )
         if cache is not None:
             cache.commit(layout.reads[k])

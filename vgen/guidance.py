@@ -14,6 +14,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from vtok.layout import SequenceLayout
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -24,6 +26,12 @@ class Progress:
     before: float = 0.0
     after: float = 1.0
     time: float = 0.0
+
+    @classmethod
+    def of(cls, layout: SequenceLayout, step: int) -> Progress:
+        """Of a step of a layout, counted from 0."""
+        a, b = layout.written(step, step + 1)
+        return cls(step, layout.steps, a / layout.length, b / layout.length)
 
     @property
     def ramp(self) -> float:

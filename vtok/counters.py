@@ -37,6 +37,7 @@ PATHS = {
     "weights.int8": "a trunk's pass with weights stored in 8-bit integers",
     "weights.other": "a trunk's pass with weights of another kind",
 }
+STORED = {torch.bfloat16: "weights.bfloat16", torch.float32: "weights.float32"}
 _counts = dict.fromkeys(PATHS, 0)
 
 
@@ -61,4 +62,4 @@ def stored_as(weight: torch.Tensor) -> str:
     name = type(weight).__name__.lower()
     if "int8" in name or "float8" in name:
         return "weights.int8" if "int8" in name else "weights.float8"
-    return {torch.bfloat16: "weights.bfloat16", torch.float32: "weights.float32"}.get(weight.dtype, "weights.other")
+    return STORED.get(weight.dtype, "weights.other")

@@ -57,13 +57,14 @@ class Sharded(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if self.pieces:
             folder = path.with_name(f"{path.stem}.pieces")
+            unnamed = folder.with_name(f"{folder.name}.tmp")
             checkpoint, tensors = pieces.split(checkpoint)
-            files = pieces.write(tensors, folder.with_name(f"{folder.name}.tmp"))
+            files = pieces.write(tensors, unnamed)
             checkpoint[pieces.KEY] = {"folder": folder.name, "files": files}
             if self.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)  # of an earlier timeline
                 write_side(path, checkpoint)
-                os.replace(folder.with_name(f"{folder.name}.tmp"), folder)
+                os.replace(unnamed, folder)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path)
         self.barrier()

@@ -2,7 +2,7 @@
 
 Decoding a token reads every weight once and multiplies it with a few rows, so half the bytes are up to twice the speed.
 "int8": symmetric, one scale an output channel. "float8" (e4m3, CUDA): likewise. Activations, norms, embeddings, the
-head's logits and the tokenizer stay as they are. Pictures change a little; tests/test_low_bit.py measures how much.
+head's logits and the tokenizer stay as they are. Pictures change a little; tests/test_light_weights.py measures it.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class FlowAR(Generator):
             noise=noise,
             position=position,
             rule=rule,
-            progress=Progress(k, layout.steps, a / layout.length, b / layout.length),
+            progress=Progress.of(layout, k),
             start=start,
             span=span,
             known=None if canvas.known is None else canvas.known[:, a:b],

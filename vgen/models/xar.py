@@ -159,7 +159,7 @@ class XAR(Generator):
             noise=noise,
             position=position,
             rule=rule,
-            progress=Progress(k, layout.steps, a / layout.length, b / layout.length),
+            progress=Progress.of(layout, k),
         )
 
     def corrupt(self, canvas: Canvas, key: Tensor) -> tuple[Canvas, Tensor]:

@@ -36,19 +36,28 @@ def ancestral(
     to start from; where `known` is true they are kept. stop: write only the steps before it. on_step: called after
     each step with the canvas so far. cached=False recomputes every prefix (slow; the same tokens).
     """
-    rows = len(noise.seeds)
-    if len(cond.start) != guide.streams * rows:
-        raise ValueError(f"cond has {len(cond.start)} rows, expected {guide.streams} streams x {rows} samples")
+    check_rows(cond, noise, guide)
     canvas = generator.begin(noise) if canvas is None else canvas
-    layout = canvas.layout
-    prefix = 0 if cond.prefix is None else cond.prefix.shape[1]
-    other = {} if layout is generator.layout else {"layout": layout}
-    cache = generator.cache(guide.streams * rows, prefix=prefix, **other) if cached else None
-    for k in range(layout.steps if stop is None else stop):
+    cache = empty_cache(generator, cond, canvas) if cached else None
+    for k in range(canvas.layout.steps if stop is None else stop):
         progress = write_step(generator, canvas, cond, k, cache=cache, noise=noise, guide=guide, rule=rule)
         if on_step is not None:
             on_step(canvas, progress)
     return canvas
+
+
+def check_rows(cond: Cond, noise: SampleNoise, guide: Guidance) -> None:
+    """ValueError unless the conditions have one row for each stream and sample."""
+    rows, samples = len(cond.start), len(noise.seeds)
+    if rows != guide.streams * samples:
+        raise ValueError(f"cond has {rows} rows, expected {guide.streams} streams x {samples} samples")
+
+
+def empty_cache(generator: Generator, cond: Cond, canvas: Canvas) -> KVCache | None:
+    """A cache for writing this canvas under these conditions; None for families that keep nothing."""
+    prefix = 0 if cond.prefix is None else cond.prefix.shape[1]
+    other = {} if canvas.layout is generator.layout else {"layout": canvas.layout}
+    return generator.cache(len(cond.start), prefix=prefix, **other)
 
 
 def write_step(
@@ -67,7 +76,7 @@ def write_step(
     count("rows.single" if guide.streams == 1 else "rows.guided")
     layout = canvas.layout
     a, b = layout.written(k, k + 1)
-    progress = Progress(k, layout.steps, a / layout.length, b / layout.length)
+    progress = Progress.of(layout, k)
     chosen = rule if isinstance(rule, DrawRule) else rule(progress)
     tokens = generator.draw(canvas, cond, k, cache=cache, noise=noise, guide=guide, rule=chosen)
     if canvas.known is not None:

@@ -21,7 +21,7 @@ from vgen.conditioning import Cond
 from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule
-from vgen.samplers.ancestral import PLAIN, UNGUIDED, ancestral, write_step
+from vgen.samplers.ancestral import PLAIN, UNGUIDED, ancestral, check_rows, empty_cache, write_step
 from vtok.counters import count
 from vtok.layers.cache import KVCache
 from vtok.noise import SampleNoise
@@ -115,9 +115,7 @@ class GraphSampler:
         """As `ancestral`; the canvas that on_step sees is written on by later steps. cond.at cannot be recorded."""
         if cond.at:
             raise ValueError("cuda_graphs=true: edits of blocks (cond.at) are not recorded; choose cuda_graphs=false")
-        if len(cond.start) != guide.streams * len(noise.seeds):
-            rows, samples = len(cond.start), len(noise.seeds)
-            raise ValueError(f"cond has {rows} rows, expected {guide.streams} streams x {samples} samples")
+        check_rows(cond, noise, guide)
         with torch.inference_mode(False), torch.no_grad():  # later calls overwrite tensors: they must be plain ones
             canvas = generator.begin(noise) if canvas is None else canvas
             key = (id(generator), guide, rule, stop, canvas.layout, _shapes(cond, COND), _shapes(canvas, CANVAS))
@@ -146,9 +144,7 @@ class GraphSampler:
     ) -> Recording:
         """Run everything once as it is, then capture step after step on tensors of our own."""
         capture, layout = self.capture(), canvas.layout
-        prefix = 0 if cond.prefix is None else cond.prefix.shape[1]
-        other = {} if layout is generator.layout else {"layout": layout}
-        cache = generator.cache(len(cond.start), prefix=prefix, **other)
+        cache = empty_cache(generator, cond, canvas)
         cond = replace(cond, **{name: _own(getattr(cond, name)) for name in COND})
         begun, canvas = canvas, replace(canvas, **{name: _own(getattr(canvas, name)) for name in CANVAS})
         noise = SampleNoise(noise.seeds.clone())

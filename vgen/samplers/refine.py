@@ -18,7 +18,7 @@ from vgen.conditioning import Cond
 from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule, draw_ids
-from vgen.samplers.ancestral import PLAIN, UNGUIDED
+from vgen.samplers.ancestral import PLAIN, UNGUIDED, check_rows
 from vtok.counters import count
 from vtok.noise import SampleNoise
 
@@ -42,17 +42,14 @@ def refine(
     As `ancestral`, except: rule.temperature is that of a first step before the first, and falls linearly to 0 at the
     last (TiTok's randomize_temperature); processors see the logits before it. With `stop`, open cells hold 0.
     """
-    rows = len(noise.seeds)
-    if len(cond.start) != guide.streams * rows:
-        raise ValueError(f"cond has {len(cond.start)} rows, expected {guide.streams} streams x {rows} samples")
+    check_rows(cond, noise, guide)
     canvas = generator.begin(noise) if canvas is None else canvas
     layout, tokens = canvas.layout, canvas.tokens
     known = torch.zeros_like(tokens, dtype=torch.bool) if canvas.known is None else canvas.known
     canvas = replace(canvas, tokens=torch.where(known, tokens, 0), known=known)
     position = torch.arange(layout.length, device=tokens.device)
     for k in range(layout.steps if stop is None else stop):
-        a, b = layout.written(k, k + 1)
-        progress = Progress(k, layout.steps, a / layout.length, b / layout.length)
+        progress = Progress.of(layout, k)
         chosen = rule if isinstance(rule, DrawRule) else rule(progress)
         temperature = chosen.temperature * (1 - (k + 1) / layout.steps)
         count("step.whole")
@@ -68,7 +65,7 @@ def refine(
             zero = torch.zeros(1, dtype=torch.int64, device=tokens.device)
             race = noise.gumbel(position, zero, CONFIDENCE_STREAM + k)[..., 0]
             confidence = confidence + temperature * race
-        kept = canvas.known | ~least(confidence, ~canvas.known, layout.length - b)
+        kept = canvas.known | ~least(confidence, ~canvas.known, layout.length - layout.written(k, k + 1)[1])
         filled = torch.where(canvas.known, canvas.tokens, drawn)
         canvas = replace(canvas, tokens=torch.where(kept, filled, 0), known=kept)
         if on_step is not None:

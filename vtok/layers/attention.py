@@ -38,9 +38,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float |
         if q.dtype is torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
             # The backward pass of the CPU kernel is four times slower in bfloat16 than in float32.
             with torch.autocast("cpu", enabled=False):
-                q, k, v = q.float(), k.float(), v.float()
-                y = F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=causal, scale=scale)
-            return y.bfloat16()
+                return attend(q.float(), k.float(), v.float(), mask=mask, scale=scale, dropout=dropout).bfloat16()
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=causal, scale=scale)
     if dropout:
         raise ValueError("FlexAttention has no dropout on the weights; set attention dropout to 0 or mask=bool")
