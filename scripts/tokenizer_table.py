@@ -259,7 +259,7 @@ def page(found: list[Mapping[str, Any]], studies: list[Mapping[str, Any]]) -> st
     lines = [
         "# Tokenizers, side by side",
         "",
-        "Every family small, trained from scratch on the same images for the same time on one CPU core, with no",
+        "Families small, trained from scratch on the same images for the same time on one CPU core, with no",
         "perceptual loss and no GAN: squared pixels and the family's own losses. So the rows compare architectures and",
         "quantizers at a tiny budget, and say little about the published models. Families that end in a flow draw one",
         "sample with a fixed seed. Time ends a row, and other jobs ran on the machine: compare the steps too, and take",
@@ -277,6 +277,9 @@ def page(found: list[Mapping[str, Any]], studies: list[Mapping[str, Any]]) -> st
             low = [m["family"] for m in members if m["psnr_mean"] < (22 if m["family"] in FLOW else 26)]
             low = [family for family in low if family != "block_mean"]
         lines += ["", f"Below what is wanted: {', '.join(low) or 'none'}."]
+        there = {row["family"] for row in members}
+        missing = [family for family in (SECOND if kind == "imagenet" else FAMILIES) if family not in there]
+        lines += [f"Not measured yet: {', '.join(missing)}."] if missing else []
         lines += [f"`block_mean`: one mean colour for each 8 x 8 block, {floor:.2f} dB."] if floor is not None else []
     return "\n".join([*lines, *sections(studies)]) + "\n"
 
