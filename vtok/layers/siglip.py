@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vtok.layers.resolution import resize_table
 from vtok.layers.trunk import Inputs, Trunk
-from vtok.layers.vit import PatchEmbed, together, unpatchify
+from vtok.layers.vit import NARROW, PatchEmbed, table, together, unpatchify
 from vtok.layout import SequenceLayout
 
 
@@ -76,7 +76,7 @@ class MaskDecoder(nn.Module):
 
 
 def _table(rows: int, dim: int) -> nn.Parameter:
-    return nn.Parameter(0.02 * torch.randn(rows, dim))
+    return nn.Parameter(0.02 * torch.randn(rows, dim)) if dim >= NARROW else table(rows, dim)
 
 
 def _trunk(dim: int, depth: int, heads: int, hidden: int) -> Trunk:

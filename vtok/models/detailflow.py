@@ -19,6 +19,7 @@ from vtok.config import describe
 from vtok.layers.dit import repa_head
 from vtok.layers.resolution import by_value, decode_side, degrade, prefix_side, resized
 from vtok.layers.siglip import MaskDecoder, SiglipEncoder
+from vtok.layers.vit import NARROW, initialise
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, noise_of
 from vtok.quantize.vq import VQ
@@ -101,6 +102,8 @@ class DetailFlowTokenizer(Tokenizer):
             grid=grid,
         )
         self.global_head = repa_head(quantizer.channels, global_width, 1024) if global_width else None
+        if min(dim, decoder_dim) < NARROW:
+            initialise(self, width=min(dim, decoder_dim))
         self.spec = self.spec_for(image_size)
 
     def spec_for(self, size: int) -> TokenSpec:

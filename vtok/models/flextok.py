@@ -12,6 +12,7 @@ paper. Without a VAE the flow works on pixels, which small images allow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -47,6 +48,10 @@ class FlexTokTokenizer(Tokenizer):
     the patches, fixed "sincos" or a "learned" table of grid x grid. repa_block: index of the decoder block whose input
     is put through a network to repa_width channels, as Reconstruction.features["repa"] [B, patches, repa_width]; null
     builds none. steps, guidance, project: what `decode` does unless told; project: adaptive projected guidance.
+    time: mean and deviation of the normal whose sigmoid is the time that training draws; a mean above 0 trains more on
+    noise, where the picture has to come from the registers. init: "paper", or "open" for trainings of minutes: learned
+    vectors of deviation 1, modulation that passes every block on from the first step, and registers in the middle of
+    FSQ's range; from the paper's start they all say the same and a short training never tells them apart.
 
     Reconstruction.losses["flow"] is the squared error of the velocity; Reconstruction.images the one-step estimate,
     through the VAE's decoder without gradients where there is one.
@@ -76,8 +81,14 @@ class FlexTokTokenizer(Tokenizer):
         steps: int = 25,
         guidance: float = 1.0,
         project: bool = True,
+        time: Sequence[float] = (0.0, 1.0),
+        init: Literal["paper", "open"] = "paper",
     ) -> None:
         super().__init__()
+        if init not in ("paper", "open"):
+            raise ValueError(f"init={init!r}: choose paper or open")
+        if len(time) != 2 or time[1] <= 0:
+            raise ValueError(f"time={list(time)} must be a mean and a deviation above 0")
         if positions not in ("sincos", "learned"):
             raise ValueError(f"positions={positions!r}: choose sincos or learned")
         if repa_block is not None and not 0 <= repa_block < decoder_depth:
@@ -89,7 +100,7 @@ class FlexTokTokenizer(Tokenizer):
         self.channels = 3 if vae is None else vae.spec.parts[0].channels
         self.tokens, self.patch, self.nested, self.null_drop = tokens, patch, nested, null_drop
         self.steps, self.guidance, self.project = steps, guidance, project
-        self.repa_block = repa_block
+        self.repa_block, self.time_normal = repa_block, tuple(time)
         self.scale = 1 if vae is None else vae.stride
 
         self.patches = PatchEmbed(dim=dim, patch=patch, channels=self.channels)
@@ -115,8 +126,20 @@ class FlexTokTokenizer(Tokenizer):
             nn.init.zeros_(linear.bias)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        if init == "open":
+            self.open()
         self.stride = patch * self.scale
         self.spec = self.spec_for(image_size)
+
+    def open(self) -> None:
+        """The start for short trainings, see `init`."""
+        for vectors in (self.registers, self.places, self.dropped, self.null):
+            nn.init.normal_(vectors)
+        nn.init.normal_(self.project_in.weight, std=0.4 * self.project_in.in_features**-0.5)
+        for block in self.decoder.blocks:
+            modulation = block.modulation
+            nn.init.normal_(modulation.projection.weight, std=0.02)
+            nn.init.ones_(modulation.projection.bias.data.view(modulation.parts, 6, -1)[:, :2])  # the two gates
 
     def train(self, mode: bool = True) -> FlexTokTokenizer:
         """The VAE stays in eval mode."""
@@ -216,7 +239,8 @@ class FlexTokTokenizer(Tokenizer):
         if self.training:
             counts = keep_counts(self.nested, noise, self.tokens, stream=KEEP)
             null = noise.uniform(one, DROP).squeeze(1) < self.null_drop
-        t = flow.logit_normal(noise.normal(one, 1, TIME).flatten())
+        mean, deviation = self.time_normal
+        t = flow.logit_normal(mean + deviation * noise.normal(one, 1, TIME).flatten())
         data = latents.float()
         start = flow.normal_map(noise, *data.shape[1:], stream=START)
         x = flow.interpolate(data, start, t)
