@@ -207,18 +207,16 @@ def llamagen(folder: Path, options: Options) -> Pair:
             layer.attention.kv_cache = None  # sampling leaves one
         if learning:
             return theirs(tokens[:, :-1], labels, targets=tokens)
-        logits = theirs(tokens, labels)[0]  # outside training it takes whole sequences, and predicts one token more
-        return logits[:, :-1], None
+        return theirs(tokens[:, :-1], labels, input_pos=torch.arange(length))[0], None
 
     def same() -> list[tuple[str, Tensor, Tensor]]:
         few = min(steps, 32)
+        with torch.no_grad():
+            logits = plain(learning=False)[0]
         greedy = sampling.generate(theirs, labels, few, top_k=0, sample_logits=False, **settings)
         mine = draw(ours, labels, guide, DrawRule(temperature=0), stop=few)[:, :few]
         with torch.no_grad():
-            return [
-                ("logits", plain(learning=False)[0], forced(ours, tokens, labels)),
-                ("greedy tokens", greedy.long(), mine),
-            ]
+            return [("logits", logits, forced(ours, tokens, labels)), ("greedy tokens", greedy.long(), mine)]
 
     parts = {
         "sample": (
@@ -264,11 +262,11 @@ def var(folder: Path, options: Options) -> Pair:
             seen.append(draws(*a, **k))
             return seen[-1]
 
+        with torch.no_grad(), replaced(theirs, "cond_drop_rate", 0.0):
+            logits = theirs(labels, maps)
         with replaced(module, "sample_with_top_k_top_p_", record):
             sample(1, 0.0)
         mine = draw(ours, labels, guide, DrawRule(temperature=0))
-        with torch.no_grad(), replaced(theirs, "cond_drop_rate", 0.0):
-            logits = theirs(labels, maps)
         greedy = torch.cat([s[:, :, 0] for s in seen], dim=1)
         return [("logits", logits, forced(ours, tokens, labels)), ("greedy tokens", greedy, mine)]
 

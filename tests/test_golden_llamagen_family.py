@@ -60,6 +60,8 @@ def test_har():
     guides["greedy_linear"] = ClassifierFree(Schedule(lambda p: 1 + done(p) + 1e-4))
     triangle = Schedule(lambda p: 1 + (2 * done(p) if done(p) < 0.5 else 2 * (1 - done(p))) + 1e-4)
     check_samples(model, inputs, outputs, guides | {"greedy_triangular": ClassifierFree(triangle)})
+    by_its_tokenizers_name = loaded("restok", "restok_gpt_har")[0]
+    assert torch.equal(teacher_forced(by_its_tokenizers_name, tokens, label), teacher_forced(model, tokens, label))
 
 
 def test_detailflow():

@@ -8,7 +8,7 @@ import importlib
 import pytest
 from references import read
 
-# golden -> (module of its test, the test)
+# golden or reference -> (module of its test, the test, its arguments); flextok's has equations, not recorded numbers
 TESTS = {
     "llamagen_gpt": ("test_vgen_goldens", "test_llamagen"),
     "var": ("test_vgen_goldens", "test_var"),
@@ -22,27 +22,34 @@ TESTS = {
     "restok_gpt_har": ("test_golden_llamagen_family", "test_har"),
     "detailflow_gpt": ("test_golden_llamagen_family", "test_detailflow"),
     "hita_gpt": ("test_golden_llamagen_family", "test_hita"),
+    "ifsq_gpt": ("test_reference_generators", "test_gpt", "ifsq", ""),
     "llamagen_vq": ("test_vtok_goldens", "test_llamagen_vq"),
     "var_vqvae": ("test_vtok_goldens", "test_var_vqvae"),
     "kl_vae": ("test_golden_kl_vae", "test_kl_vae"),
     "maskgit_vqgan": ("test_golden_maskgit_vqgan", "test_every_recorded_output"),
     "titok": ("test_golden_titok", "test_every_recorded_output"),
-    "gigatok": ("test_golden_gigatok", "test_outputs"),
+    "flexvar_vq": ("test_golden_flexvar_vq", "test_flexvar_networks_are_llamagens"),
+    "gigatok": ("test_golden_gigatok", "test_outputs", "gigatok"),
+    "retok": ("test_golden_gigatok", "test_outputs", "retok"),
     "restok": ("test_golden_restok", "test_every_recorded_output"),
     "hita": ("test_golden_hita", "test_outputs"),
     "dar": ("test_golden_dar", "test_dar"),
     "detailflow": ("test_golden_detailflow", "test_detailflow"),
     "ifsq_vae": ("test_golden_ifsq", "test_ifsq_vae"),
+    "magvit2": ("test_reference_tokenizers", "test_open_magvit2"),
+    "ibq": ("test_reference_tokenizers", "test_ibq"),
+    "flextok": ("test_convert_flextok", "test_a_decoder_from_the_originals_tensors"),
 }
-ROPE = ("llamagen_gpt", "dar_gpt", "restok_gpt_har", "detailflow_gpt", "hita_gpt", "xar")
+ROPE = ("llamagen_gpt", "dar_gpt", "restok_gpt_har", "detailflow_gpt", "hita_gpt", "ifsq_gpt", "xar")
+ROPE_FUNCTIONS = {"restok": ("vtok.models.restok", "rope_2d"), "dar": ("vtok.layers.pixel_flow", "grid_rope")}
 OTHER_EPSILON = {1e-5: 1e-6, 1e-6: 1e-5}
 # what goes into their norms has a variance near one: only a coarse mistake is above the tolerance
-COARSE = {"maskgit_bert": {1e-12: 1e-2}, "xar": {1e-6: 1e-2}}
+COARSE = {"maskgit_bert": {1e-12: 1e-2}, "xar": {1e-6: 1e-2}, "flextok": {1e-5: 1e-2}}
 
 
 def rerun(name, monkeypatch, *, state=None, module=None):
     """The golden's own test, with `state(tensors)` and `module(converted)` changing what it works with."""
-    where, test = TESTS[name]
+    where, test, *arguments = TESTS[name]
     tests = importlib.import_module(where)
     convert = tests.convert
 
@@ -51,7 +58,6 @@ def rerun(name, monkeypatch, *, state=None, module=None):
         return made if module is None else module(made)
 
     monkeypatch.setattr(tests, "convert", changed)
-    arguments = ["gigatok"] if name == "gigatok" else []
     if name == "xar":  # its test takes what a fixture has converted
         tensors, inputs, outputs, info = read(name)
         arguments = [(changed(name, tensors, info["ctor"]), inputs, outputs, tensors, info)]
@@ -104,3 +110,13 @@ def test_another_epsilon(name, monkeypatch):
 def test_another_order_of_angles(name, monkeypatch):
     with pytest.raises(AssertionError):
         rerun(name, monkeypatch, module=turned)
+
+
+@pytest.mark.parametrize("name", ROPE_FUNCTIONS)
+def test_another_order_of_a_tokenizers_angles(name, monkeypatch):
+    where, function = ROPE_FUNCTIONS[name]
+    module = importlib.import_module(where)
+    right = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *given: tuple(table.flip(-1) for table in right(*given)))
+    with pytest.raises(AssertionError):
+        rerun(name, monkeypatch)

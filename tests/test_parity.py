@@ -33,10 +33,76 @@ def test_the_first_layer_that_differs_is_named():
     assert [row.theirs for row in rows] == ["layers.0", "layers.1", "layers.2"] and rows[0].calls == 2
     assert rows[0].error < 1e-6
     first = first_difference(rows, 1e-4)
-    scale = left.outputs["layers.1"][0].abs().max()
+    scale = left.outputs["layers.1"][0][1].abs().max()
     assert first.theirs == "layers.1" and first.ours == "blocks.1"
     assert first.error == pytest.approx(float(0.5 / scale), rel=1e-4)
     assert first_difference(rows[:1], 1e-4) is None
+
+
+class Loop(nn.Module):
+    """A sampler in small: its output goes in again. extra: a pass on other input before each."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.layers, self.extra = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), extra
+
+    def logits(self, x):
+        return 2 * x
+
+    def forward(self, x):
+        for _ in range(3):
+            if self.extra:  # as where one side encodes in two passes what is half of one for the other
+                self.layers[2](self.layers[1](self.layers[0](x + 7)))
+            for layer in self.layers:
+                x = layer(x)
+            x = self.logits(x)
+        return x
+
+
+@pytest.mark.parametrize("changed", [None, 0, 1, 2, "logits"])
+def test_what_is_fed_back_does_not_hide_the_layer(changed):
+    """The first layer gets another input from the second step on, whichever layer is wrong."""
+    torch.manual_seed(0)
+    theirs, ours = Loop(extra=False), Loop(extra=True)
+    ours.load_state_dict(theirs.state_dict())
+    if changed == "logits":
+        ours.logits = lambda x: 3 * x
+    elif changed is not None:
+        with torch.no_grad():
+            ours.layers[changed].weight[0, 0] += 0.5
+    pairs = {name: name for name in ("layers.0", "layers.1", "layers.2", "logits")}
+    left, right = Recorder(theirs, list(pairs)), Recorder(ours, list(pairs))
+    x = torch.randn(2, 4)
+    theirs(x), ours(x)
+    rows = compare(left, right, pairs)
+    first = first_difference(rows, 1e-4)
+    assert [row.calls for row in rows] == [3, 3, 3, 3]
+    if changed is None:
+        assert first is None
+        return
+    assert rows[0].error > 1e-4 or changed == 0
+    assert first.theirs == (changed if changed == "logits" else f"layers.{changed}")
+    left.remove()
+    theirs(x)
+    assert len(left.outputs["logits"]) == 3 and "logits" not in vars(theirs)
+
+
+def test_partners_are_modules_or_methods():
+    theirs, ours = nn.Module(), nn.Module()
+    theirs.layers, theirs.output, theirs.other = nn.ModuleList([nn.Linear(4, 4)]), nn.Linear(4, 4), nn.Linear(4, 4)
+    ours.blocks, ours.head = nn.ModuleList([nn.Identity(), nn.Linear(4, 4)]), Loop(extra=False)
+    table = [(r"layers\.(\d+)", lambda match, theirs: f"blocks.{len(theirs.layers) + int(match[1])}")]
+    table += [("output", "head.logits"), ("other", "head.nothing")]
+    assert partners(theirs, ours, table) == {"layers.0": "blocks.1", "output": "head.logits"}
+
+
+def test_a_layer_that_one_side_never_runs_at_that_size_is_named():
+    theirs, ours = chain("a"), chain("a")
+    pairs = {"layers.0": "layers.0"}
+    left, right = Recorder(theirs, list(pairs)), Recorder(ours, list(pairs))
+    theirs(torch.randn(2, 4)), ours(torch.randn(3, 4))
+    first = first_difference(compare(left, right, pairs), 1e-4)
+    assert first.shapes == "[(2, 4)] against [(3, 4)]"
 
 
 def test_without_a_checkout_the_message_says_what_to_clone(capsys, tmp_path):

@@ -19,6 +19,7 @@ CONVERTERS: dict[str, str] = {
     "gigatok": "vgen.convert.llamagen_family:gigatok",
     "dar": "vgen.convert.llamagen_family:dar",
     "har": "vgen.convert.llamagen_family:har",
+    "restok": "vgen.convert.llamagen_family:har",  # ResTok's generator, by the name of its tokenizer
     "detailflow": "vgen.convert.llamagen_family:detailflow",
     "hita": "vgen.convert.llamagen_family:hita",
     "ifsq": "vgen.convert.llamagen_family:ifsq",
