@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from vtok.data.fake import Fake
 from vtok.data.shards import save_array
 from vtok.lit import Lit, NotFinite
 from vtok.sharing import without_places
-from vtok.watch import Stalled
+from vtok.watch import Stalled, check_restarts, process_gone
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = tuple(o for o in TOKENIZER if "gan" not in o and "dropout" not in o and "restart" not in o)
@@ -68,6 +69,66 @@ def test_workers_live_through_the_first_request(tmp_path):
     quiet = iter(Fake(image_size=8, batch_size=4, train_images=40, val_images=4).train_dataloader())
     for batch in (*first, *later):
         assert torch.equal(batch["image"], next(quiet)["image"])
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_and_leaves_the_checkpoint(tmp_path):
+    """torchrun without restarts; one of two processes is killed after the checkpoint of step 2."""
+    run_dir, script = tmp_path / "killed", tmp_path / "job.py"
+    script.write_text(
+        "import sys\nsys.path[:0] = ['tests', '.']\nfrom pathlib import Path\nfrom restarts import train\n"
+        f"train(Path({str(run_dir)!r}), 1, 3)\n"
+    )
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    assert done.returncode == 1
+    assert "error: another process of this job has ended, so this one stops after step 3" in done.stderr
+    assert "training.py" not in done.stderr  # no traceback but torchrun's
+    report = done.stderr[done.stderr.index("ChildFailedError") :]
+    assert re.search(r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9", report), report
+    assert done.stderr.index("ChildFailedError") > done.stderr.index("another process of this job has ended")
+    names = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "last.ckpt.sha256", "step_2.ckpt", "step_2.ckpt.sha256"]
+    assert verify(run_dir / "checkpoints" / "last.ckpt") is None and state(run_dir)["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_a_restart_of_torchrun_goes_on_bit_for_bit(tmp_path):
+    done = command("tests/restarts.py", str(tmp_path), "1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "error: another process of this job has ended, so this one stops after step 3" in done.stderr
+    assert f"resume=auto: from {tmp_path / 'killed_0' / 'checkpoints' / 'last.ckpt'}" in done.stdout
+    assert "goes on from step 2" in done.stdout and "training.py" not in done.stderr  # no traceback but torchrun's
+    assert "1 of 1: rank 1 killed in step 4, the end is bit-identical" in done.stdout
+
+
+def test_a_restart_that_would_meet_ended_processes_is_refused(monkeypatch):
+    started = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for changed in ({"WORLD_SIZE": "1"}, {"TORCHELASTIC_USE_AGENT_STORE": "False"}, {"TORCHELASTIC_MAX_RESTARTS": "0"}):
+        check_restarts({**started, **changed})
+    check_restarts({})
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts"):
+        run(*PLAIN)
+
+
+REFUSED = "timed out connecting: SO_ERROR: Connection refused, remote=[127.0.0.1]:33179$0"
+
+
+@pytest.mark.parametrize(
+    "error, gone",
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:548] Connection closed by peer [127.0.0.1]:4711"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:4711: Connection reset by peer"), True),
+        (RuntimeError("ncclRemoteError: a network error or a remote process exiting prematurely."), True),
+        (RuntimeError(f"Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] {REFUSED}"), False),
+        (RuntimeError("Gloo connectFullMesh failed with [pair.cc:548] Connection closed by peer [127.0.0.1]:1"), False),
+        (RuntimeError("CUDA out of memory"), False),
+        (ConnectionResetError("Connection reset by peer"), False),  # a download's, say
+    ],
+)
+def test_only_a_lost_process_is_called_one(error, gone):
+    assert process_gone(error) is gone
 
 
 # --- full disks -----------------------------------------------------------------------------------------------------

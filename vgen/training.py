@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from vtok.optim import Recipe, memory
 from vtok.resume import EXIT_PREEMPTED, Checkpoints, Preempted, ResumeState
 from vtok.rng import seed_all
 from vtok.warmstart import warm_start
-from vtok.watch import DataWatch, Lost, process_gone
+from vtok.watch import DataWatch, PeerWatch, check_restarts
 
 # keys whose change makes a resumed run another one than it was
 PART_OF_THE_RUN = (
@@ -57,6 +56,7 @@ TRAINS_ON_IMAGES = "a tokenizer trains on images: choose data=digits, cifar10, i
 
 def train(config: DictConfig) -> float | None:
     """Run the command of configs/train.yaml; returns the monitored value, which a sweep compares."""
+    check_restarts(os.environ)
     config = settle(config)
     quiet()
     folder, trust = Path(config.run_dir), tuple(config.trust)
@@ -109,9 +109,6 @@ def train(config: DictConfig) -> float | None:
         code = getattr(error, "exit_code", None)  # of a process that Lightning spawned
         if code:
             raise Preempted(code) from None
-        if trainer.world_size > 1 and process_gone(error):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which Lightning's handler would turn into noise
-            raise Lost(trainer.global_step) from None
         raise
     say(f"checkpoints: {folder / 'checkpoints'}\npictures:    {folder / 'pictures'}")
     value = trainer.callback_metrics.get(config.monitor)
@@ -276,6 +273,7 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
                 mode=config.monitor_mode,
             )
         )
+    callbacks.append(PeerWatch())
     section = config.trainer.copy()
     if OmegaConf.is_dict(section.strategy) and section.strategy.get("find_unused_parameters", True) is None:
         # a GAN's two backward passes each leave the other network out

@@ -2,6 +2,7 @@
 
 A loader that hangs (a network file system, a dead worker's lock) shows nowhere: the job stands still until its time is
 over. The alarm below says so after a tenth of `data_timeout`, and stops the run at its end, so that a restart goes on.
+A process that ends takes the others with it, and what starts them again must not leave them the ended one's address.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
 from torch import Tensor
+from torch import distributed as dist
 
 SHOWN = 8
 
@@ -33,13 +35,44 @@ class Lost(SystemExit):
         )
 
 
-# what gloo and NCCL say where the other end of a connection is gone
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process")
+# what gloo and NCCL say where the other end of a connection that stood is gone
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
+CONNECTING = "connectFullMesh"  # gloo's words where a connection never stood
 
 
 def process_gone(error: BaseException) -> bool:
-    """Whether a collective call failed because another process no longer answers."""
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)
+    """Whether a collective call failed because another process no longer answers. A failed start is none."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and CONNECTING not in text and any(gone in text for gone in GONE)
+
+
+def check_restarts(environment: Mapping[str, str]) -> None:
+    """Refuse a restart of torchrun in which processes would look for those of the attempt before, and fail or hang.
+
+    torchrun gives all attempts one store, in which the ended processes' addresses stay (pytorch/pytorch#135712).
+    Raises ValueError naming the variable that gives every attempt a store of its own.
+    """
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(environment["WORLD_SIZE"]) > 1 and int(environment["TORCHELASTIC_MAX_RESTARTS"]) > 0:
+        raise ValueError(
+            "torchrun --max-restarts would start the processes again with the addresses of the ended ones, and they "
+            "would fail or hang\nstart it as TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts=..., on one "
+            "machine with --standalone, on several with --rdzv-backend=c10d"
+        )
+
+
+class PeerWatch(L.Callback):
+    """Ends this process with Lost where another one has ended. The last of the callbacks, since it raises.
+
+    It leaves before Lightning's own clearing up, whose signal handler would answer torchrun's SIGTERM with a collective
+    call on the broken connection.
+    """
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size > 1 and dist.is_initialized() and process_gone(exception):
+            for logger in trainer.loggers:
+                logger.finalize("failed")
+            raise Lost(trainer.global_step) from None
 
 
 class DataWatch(L.Callback):
