@@ -1,14 +1,17 @@
 """Reading text in pictures with a program of the user's, and error rates of what was read.
 
-Nothing here is installed by the project: `tesseract` needs pytesseract and the tesseract program, `easyocr` needs
-easyocr and its models, and "module:function" names a function of yours from a picture, uint8 [H, W, 3], to its text.
+Nothing here is installed by the project: `tesseract` needs the program of that name (Debian's tesseract-ocr) on PATH,
+`easyocr` needs easyocr and its models, and "module:function" names a function of yours from a picture, uint8 [H, W, 3],
+to its text.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import shutil
+import subprocess
 import unicodedata
 from collections.abc import Callable, Hashable, Sequence
 
@@ -16,7 +19,7 @@ import numpy as np
 
 Reader = Callable[[np.ndarray], str]
 MISSING = (
-    "no OCR was found: install pytesseract and the tesseract program, or easyocr with its models,\n"
+    "no OCR was found: install the tesseract program (tesseract-ocr), or easyocr with its models,\n"
     "or pass ocr=module:function (uint8 [H, W, 3] to a string); ocr=none measures pixels only"
 )
 
@@ -35,8 +38,10 @@ def find_reader(wanted: str, languages: Sequence[str]) -> tuple[str, Reader] | N
         return wanted, found
     if wanted not in ("auto", "tesseract", "easyocr"):
         raise ValueError(f"ocr={wanted}: choose auto, none, tesseract, easyocr or module:function")
-    there = {"tesseract": importlib.util.find_spec("pytesseract") is not None and shutil.which("tesseract") is not None}
-    there["easyocr"] = importlib.util.find_spec("easyocr") is not None
+    there = {
+        "tesseract": shutil.which("tesseract") is not None,
+        "easyocr": importlib.util.find_spec("easyocr") is not None,
+    }
     for name, make in (("tesseract", _tesseract), ("easyocr", _easyocr)):
         if there[name] and wanted in ("auto", name):
             return name, make(languages)
@@ -46,10 +51,31 @@ def find_reader(wanted: str, languages: Sequence[str]) -> tuple[str, Reader] | N
 
 
 def _tesseract(languages: Sequence[str]) -> Reader:
-    import pytesseract
+    """The program itself, a process a picture; its page segmentation is the default one (3: automatic)."""
     from PIL import Image
 
-    return lambda picture: pytesseract.image_to_string(Image.fromarray(picture), lang="+".join(languages) or None)
+    command = ["tesseract", "stdin", "stdout", *(["-l", "+".join(languages)] if languages else [])]
+    known = _run_tesseract(["tesseract", "--list-langs"]).splitlines()[1:]
+    unknown = [name for name in languages if name not in known]
+    if unknown:
+        raise ValueError(
+            f"languages={','.join(unknown)}: tesseract has {', '.join(known) or 'none'}; install their data"
+        )
+
+    def read(picture: np.ndarray) -> str:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        return _run_tesseract(command, buffer.getvalue())
+
+    return read
+
+
+def _run_tesseract(command: Sequence[str], given: bytes = b"") -> str:
+    done = subprocess.run(command, input=given, capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        raise ValueError(f"{' '.join(command)} failed with exit code {done.returncode}: {said}")
+    return done.stdout.decode("utf-8")
 
 
 def _easyocr(languages: Sequence[str]) -> Reader:

@@ -31,10 +31,11 @@ from eval.sweep import lines, plot
 from vtok.checkpoint import write_atomic
 from vtok.cli import entry
 
+ROOM = 1100  # pixels of a picture that fit the width below: 16 pictures of 32 px a row, twice their size
 STYLE = """
 :root { color-scheme: light; --ink: #1c2024; --soft: #60646c; --line: #dfe2e6; --back: #f7f8f9; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; color: var(--ink); background: #fff;
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
 p, li { max-width: 46rem; } .soft, figcaption { color: var(--soft); font-size: .88rem; }
@@ -66,14 +67,22 @@ def image_tag(data: bytes, text: str, *, pixels: bool = False) -> str:
     )
 
 
-def png(pixels: np.ndarray, smallest: int = 640) -> bytes:
-    """uint8 [H, W, 3] as PNG, enlarged by a whole factor where it is narrower than `smallest`."""
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as PNG, enlarged by the largest whole factor that the page has room for."""
     from PIL import Image
 
-    factor = max(1, smallest // pixels.shape[1])
+    factor = max(1, ROOM // pixels.shape[1])
     buffer = io.BytesIO()
     Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def picture_tag(path: Path, text: str) -> str:
+    """A stored picture, enlarged as the others are."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return image_tag(png(np.asarray(picture.convert("RGB"))), text, pixels=True)
 
 
 def results_section(runs: list[Run]) -> str:
@@ -136,14 +145,14 @@ def pictures_section(runs: list[Run], samples: Images | None, count: int = 64) -
         parts.append(image_tag(png(grid(first, 8 if len(first) < 32 else 16)), text, pixels=True))
     for run in runs:
         if run.picture is not None and not run.picture.name.startswith("reconstructions"):
-            parts.append(image_tag(run.picture.read_bytes(), f"{run.name}: {run.picture.stem}"))
+            parts.append(picture_tag(run.picture, f"{run.name}: {run.picture.stem}"))
     return "".join(parts)
 
 
 def reconstructions_section(runs: list[Run]) -> str:
     found = [r for r in runs if r.picture is not None and r.picture.name.startswith("reconstructions")]
     text = "{}: {}, each original above its reconstruction"
-    return "".join(image_tag(r.picture.read_bytes(), text.format(r.name, r.picture.stem)) for r in found)
+    return "".join(picture_tag(r.picture, text.format(r.name, r.picture.stem)) for r in found)
 
 
 def neighbours_section(samples: Images, train: Images, extractor: Extractor, count: int = 16, nearest: int = 3) -> str:

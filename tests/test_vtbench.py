@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from eval import ocr, vtbench
@@ -89,19 +89,55 @@ def test_rates_are_of_the_whole_set_and_ignore_spacing() -> None:
 
 def test_a_reader_is_found_or_named(monkeypatch) -> None:
     monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ocr.shutil, "which", lambda name: None)
     assert find_reader("auto", []) is None and find_reader("none", []) is None
-    with pytest.raises(ValueError, match="tesseract is not installed: no OCR was found: install pytesseract"):
+    with pytest.raises(ValueError, match="tesseract is not installed: no OCR was found: install the tesseract program"):
         find_reader("tesseract", [])
     with pytest.raises(ValueError, match="ocr=paper: choose auto"):
         find_reader("paper", [])
     with pytest.raises(ValueError, match="no module my_reader"):
         find_reader("my_reader:read", [])
-    fake = SimpleNamespace(image_to_string=lambda picture, lang: f"{picture.size} {lang}")
-    monkeypatch.setitem(sys.modules, "pytesseract", fake)
-    monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: name == "pytesseract" or None)
-    monkeypatch.setattr(ocr.shutil, "which", lambda name: "/usr/bin/tesseract")
-    name, read = find_reader("auto", ["deu", "eng"])
-    assert name == "tesseract" and read(np.zeros((2, 3, 3), np.uint8)) == "(3, 2) deu+eng"
+
+
+NEEDS_TESSERACT = pytest.mark.skipif(ocr.shutil.which("tesseract") is None, reason="needs the tesseract program")
+
+
+def page_of(lines: list[str]) -> Image.Image:
+    """Black words on white, 256 x 256, one line below the other."""
+    picture = Image.new("RGB", (256, 256), "white")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(picture).text((16, 20 + 48 * i), line, fill="black", font=ImageFont.load_default(30))
+    return picture
+
+
+@NEEDS_TESSERACT
+def test_tesseract_reads_words_and_names_missing_languages() -> None:
+    name, read = find_reader("tesseract", ["eng"])
+    assert name == "tesseract" and ocr.plain(read(np.asarray(page_of(["Seven green", "bottles"])))) == (
+        "Seven green bottles"
+    )
+    assert ocr.plain(find_reader("auto", [])[1](np.full((64, 64, 3), 255, np.uint8))) == ""
+    with pytest.raises(ValueError, match=r"languages=klingon: tesseract has .*eng"):
+        find_reader("tesseract", ["eng", "klingon"])
+
+
+@NEEDS_TESSERACT
+@pytest.mark.parametrize(("side", "lowest", "highest"), [(1, 0.0, 0.0), (16, 0.5, 2.0)], ids=["exact", "coarse"])
+def test_a_coarse_copy_is_read_worse_than_its_original(tmp_path, monkeypatch, side, lowest, highest) -> None:
+    """Copies whose squares of 16 px are their mean hold no letters of 30 px; exact copies read as the originals do."""
+    place = tmp_path / "text"
+    place.mkdir()
+    for i, lines in enumerate((["Seven green", "bottles"], ["The quick fox", "jumps over", "a lazy dog"])):
+        page_of(lines).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    def squares(x: Tensor) -> Tensor:
+        return nn.functional.interpolate(nn.functional.avg_pool2d(x, side), scale_factor=side)
+
+    found = measure(monkeypatch, Known(256, squares), tmp_path / "v.json", text=str(place), ocr="tesseract")
+    assert found["ocr"] == "tesseract"
+    assert found["metrics"]["text_cer_originals"] == found["metrics"]["text_wer_originals"] == 0.0
+    assert lowest <= found["metrics"]["text_cer"] <= highest and lowest <= found["metrics"]["text_wer"] <= highest
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -172,6 +208,7 @@ def test_text_is_read_from_copies_and_originals(tmp_path, monkeypatch, capsys) -
     module = SimpleNamespace(read=lambda picture: "bag words" if picture.mean() > 150 else "x")
     monkeypatch.setitem(sys.modules, "my_reader", module)
     monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: name == "my_reader" or None)
+    monkeypatch.setattr(ocr.shutil, "which", lambda name: None)
     darker = Known(32, lambda x: x - 1)
     options = {"text": str(place), "ocr": "my_reader:read"}
     found = measure(monkeypatch, darker, tmp_path / "v.json", **options)
