@@ -157,3 +157,10 @@ def test_larp_prior():
     logits = prior.logits(given["codes"][:, :-1], given["table"])
     assert_close(logits, want["logits"])
     assert_close(F.cross_entropy(logits.flatten(0, 1), given["ids"][:, 1:].flatten()).view(1), want["loss"])
+
+
+@torch.no_grad()
+def test_dar_encoder():
+    """With gates near one, as after training: from the golden's gates near zero only ids come, which notice little."""
+    state, given, want, info = read("dar_encoder")
+    assert_close(convert("dar", state, info["ctor"]).features(given["image"]), want["features"])

@@ -9,6 +9,7 @@ from runs import CONFIGS
 from torch import nn
 
 from eval.throughput import evaluate, floor, table, weight_bytes
+from vtok.layers.packed import packable
 
 TINY = (
     "data.image_size=16",
@@ -79,6 +80,9 @@ def test_mistakes_name_their_key(tmp_path):
             evaluate(config(option, f"out={tmp_path / 'x.json'}"))
 
 
+@pytest.mark.skipif(
+    not packable(torch.zeros(1, dtype=torch.bfloat16)), reason="this processor has no packed products in bfloat16"
+)
 def test_light_weights_read_fewer_bytes_and_their_paths_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.throughput.matmul_rate", lambda *_: 1e15)
     monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)

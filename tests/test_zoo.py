@@ -170,7 +170,7 @@ def test_the_hub_mixin_saves_loads_and_uploads(tmp_path, monkeypatch):
         pipeline.generator, pipeline.tokenizer, chunk=4, class_names=pipeline.class_names, card={"training hours": "2"}
     )
     shared.save_pretrained(tmp_path / "saved")
-    twin = HubPipeline.from_pretrained(tmp_path / "saved")
+    twin = HubPipeline.from_pretrained(tmp_path / "saved", chunk=4)
     assert torch.equal(twin(LABELS, SEEDS), pipeline(LABELS, SEEDS)) and twin.class_names == pipeline.class_names
     card = (tmp_path / "saved" / "README.md").read_text()
     assert type(pipeline.generator).__name__ in card and "- training hours: 2" in card and "library_name" in card
