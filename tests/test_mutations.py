@@ -23,6 +23,7 @@ TESTS = {
     "detailflow_gpt": ("test_golden_llamagen_family", "test_detailflow"),
     "hita_gpt": ("test_golden_llamagen_family", "test_hita"),
     "ifsq_gpt": ("test_reference_generators", "test_gpt", "ifsq", ""),
+    "elm_gpt": ("test_reference_generators", "test_elm", "elm_gpt"),
     "llamagen_vq": ("test_vtok_goldens", "test_llamagen_vq"),
     "var_vqvae": ("test_vtok_goldens", "test_var_vqvae"),
     "kl_vae": ("test_golden_kl_vae", "test_kl_vae"),
@@ -41,7 +42,7 @@ TESTS = {
     "ibq": ("test_reference_tokenizers", "test_ibq"),
     "flextok": ("test_convert_flextok", "test_a_decoder_from_the_originals_tensors"),
 }
-ROPE = ("llamagen_gpt", "dar_gpt", "restok_gpt_har", "detailflow_gpt", "hita_gpt", "ifsq_gpt", "xar")
+ROPE = ("llamagen_gpt", "dar_gpt", "restok_gpt_har", "detailflow_gpt", "hita_gpt", "ifsq_gpt", "elm_gpt", "xar")
 ROPE_FUNCTIONS = {"restok": ("vtok.models.restok", "rope_2d"), "dar": ("vtok.layers.pixel_flow", "grid_rope")}
 ROPE_FUNCTIONS |= {"dar_encoder": ("vtok.models.dar", "grid_rope")}
 WHOLE = [name for name in TESTS if name != "dar_encoder"]  # its reference looks at a part

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from references import assert_close, read
-from sampling import greedy
+from sampling import Schedule, greedy
 
 from vgen.conditioning import Cond
 from vgen.convert import convert
@@ -84,6 +84,28 @@ def test_ifsq_with_sub_codes():
     with pytest.raises(ValueError, match=r"vocab_size=\[5, 6, 4\] in the config, but the weights have sub-codes"):
         given = info["ctor"]["Transformer_ModelArgs"]
         convert("ifsq", state, {"Transformer_ModelArgs": given | {"vocab_size": [5, 6, 4]}})
+
+
+@pytest.mark.parametrize("name", ("elm_gpt", "elm_gpt_one"))
+def test_elm(name):
+    """Two sub-codes by concatenated and projected tables, and one code: logits, and decoding under rising guidance."""
+    state, inputs, outputs, info = read(name)
+    model, arguments = convert("elm", state, info["ctor"]), info["ctor"]["Transformer_ModelArgs"]
+    sizes = (2 ** arguments["code_dim"],) * arguments["token_each"]
+    ids = join(inputs["parts"], sizes)
+    states, want = model(model.arrange(ids), model.conditioner(inputs["label"])), outputs["logits"]
+    found = model.head.logits(states, ids) if len(sizes) > 1 else model.head.logits(states)
+    for f, logits in enumerate(found):
+        assert_close(logits, want.unflatten(1, (-1, len(sizes)))[:, :, f])
+    assert outputs["margin"] > 1e-4
+    rising = ClassifierFree(Schedule(lambda p: 1 + 2 * (p.step + 1) / p.steps))
+    for key, guide in {"greedy_linear": rising, "greedy_nocfg": Unguided()}.items():
+        got = greedy(model, inputs["label"][:2], guide).tokens
+        assert torch.equal(split(got, sizes), outputs[key].long()), key
+    wrongs = {"use_adaLN": True, "pos_type": "rope1d", "token_each": 3, "code_dim": 5, "block_size": 15, "surprise": 1}
+    for option, value in wrongs.items():
+        with pytest.raises(ValueError, match=option):
+            convert("elm", state, {"Transformer_ModelArgs": arguments | {option: value}})
 
 
 def test_what_ifsqs_converter_does_not_know_is_an_error():

@@ -5,7 +5,7 @@ A token is F sub-codes, id = sum_f part_f * product(factors[:f]) (`Quantizer.spl
 transformer over the sub-codes of ONE token, started by the trunk's state, as in MAGVIT-v2's asymmetric factors as
 Open-MAGVIT2 predicts them (arXiv 2409.04410) and in iFSQ's two-layer one. The sum over factors of log p is a
 normalised likelihood of the id either way. Where ELM concatenates tables and projects, `FactorisedEmbedding` sums
-them, which is the same family of functions.
+them, which is the same family of functions (vgen/convert/elm.py).
 """
 
 from __future__ import annotations

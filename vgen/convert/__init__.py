@@ -23,6 +23,7 @@ CONVERTERS: dict[str, str] = {
     "detailflow": "vgen.convert.llamagen_family:detailflow",
     "hita": "vgen.convert.llamagen_family:hita",
     "ifsq": "vgen.convert.llamagen_family:ifsq",
+    "elm": "vgen.convert.elm:convert",
     "rar": "vgen.convert.rar",
     "flexvar": "vgen.convert.flexvar",
     "mar": "vgen.convert.mar",
