@@ -707,3 +707,32 @@ def test_selftest_meets_every_known_value(capsys, monkeypatch) -> None:
     assert selftest.main() == 0 and "all formulas" in capsys.readouterr().out
     monkeypatch.setattr(selftest, "GROUPS", (lambda: [("broken", 1.0, 1.1, 1e-3)],))
     assert selftest.main() == 1 and "MISSED" in capsys.readouterr().out
+
+
+def test_a_result_is_a_run_of_its_own_at_wandb(tmp_path, monkeypatch) -> None:
+    import wandb
+
+    from eval.fid import log_wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    start, seen = wandb.init, {}
+
+    def init(**options):
+        run = start(**options)
+        finish = run.finish
+
+        def note_and_finish():
+            seen.update(summary=dict(run.summary), config=dict(run.config), kind=run.job_type)
+            finish()
+
+        monkeypatch.setattr(run, "finish", note_and_finish)
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    metrics = {"FID": 2.5, "IS": {"mean": 200.0, "std": 3.0}, "images": 50, "order": "fixed"}
+    log_wandb("numbers", {"protocol": {"name": "adm"}, "metrics": metrics, "command": "python -m eval.fid"})
+    logged = {k: v for k, v in seen["summary"].items() if k.startswith("eval/")}
+    assert logged == {"eval/FID": 2.5, "eval/IS": 200.0, "eval/images": 50}
+    assert seen["config"] == {"protocol": {"name": "adm"}, "command": "python -m eval.fid"} and seen["kind"] == "eval"
+    assert list(tmp_path.rglob("*.wandb")), "an offline run, to be sent by wandb sync"
