@@ -63,12 +63,6 @@ def commit() -> str:
     return ran.stdout.strip() or "unknown"
 
 
-def has_fast_bf16() -> bool:
-    """Whether the processor multiplies bf16 itself. Elsewhere bf16-mixed is slower than float32, 9 times on AVX2."""
-    flags = Path("/proc/cpuinfo")
-    return flags.is_file() and any(name in flags.read_text() for name in ("amx_bf16", "avx512_bf16"))
-
-
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The finished rows of a table."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]

@@ -24,18 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.studies import sections  # noqa: E402
-from scripts.tables import (  # noqa: E402  # noqa: E402
-    OVERFIT,
-    TESTED,
-    TRAINED,
-    Column,
-    commit,
-    data_options,
-    has_fast_bf16,
-    markdown,
-    photographs,
-    rows,
-)
+from scripts.tables import OVERFIT, TESTED, TRAINED, Column, commit, data_options, markdown, photographs, rows  # noqa: E402
+from vtok.acceleration import cpu_has_bf16  # noqa: E402
 
 ROWS_AT = ROOT / "docs" / "tables" / "tokenizers"
 STUDIES_AT = ROOT / "docs" / "tables" / "studies"  # of scripts/tokenizer_study.py
@@ -46,7 +36,7 @@ BUDGET = 600.0  # seconds on one core: 10 CPU-minutes
 # options of train.py that all rows share, and those of a family; a later one wins
 SHARED = ["batch_size=64", "optimizer={lr: 1e-3, betas: [0.9, 0.95], weight_decay: 0.0, eps: 1e-8}", "ema=0.995"]
 # transformers: more steps, of cheaper products where the core has them
-VIT = ["batch_size=32", f"precision={'bf16-mixed' if has_fast_bf16() else '32-true'}", "optimizer.lr=2e-3"]
+VIT = ["batch_size=32", f"precision={'bf16-mixed' if cpu_has_bf16() else '32-true'}", "optimizer.lr=2e-3"]
 FAMILIES: dict[str, list[str]] = {
     "cnn_vq": ["tokenizer=cnn_vq_small", "optimizer.lr=2e-3"],
     "fsq": ["tokenizer=cnn_fsq_small", "optimizer.lr=2e-3"],

@@ -160,3 +160,13 @@ def test_training_command_takes_both_keys(tmp_path, capsys, monkeypatch):
     assert "MFU" in said and "6 matmul parameters x positions + 12 width x depth x pairs" in said
     with pytest.raises(ValueError, match="compile=true"):
         run("data=fake", "tokenizer=llamagen_vq16", "data.image_size=16", "compile=true", f"run_dir={tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bf16_without_its_instructions_is_told_to_be_slow(tmp_path, capsys, monkeypatch, there):
+    monkeypatch.setattr("vgen.training.cpu_has_bf16", lambda: there)
+    tiny = ("data=fake", "tokenizer=llamagen_vq16", "data.image_size=16", "tokenizer.channels=8", "trainer=cpu")
+    tiny += ("tokenizer.groups=4", "objective.perceptual_weight=0", "steps=1", "batch_size=2", "save=false")
+    run(*tiny, "precision=bf16-mixed", "val_batches=1", "picture_every=null", f"run_dir={tmp_path / 'run'}")
+    said = capsys.readouterr().out
+    assert ("no bf16 instructions" in said and "precision=32-true" in said) != there

@@ -19,6 +19,7 @@ from vgen.guidance import Guidance, guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
 from vgen.previews import Previews
+from vtok.acceleration import SLOW_BF16, cpu_has_bf16
 from vtok.checkpoint import file_hash, find_checkpoint, is_folder, read_config, write_atomic, write_json
 from vtok.data.tasks import task_from_environment
 from vtok.noise import sample_seeds
@@ -36,6 +37,9 @@ def sample(config: Mapping[str, Any]) -> Path:
     if out.exists() and not config["overwrite"] and out.suffix:
         raise ValueError(f"{out} exists; pass overwrite=true or another out=")
     device = resolve_device(config["device"])
+    dtype, decoder_dtype = (resolve_dtype(config.get(name, "float32")) for name in ("dtype", "decoder_dtype"))
+    if device.type == "cpu" and torch.bfloat16 in (dtype, decoder_dtype) and not cpu_has_bf16():
+        print(SLOW_BF16.format("dtype=float32 decoder_dtype=float32"), flush=True)
     drawn = settings(config)
     rule, guide = rule_and_guidance(drawn)
     pipeline = Pipeline.load(
@@ -43,14 +47,14 @@ def sample(config: Mapping[str, Any]) -> Path:
         weights=config["weights"],
         tokenizer=config["tokenizer_from"],
         device=device,
-        dtype=resolve_dtype(config["dtype"]),
+        dtype=dtype,
         chunk=int(config["chunk"]),
         accept_license=bool(config.get("accept_license", False)),
         trust=config.get("trust") or (),
         quant=config.get("quant"),
         packed=bool(config.get("packed", False)),
         cuda_graphs=bool(config.get("cuda_graphs", False)),
-        decoder_dtype=resolve_dtype(config.get("decoder_dtype", "float32")),
+        decoder_dtype=decoder_dtype,
         decode_chunk=config.get("decode_chunk"),
     )
     if drawn["steps"]:

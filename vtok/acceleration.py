@@ -8,6 +8,8 @@ Model FLOPs utilisation (MFU, Chowdhery et al., PaLM, arXiv 2204.02311, appendix
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -27,6 +29,21 @@ PEAKS = {  # dense bf16 operations a second, from the makers' data sheets; the f
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
+
+
+SLOW_BF16 = (
+    "note: this processor has no bf16 instructions, and bf16 is slower on it than float32 (measured: nine times); "
+    "choose {}"
+)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 itself, from Linux's /proc/cpuinfo; True where that cannot be read."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return True
+    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(flags)  # the last one is Arm's
 
 
 def compile_blocks(module: nn.Module, *, backend: str = "inductor") -> int:
