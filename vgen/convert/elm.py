@@ -13,11 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vgen.convert.llamagen import CLASS, Found, convert_as
+from vgen.convert.llamagen import CLASS, Found, convert_as, raster
 from vgen.models.llamagen import LlamaGen
 from vtok.convert.table import Rule, highest, shape
-from vtok.layout import SequenceLayout
-from vtok.tokenizer import Part, TokenSpec
 
 SOURCE = "ELM"
 # options of its class that no published file uses, as they are there; `split_embder` is never read
@@ -48,11 +46,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> LlamaGen:
         raise ValueError(f"{SOURCE}: code_dim={bits} in the config, but the weights have tables of {list(sizes)} rows")
 
     def make(found: Found) -> LlamaGen:
-        side = math.isqrt(found.tokens)
-        if side * side != found.tokens:
-            raise ValueError(f"{SOURCE}: block_size={found.tokens} is not a square grid")
-        part = Part(found.tokens, found.vocab_size, bits * count)
-        spec = TokenSpec(SequenceLayout.raster(side, side), (part,), 16 * side)
+        spec = raster(found, SOURCE, bits * count)
         return LlamaGen(spec, found.classes, factors=sizes if count > 1 else None, **found.sizes)
 
     config = {**config, CLASS: arguments}

@@ -48,11 +48,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> LlamaGen:
     """config: {"Transformer_ModelArgs": arguments}, at least n_head and, where it is not 256, block_size."""
 
     def make(found: Found) -> LlamaGen:
-        side = math.isqrt(found.tokens)
-        if side * side != found.tokens:
-            raise ValueError(f"{SOURCE}: block_size={found.tokens} is not a square grid")
-        part = Part(found.tokens, found.vocab_size, CODE_CHANNELS)
-        return LlamaGen(TokenSpec(SequenceLayout.raster(side, side), (part,), 16 * side), found.classes, **found.sizes)
+        return LlamaGen(raster(found, SOURCE), found.classes, **found.sizes)
 
     return convert_as(state, config, make, source=SOURCE)
 
@@ -66,6 +62,15 @@ class Found:
     vocab_size: int
     classes: int
     sizes: dict[str, Any]
+
+
+def raster(found: Found, source: str, channels: int = CODE_CHANNELS) -> TokenSpec:
+    """Tokens on a square grid, of a tokenizer with stride 16. ValueError where their number is no square."""
+    side = math.isqrt(found.tokens)
+    if side * side != found.tokens:
+        raise ValueError(f"{source}: block_size={found.tokens} is not a square grid")
+    part = Part(found.tokens, found.vocab_size, channels)
+    return TokenSpec(SequenceLayout.raster(side, side), (part,), 16 * side)
 
 
 def convert_as(

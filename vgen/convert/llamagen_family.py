@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.convert.llamagen import RULES, Found, convert_as
+from vgen.convert.llamagen import RULES, Found, convert_as, raster
 from vgen.generator import Generator
 from vgen.models.detailflow import DetailFlow
 from vgen.models.har import HAR
@@ -136,12 +136,11 @@ def ifsq(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Generator:
     rules += _sub_codes(len(factors)) if factors else []
 
     def make(found: Found) -> LlamaGen:
-        side, more = math.isqrt(found.tokens), {}
+        more = {}
         if factors:
             depth = highest(state, r"factorized_blocks\.(\d+)\..*", "iFSQ GPT")
             more = {"factors": factors, "factor_depth": depth, "factor_tied": True}
-        part = Part(found.tokens, found.vocab_size, CODE_CHANNELS)
-        spec = TokenSpec(SequenceLayout.raster(side, side), (part,), 16 * side)
+        spec = raster(found, "iFSQ GPT")
         if not widths:
             return LlamaGen(spec, found.classes, **more, **found.sizes)
         if found.sizes["theta"] != 10000 or found.sizes["attention_dropout"]:
