@@ -736,3 +736,4 @@ def test_a_result_is_a_run_of_its_own_at_wandb(tmp_path, monkeypatch) -> None:
     assert logged == {"eval/FID": 2.5, "eval/IS": 200.0, "eval/images": 50}
     assert seen["config"] == {"protocol": {"name": "adm"}, "command": "python -m eval.fid"} and seen["kind"] == "eval"
     assert list(tmp_path.rglob("*.wandb")), "an offline run, to be sent by wandb sync"
+    wandb.teardown()

@@ -502,21 +502,26 @@ def test_two_processes_of_torchrun_equal_one_and_resume_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_has_two_run_directories(tmp_path):
-    small = (*PLAIN, "steps=2", "val_every=2")
-    done = command("-m", *small, "name=s", "optimizer.lr=1e-3,2e-3", folder=tmp_path)
+    small = (*PLAIN, "steps=2", "val_every=2", "logger=wandb")
+    done = command("-m", *small, "name=s", "optimizer.lr=1e-3,2e-3", folder=tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     rates = []
     for job in ("0", "1"):
         folder = tmp_path / "outputs" / "sweeps" / "s" / job
         assert state(folder)["global_step"] == 2
         rates.append(yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["lr"])
+        (log,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+        assert log.stem == f"run-{(folder / 'wandb_id.txt').read_text().strip()}", "a run of its own for every job"
     assert rates == [1e-3, 2e-3]
     assert not (tmp_path / "outputs" / "s").exists()
 
 
 @pytest.mark.slow
 def test_wandb_offline_keeps_its_run(tmp_path):
-    pytest.importorskip("wandb")
+    """Also where the process that starts both runs has W&B's service up: it would hold the first one's id."""
+    wandb = pytest.importorskip("wandb")
+    wandb.setup()
+    assert "WANDB_SERVICE" in os.environ
     base = (*PLAIN, "steps=3", "val_every=1", "picture_every=1", "logger=wandb", f"run_dir={tmp_path}")
     ids = []
     for extra in (("stop_after=2",), ("resume=last",)):
@@ -524,6 +529,7 @@ def test_wandb_offline_keeps_its_run(tmp_path):
         assert done.returncode == 0, done.stderr
         ids.append((tmp_path / "wandb_id.txt").read_text().strip())
     assert ids[0] == ids[1] and len(ids[0]) == 8
+    wandb.teardown()
     logs = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(logs) == 2 and all(ids[0] in path.name for path in logs)
     assert list((tmp_path / "wandb").glob("offline-run-*/files/media/images/reconstructions_*.png"))

@@ -76,12 +76,15 @@ class SafeWandbLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
+        if self._experiment is None:
+            # W&B's service of a parent process may still hold this run's id from an earlier start: have one's own
+            os.environ.pop("WANDB_SERVICE", None)
         if self._experiment is None and not self._offline and os.environ.get("WANDB_MODE", "online") == "online":
             import wandb
 
             try:
                 return super().experiment
-            except (wandb.errors.Error, OSError) as error:
+            except Exception as error:  # of W&B's many kinds none may stop a training
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 print(
                     f"note: W&B does not answer ({reason:.100}); the run goes on offline, `wandb sync {self.save_dir}"
@@ -96,11 +99,9 @@ class SafeWandbLogger(WandbLogger):
     def _try(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         if self._given_up:
             return
-        import wandb
-
         try:
             call(*arguments, **named)
-        except (wandb.errors.Error, OSError) as error:
+        except Exception as error:  # of W&B's many kinds none may stop a training
             self._given_up = True
             reason = (str(error) or type(error).__name__).splitlines()[0]
             print(f"note: W&B takes no more records ({reason:.100}); metrics.csv goes on", flush=True)
@@ -113,6 +114,12 @@ class SafeWandbLogger(WandbLogger):
 
     def log_image(self, key: str, images: list[Any], step: int | None = None, **named: Any) -> None:
         self._try(super().log_image, key, images, step, **named)
+
+    def finalize(self, status: str) -> None:
+        """A training that came to its end closes its run: the next one of a sweep in this process has its own."""
+        self._try(super().finalize, status)
+        if status == "success" and self._experiment is not None:
+            self._try(self._experiment.finish)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
