@@ -62,13 +62,32 @@ def test_workers_live_through_the_first_request(tmp_path):
     assert isinstance(loader, DataLoader)
     batches = iter(loader)
     first = [next(batches) for _ in range(2)]  # one of each worker: both have started
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         for worker in batches._workers:
             os.kill(worker.pid, number)
     later = [next(batches) for _ in range(7)]
     quiet = iter(Fake(image_size=8, batch_size=4, train_images=40, val_images=4).train_dataloader())
     for batch in (*first, *later):
         assert torch.equal(batch["image"], next(quiet)["image"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_workers_live_through_a_request_while_they_start(monkeypatch, number):
+    from torch.utils.data._utils import worker
+
+    loop = worker._worker_loop
+
+    def asked_at_once(*arguments):
+        os.kill(os.getpid(), number)
+        loop(*arguments)
+
+    monkeypatch.setattr(worker, "_worker_loop", asked_at_once)
+    settings = {"image_size": 8, "batch_size": 4, "train_images": 12, "val_images": 4}
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)]
+    for batch, wanted in zip(Fake(**settings, workers=2).val_dataloader(), Fake(**settings).val_dataloader()):
+        assert torch.equal(batch["image"], wanted["image"])
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())  # nothing stays blocked here
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)]
 
 
 @pytest.mark.slow

@@ -118,11 +118,28 @@ def micro_batch_size(batch_size: int, accumulate: int, world: int) -> int:
     return micro
 
 
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # to stop: SLURM's, torchrun's, submitit's
+
+
 def outlive(worker: int) -> None:
     """Let a loader's worker live through the first request to stop, which SLURM sends to every process of a job: the
     training process finishes its step and saves first. A second SIGTERM ends the worker, as its parent's end does."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+
+
+class Loader(DataLoader):
+    """A loader whose workers also live through a request that comes while they start: they inherit it blocked, until
+    `outlive` has said what to do with it."""
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StepData(LightningDataModule):
@@ -186,7 +203,7 @@ class StepData(LightningDataModule):
 
     def _loader(self, dataset: Dataset, batches: Sampler) -> DataLoader:
         # Creating an iterator draws from the loader's generator; the global one would then differ after a resume.
-        return DataLoader(
+        return Loader(
             dataset,
             batch_sampler=batches,
             num_workers=self.workers,
