@@ -16,6 +16,7 @@ import pickle
 import random
 import runpy
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -52,20 +53,30 @@ def main(config: Any) -> None:
     out = Path(config.out).resolve()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    draw, told = random.Random(config.seed), []
+    draw, failed = random.Random(config.seed), []
+    total = sum(int(config[kind]) for kind in ("images", "configs", "files", "payloads"))
+    drawn, number = set(random.Random(f"{config.seed} commands").sample(range(total), min(total, config.commands))), 0
     for kind, cases in (("images", images), ("configs", configs), ("files", files), ("payloads", payloads)):
         counts: Counter[str] = Counter()
         for name, arguments in cases(int(config[kind]), draw, out / kind):
-            counts[check(name, arguments, out)] += 1
-        told.append(f"{kind}: " + ", ".join(f"{v} {k}" for k, v in sorted(counts.items())))
+            try:
+                counts[check(name, command(arguments), arguments, out)] += 1
+                if number in drawn:
+                    counts[check(name, process(arguments), arguments, out) + " as commands too"] += 1
+            except Failed as error:
+                print(f"failed: {error}", file=sys.stderr, flush=True)
+                failed.append(name)
+            number += 1
+        print(f"{kind}: " + ", ".join(f"{v} {k}" for k, v in sorted(counts.items())), flush=True)
     if (out / "ran").exists():
         raise Failed("code of a payload was run")
-    print("\n".join(told))
+    if failed:
+        raise Failed(f"{len(failed)} cases: {', '.join(failed)}")
 
 
-def check(name: str, arguments: list[str], out: Path) -> str:
-    """refused or accepted. Raises Failed."""
-    code, text = command(arguments)
+def check(name: str, ended: tuple[int, str], arguments: list[str], out: Path) -> str:
+    """refused or accepted; `ended` is an exit code and standard error. Raises Failed."""
+    code, text = ended
     lines = text.splitlines()
     if code not in (0, 2) or len(lines) > 3 or any(line.startswith("Traceback") for line in lines):
         raise Failed(f"{name}: exit code {code}, {' '.join(arguments)[-300:]}: {text[-600:]}")
@@ -97,6 +108,13 @@ def command(arguments: list[str]) -> tuple[int, str]:
         if asked is not None:
             os.environ[traceback] = asked
     return 0, ""
+
+
+def process(arguments: list[str]) -> tuple[int, str]:
+    """The same as a command of its own, training included; warnings of libraries do not count as its message."""
+    command = [sys.executable, "-W", "ignore", str(ROOT / "train.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stderr if done.returncode else ""
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:

@@ -57,6 +57,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "code in a config": ((*T, "tokenizer._target_=os.system"), ("os.system", "trust")),
     "resume and overwrite": ((*T, "resume=auto", "overwrite=true"), ("resume=auto", "overwrite")),
+    "a resume that is no text": ((*T, "resume=[1,2]"), ("resume=[1, 2]", "text or null")),
     "resume twice": ((*T, "resume=last", "ckpt_path=a.ckpt"), ("resume=last", "ckpt_path=a.ckpt")),
     "missing checkpoint": ((*T, "resume=nowhere/last.ckpt"), ("nowhere/last.ckpt", "does not exist")),
     "nothing to resume": ((*T, "resume=last"), ("checkpoint",)),

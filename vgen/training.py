@@ -134,7 +134,10 @@ def settle(config: DictConfig) -> DictConfig:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no default: pass {missing[0]}=<value>")
-    runs.check_numbers(config)
+    for name in (*runs.TEXTS, *runs.OPTIONAL_TEXTS):
+        if isinstance(config[name], (int, float)) and not isinstance(config[name], bool):
+            config[name] = str(config[name])  # name=7: Hydra reads a number
+    runs.check_values(config)
     if config.get("model") is None and config.get("tokenizer") is None:
         raise ValueError("nothing to train: choose tokenizer=<name> (a tokenizer) or model=<name> (a generator)")
     if config.precision == "auto":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -66,12 +67,16 @@ class SafeWandbLogger(WandbLogger):
         resume: str = "allow",
         offline: bool = False,
         timeout: float = 60,
+        finish_timeout: float = 300,
     ) -> None:
         settings = {**PRIVATE, "init_timeout": timeout}
         super().__init__(
             project=project, name=name, save_dir=save_dir, id=id, resume=resume, offline=offline, settings=settings
         )
-        self._given_up = False
+        self._given_up, self._timeout = False, timeout
+        # in an outage W&B's own telemetry would delay the exit, and the end of a run would wait for ever
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(finish_timeout))
 
     @property
     @rank_zero_experiment
@@ -91,7 +96,12 @@ class SafeWandbLogger(WandbLogger):
                     "/wandb/offline-run-*` sends it later",
                     flush=True,
                 )
-                wandb.teardown()  # its service still holds the id of the run that could not start
+                # its service still holds the id of the run that could not start, and may wait for the network to end
+                end = threading.Thread(target=wandb.teardown, daemon=True)
+                end.start()
+                end.join(max(self._timeout, 10.0))
+                if end.is_alive():
+                    raise RuntimeError("its service does not end") from error
                 self._offline = True
                 self._wandb_init["mode"] = "offline"
         return super().experiment

@@ -52,10 +52,17 @@ NUMBERS: dict[str, tuple[tuple[type, ...], float | None, bool]] = {
     "schedule.warmup": ((int, float), 0, False),
     "schedule.final": ((int, float), 0, False),
 }
+# names and places: text, or null where their default is
+TEXTS = ("name", "run_dir", "precision", "on_nan", "monitor", "monitor_mode", "tokenizer_weights")
+OPTIONAL_TEXTS = ("resume", "ckpt_path", "init_from", "tokenizer_from")
 
 
-def check_numbers(config: Mapping[str, Any]) -> None:
+def check_values(config: Mapping[str, Any]) -> None:
     """Raise ValueError for a top-level value of the wrong type or below its smallest (Hydra checks neither)."""
+    for name in (*TEXTS, *OPTIONAL_TEXTS):
+        value = config[name]
+        if not isinstance(value, str) and not (value is None and name in OPTIONAL_TEXTS):
+            raise ValueError(f"{name}={value!r} must be text{' or null' if name in OPTIONAL_TEXTS else ''}")
     for name, (types, least, optional) in NUMBERS.items():
         value: Any = config
         for part in name.split("."):
