@@ -456,6 +456,8 @@ def test_the_launcher_composes(tmp_path):
 
 @pytest.mark.slow
 def test_damaged_input_costs_three_lines_and_runs_nothing(tmp_path):
-    done = command("scripts/fuzz.py", "images=8", "configs=8", "files=6", "payloads=4", "commands=0", "seed=1", f"out={tmp_path}")
+    done = command(
+        "scripts/fuzz.py", "images=8", "configs=8", "files=6", "payloads=4", "commands=0", "seed=1", f"out={tmp_path}"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "payloads: 4 refused"

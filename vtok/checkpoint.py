@@ -49,14 +49,11 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Any], None], *, size:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        number = _full(error)
+        number = full_disk(error)
         if number is None:
             raise
         free = shutil.disk_usage(path.parent).free + temporary.stat().st_size
-        need = f"it needs {size:,} bytes" if size else "it needs more than that"
-        raise OSError(
-            number, f"no space left to write {path}: {need}, {free:,} bytes are free; what was there is untouched"
-        ) from None
+        raise no_space(number, path, size, free) from None
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
@@ -66,7 +63,15 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Any], None], *, size:
         os.close(directory)
 
 
-def _full(error: BaseException | None) -> int | None:
+def no_space(number: int, path: Path, size: int | None, free: int) -> OSError:
+    """The error of a disk too full for `size` bytes at `path`."""
+    need = f"it needs {size:,} bytes" if size else "it needs more than that"
+    return OSError(
+        number, f"no space left to write {path}: {need}, {free:,} bytes are free; what was there is untouched"
+    )
+
+
+def full_disk(error: BaseException | None) -> int | None:
     """The error number of a full disk behind what a writer raised, or None. torch.save raises a RuntimeError of its
     own in the course of it, and numpy's of a short write has no number."""
     while error is not None:

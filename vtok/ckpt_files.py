@@ -140,6 +140,17 @@ def _alive(pid: str) -> bool:
     return int(pid) != os.getpid()
 
 
+def give_up_oldest(path: Path, error: OSError) -> bool:
+    """Whether, after the error of a full disk, a generation beside `path` was removed: the oldest, never the newest or
+    the best."""
+    old = [p for p in generations(path.parent)[1:] if p.stat().st_nlink == 1]
+    if error.errno not in FULL or not old:
+        return False
+    print(f"warning: no space left for {path}; removing {old[-1].name} and trying again", flush=True)
+    remove(old[-1])
+    return True
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's file layer with atomic writes and a SHA-256 beside every checkpoint."""
 
@@ -148,12 +159,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             self._write(checkpoint, path)
         except OSError as error:
-            # a full disk: give up the oldest generation, never the newest or the best
-            old = [p for p in generations(path.parent)[1:] if p.stat().st_nlink == 1]
-            if error.errno not in FULL or not old:
+            if not give_up_oldest(path, error):
                 raise
-            print(f"warning: no space left for {path}; removing {old[-1].name} and trying again", flush=True)
-            self.remove_checkpoint(old[-1])
             self._write(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:

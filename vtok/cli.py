@@ -27,6 +27,8 @@ def entry(config_name: str, configs: Path) -> Callable[[Callable[[Any], Any]], C
         @functools.wraps(task)
         def guarded(config: Any) -> Any:
             try:
+                if type(trust := config.get("trust", [])).__name__ not in ("ListConfig", "list", "NoneType"):
+                    raise ValueError(f"trust={trust} must be a list of modules: trust=[my.module]")
                 return task(config)
             except Exception as error:
                 if not _mistake(error):
@@ -42,7 +44,9 @@ def entry(config_name: str, configs: Path) -> Callable[[Callable[[Any], Any]], C
                 command()
             except Exception as error:
                 if not _mistake(error):
-                    raise
+                    if (wrong := _no_choice(error, configs)) is None:
+                        raise
+                    error = wrong
                 sys.exit(report(error))
 
         main.__doc__ = task.__doc__
@@ -67,6 +71,19 @@ def _mistake(error: BaseException) -> bool:
     root = _root(error)
     wrong_argument = root is not error and isinstance(root, TypeError)  # a key that the constructor does not have
     return wrong_argument or isinstance(root, (HydraException, OmegaConfBaseException, ValueError, OSError))
+
+
+def _no_choice(error: BaseException, configs: Path) -> ValueError | None:
+    """What Hydra stumbles over where a group of configs is given something else than names."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("hydra._internal"):
+        return None
+    for name, equals, value in (argument.partition("=") for argument in sys.argv[1:]):
+        if equals and value[:1] in ("[", "{") and (configs / name.lstrip("+")).is_dir():
+            return ValueError(f"{name}={value} is no choice: pass {name}=<name>, or set {name}.<key>")
+    return None
 
 
 def report(error: BaseException) -> int:

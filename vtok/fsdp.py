@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from vtok import pieces
 from vtok.checkpoint import read_checkpoint
-from vtok.ckpt_files import write_side
+from vtok.ckpt_files import give_up_oldest, write_side
 
 FORWARD_METHODS = ("loss",)  # further ones would nest, and the inner of three frees what the outer still needs
 
@@ -59,7 +59,12 @@ class Sharded(ModelParallelStrategy):
             folder = path.with_name(f"{path.stem}.pieces")
             unnamed = folder.with_name(f"{folder.name}.tmp")
             checkpoint, tensors = pieces.split(checkpoint)
-            files = pieces.write(tensors, unnamed)
+            try:
+                files = pieces.write(tensors, unnamed)
+            except OSError as error:
+                if not self.broadcast(self.is_global_zero and give_up_oldest(path, error)):
+                    raise
+                files = pieces.write(tensors, unnamed)
             checkpoint[pieces.KEY] = {"folder": folder.name, "files": files}
             if self.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)  # of an earlier timeline

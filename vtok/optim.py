@@ -106,8 +106,8 @@ def check_optimizer(
             raise ValueError(
                 f"optimizer.{name} must be a {'positive number' if name == 'lr' else 'number >= 0'}, got {value!r}"
             )
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {list(betas)}")
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {betas!r}")
 
 
 def check_schedule(

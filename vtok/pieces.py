@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 KEY = "pieces"  # of a checkpoint: {"folder": name beside it, "files": {name: SHA-256}}
 
@@ -51,15 +52,31 @@ def join(checkpoint: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def write(tensors: dict[str, Tensor], folder: Path) -> dict[str, str]:
-    """Every process writes its parts into `folder` (a collective call); SHA-256 of all files by name."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    """Every process writes its parts into `folder` (a collective call); SHA-256 of all files by name.
 
-    from vtok.checkpoint import file_hash
+    A full disk is an OSError on every process, and nothing is left in `folder` then.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from vtok.checkpoint import file_hash, full_disk, no_space
 
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    dist.barrier()
-    save(tensors, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
+    held = [v.to_local() if isinstance(v, DTensor) else v for v in tensors.values()]
+    sizes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, sum(v.numel() * v.element_size() for v in held))
+    try:
+        save(tensors, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
+    except CheckpointException as error:
+        dist.barrier()  # nobody writes any more
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        dist.barrier()
+        number = next((n for e, *_ in error.failures.values() if (n := full_disk(e)) is not None), None)
+        if number is None:
+            raise
+        raise no_space(number, folder, sum(sizes), shutil.disk_usage(folder.parent).free) from None
     own = sorted(folder.glob(f"shard-{dist.get_rank() + 1:05d}-*"))
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, {path.name: file_hash(path) for path in own})

@@ -55,6 +55,10 @@ NUMBERS: dict[str, tuple[tuple[type, ...], float | None, bool]] = {
 # names and places: text, or null where their default is
 TEXTS = ("name", "run_dir", "precision", "on_nan", "monitor", "monitor_mode", "tokenizer_weights")
 OPTIONAL_TEXTS = ("resume", "ckpt_path", "init_from", "tokenizer_from")
+SECTIONS = (
+    "data", "tokenizer", "model", "objective", "trainer", "logger", "callbacks", "optimizer", "discriminator_optimizer",
+    "schedule", "pictures",
+)  # fmt: skip
 
 
 def check_values(config: Mapping[str, Any]) -> None:
@@ -63,6 +67,10 @@ def check_values(config: Mapping[str, Any]) -> None:
         value = config[name]
         if not isinstance(value, str) and not (value is None and name in OPTIONAL_TEXTS):
             raise ValueError(f"{name}={value!r} must be text{' or null' if name in OPTIONAL_TEXTS else ''}")
+    for name in SECTIONS:
+        value = config.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r} is no group of settings: choose {name}=<name>, or set {name}.<key>")
     for name, (types, least, optional) in NUMBERS.items():
         value: Any = config
         for part in name.split("."):

@@ -104,7 +104,7 @@ def finished(folder: Path, index: int, rows: int, *, verify: bool = True) -> dic
         table = np.load(folder / "parts" / f"{index:05d}.npy", allow_pickle=False)
         whole = note["rows"] == rows and table.shape == (2, rows) and path.stat().st_size == note["bytes"]
         return note if whole and (not verify or crc32(path) == note["crc32"]) else None
-    except (OSError, ValueError, KeyError, EOFError):
+    except Exception:  # a damaged note or table can raise anything
         return None
 
 
@@ -201,8 +201,9 @@ def _check_array(path: Path, shape: tuple[int, ...], dtype: type, size: int | No
             header = file.tell()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; extract it again") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no array ({error}); extract it again") from None
+    except Exception as error:  # numpy reads a header as Python: damage can raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path} is no array ({reason:.100}); extract it again") from None
     if tuple(found) != tuple(shape) or order or found_dtype != np.dtype(dtype):
         raise CheckpointError(f"{path} is {found_dtype} {found}, expected {np.dtype(dtype)} {shape} by the manifest")
     expected, actual = header + int(np.prod(shape)) * np.dtype(dtype).itemsize, path.stat().st_size

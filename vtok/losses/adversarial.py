@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.precision import full
 from vtok.quantize.statistics import all_mean
 
 GanLoss = Literal["hinge", "non_saturating", "softplus"]
@@ -38,7 +39,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     """
     (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (pushed,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    wanted, pushed = all_mean(wanted.float()), all_mean(pushed.float())
+    wanted, pushed = all_mean(full(wanted)), all_mean(full(pushed))
     return (wanted.norm() / (pushed.norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
@@ -56,7 +57,7 @@ class LeCam(nn.Module):
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         for mean, logits in ((self.real, real), (self.fake, fake)):
-            now = all_mean(logits.detach().float().mean())
+            now = all_mean(full(logits.detach()).mean())
             # a step that on_nan=skip drops must not stay in the mean for ever
             mean.lerp_(torch.where(now.isfinite(), now, mean), 1 - self.decay)
         return F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vtok.losses.backbone import Backbone
 from vtok.losses.frozen import Frozen
+from vtok.precision import full
 from vtok.tokenizer import Reconstruction, Tokenizer
 
 Target = Literal["patch", "class", "mean"]
@@ -91,7 +92,7 @@ class Alignment(nn.Module):
     def targets(self, images: Tensor) -> dict[Target, Tensor | None]:
         """What features can be mapped to, float32: class [B, D], mean [B, D], patch [B, n, D]."""
         label, patches = self.backbone(images)
-        return {"class": label, "patch": patches.float(), "mean": patches.float().mean(1)}
+        return {"class": label, "patch": full(patches), "mean": full(patches).mean(1)}
 
     def distance(self, features: Mapping[str, Tensor], name: str, targets: Mapping[Target, Tensor]) -> Tensor:
         """Mean over the samples, weighted if the tokenizer says so, of the mean over their states."""
@@ -105,7 +106,7 @@ class Alignment(nn.Module):
                 f"features[{name!r}] is {tuple(states.shape)}, the {self.features[name]} of the vision model at "
                 f"size={self.size} is {tuple(target.shape)}: change size, or set width to the states' channels"
             )
-        cosine = F.cosine_similarity(states.float(), target.float(), dim=-1)  # float32: near 1 every digit counts
+        cosine = F.cosine_similarity(full(states), full(target), dim=-1)  # float32: near 1 every digit counts
         loss = (
             F.relu(1 - self.margin - cosine).flatten(1).mean(1)
             if cosine.dim() > 1

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.noise import SampleNoise
+from vtok.precision import full
 
 DRAWS = 14  # positions of the noise that one call uses
 
@@ -45,7 +46,7 @@ class DiffAug(nn.Module):
 
     def forward(self, images: Tensor, noise: SampleNoise, stream: int = 0) -> Tensor:
         """noise: of the B samples; stream: another number draws another augmentation."""
-        x = images.float()  # colours and means: not in half precision
+        x = full(images)  # colours and means: not in half precision
         u = noise.uniform(torch.arange(DRAWS, device=x.device), stream)
         apply = u[:, :3] <= self.prob
         if self.color:

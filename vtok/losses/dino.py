@@ -19,6 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.losses.augment import resize
 from vtok.losses.frozen import Frozen, find_weights, read_weights
+from vtok.precision import full
 
 FILE = "dino_deitsmall16_pretrain.pth"
 SIZE = "83 MB"
@@ -63,7 +64,7 @@ class DinoDiscriminator(nn.Module):
         self.heads = nn.ModuleList(_Head(width, kernel, virtual_batch) for _ in range(len(depths) + 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        levels = self.features(resize(images.float(), self.size))
+        levels = self.features(resize(full(images), self.size))
         return torch.cat([head(level) for head, level in zip(self.heads, levels)], 1)
 
 
@@ -99,7 +100,7 @@ class DinoFeatures(nn.Module):
         found: list[Tensor] = []
 
         def keep(h: Tensor) -> Tensor:
-            found.append((h[:, 1:].float() + h[:, :1].float()).transpose(1, 2))
+            found.append((full(h[:, 1:]) + full(h[:, :1])).transpose(1, 2))
             return h
 
         at = {0: keep, **{depth + 1: keep for depth in self.depths[:-1]}}
@@ -135,7 +136,7 @@ class LocalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         runs = []
-        for part in x.float().tensor_split(-(-len(x) // self.virtual_batch)):
+        for part in full(x).tensor_split(-(-len(x) // self.virtual_batch)):
             variance, mean = torch.var_mean(part, (0, 2), correction=0, keepdim=True)
             runs.append((part - mean) * (variance + self.eps).rsqrt())
         return torch.cat(runs) * self.weight[:, None] + self.bias[:, None]

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.precision import full
+
 
 class PatchGAN(nn.Module):
     """Images [B, in_channels, H, W] to logits [B, 1, h, w], one per overlapping patch (70 px at 3 layers).
@@ -129,7 +131,7 @@ def spread(x: Tensor, group: int) -> Tensor:
     The batch is cut into runs of `group` images; where it does not divide, the last run is shorter.
     """
     values = []
-    for part in x.float().split(group):
+    for part in full(x).split(group):
         value = (part.var(0, unbiased=False) + 1e-8).sqrt().mean()
         values.append(value.expand(len(part)))
     return torch.cat(values)[:, None, None, None].expand(-1, 1, *x.shape[2:]).to(x.dtype)

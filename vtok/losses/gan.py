@@ -25,6 +25,7 @@ from vtok.losses.adversarial import (
 )
 from vtok.losses.augment import DiffAug
 from vtok.noise import SampleNoise, noise_of
+from vtok.precision import full
 
 Logs = dict[str, Tensor]
 # streams of the sample's noise; the tokenizer families have theirs below 400
@@ -101,9 +102,9 @@ class GAN(nn.Module):
         reconstruction: the scalar loss whose gradient the adaptive weight compares with. key int64 [B]: of the samples.
         """
         frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
-        seen = self._see(fakes.float(), self.augment, self._noise(key, fakes), FOOLING)
-        adversarial = generator_loss(functional_call(self.discriminator, frozen, (seen,)).float(), self.fooling)
-        weight = fakes.new_tensor(self.strength(step), dtype=torch.float32)
+        seen = self._see(full(fakes), self.augment, self._noise(key, fakes), FOOLING)
+        adversarial = generator_loss(full(functional_call(self.discriminator, frozen, (seen,))), self.fooling)
+        weight = seen.new_tensor(self.strength(step))
         if self.adaptive:
             if last_layer is None:
                 raise ValueError("gan.adaptive=true needs the tokenizer's last_layer; set adaptive=false")
@@ -113,9 +114,9 @@ class GAN(nn.Module):
 
     def train_loss(self, images: Tensor, fakes: Tensor, key: Tensor | None) -> tuple[Tensor, Logs]:
         """The discriminator's loss on real `images` and on `fakes`, both [B, 3, H, W]; fakes are detached here."""
-        images, fakes, noise = images.float(), fakes.detach().float(), self._noise(key, images)
-        real = self.discriminator(self._see(images, self.augment, noise, REAL)).float()
-        fake = self.discriminator(self._see(fakes, self.augment, noise, FAKE)).float()
+        images, fakes, noise = full(images), full(fakes.detach()), self._noise(key, images)
+        real = full(self.discriminator(self._see(images, self.augment, noise, REAL)))
+        fake = full(self.discriminator(self._see(fakes, self.augment, noise, FAKE)))
         loss = discriminator_loss(real, fake, self.loss)
         logs = {
             "discriminator": loss.detach(),
@@ -127,8 +128,8 @@ class GAN(nn.Module):
             loss = loss + regulariser
             logs["lecam"] = regulariser.detach()
         if self.strong is not None:
-            changed_real = self.discriminator(self._see(images, self.strong, noise, REAL_STRONG)).float()
-            changed_fake = self.discriminator(self._see(fakes, self.strong, noise, FAKE_STRONG)).float()
+            changed_real = full(self.discriminator(self._see(images, self.strong, noise, REAL_STRONG)))
+            changed_fake = full(self.discriminator(self._see(fakes, self.strong, noise, FAKE_STRONG)))
             difference = F.mse_loss(torch.cat([real, fake]), torch.cat([changed_real, changed_fake]))
             loss = loss + self.consistency_weight * difference
             logs["consistency"] = (self.consistency_weight * difference).detach()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vtok.losses.gan import GAN, Logs
 from vtok.losses.prior import watch
 from vtok.losses.reconstruction import LPIPS, pixel_loss
+from vtok.precision import full
 from vtok.tokenizer import Reconstruction, Tokenizer
 
 AT_THE_END = 10**12  # validation measures what training ends with: every warm-up done, every temporary loss gone
@@ -146,7 +147,7 @@ class TokenizerObjective(nn.Module):
         tokenizer: Tokenizer | None,
     ) -> tuple[Tensor, Tensor, Logs]:
         """Pixels and LPIPS, the sum of all, and all of them detached by name."""
-        fake, real = recon.images.float(), recon.real(images).float()
+        fake, real = full(recon.images), full(recon.real(images))
         reconstruction = self.pixel_weight * pixel_loss(fake, real, self.pixel)
         losses = {"pixel": reconstruction}
         if self.perceptual is not None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtok.precision import full
 from vtok.quantize.entropy import bit_entropy, mean_entropy, mean_of_products
 from vtok.quantize.fsq import check_groups
 from vtok.quantize.statistics import code_statistics, shared_mean
@@ -109,7 +110,7 @@ class LFQ(Quantizer):
     def _prepare(self, z: Tensor) -> Tensor:
         if z.shape[-1] != self.channels:
             raise ValueError(f"z has {z.shape[-1]} channels, the quantizer bits={self.channels}")
-        return z.float()
+        return full(z)
 
     def _codes(self, bits: Tensor) -> Tensor:
         return (2 * bits.float() - 1) * self.size

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from vtok.precision import full
 from vtok.quantize.statistics import all_sum, count_ids
 
 # Distances held at once, in floats (128 MB): bounds the memory of the search, not its result.
@@ -57,7 +58,7 @@ class Codebook(nn.Module):
 
     def table(self) -> Tensor:
         """Codes, float32 [V, C], of unit length with `l2_norm`. Look up here only: a row alone may round otherwise."""
-        weight = self.weight.float()
+        weight = full(self.weight)
         if self.training and self.tracks:
             weight = weight.clone()  # `update` writes into weight before the backward pass has read the table
         return F.normalize(weight, dim=-1) if self.l2_norm else weight

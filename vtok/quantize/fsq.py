@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vtok.precision import full
 from vtok.quantize.statistics import code_statistics
 from vtok.tokenizer import Quantized, Quantizer
 
@@ -91,7 +92,7 @@ class FSQ(Quantizer):
     def _bounded(self, z: Tensor) -> Tensor:
         if z.shape[-1] != self.channels:
             raise ValueError(f"z has {z.shape[-1]} channels, the quantizer {self.channels} (one per entry of levels)")
-        return self.bound(z.float())
+        return self.bound(full(z))
 
     def _ids(self, steps: Tensor) -> Tensor:
         return ((steps.long() + self.counts // 2) * self.basis).sum(-1)

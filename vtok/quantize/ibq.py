@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vtok.precision import full
 from vtok.quantize.entropy import mean_entropy
 from vtok.quantize.statistics import code_statistics, shared_mean
 from vtok.tokenizer import Quantized, Quantizer
@@ -56,7 +57,7 @@ class IBQ(Quantizer):
         all codes, and to the chosen code, plus beta times the chosen code's own.
         """
         with torch.autocast(z.device.type, enabled=False):
-            z, table = self._prepare(z), self.codebook.float()
+            z, table = self._prepare(z), full(self.codebook)
             flat = z.flatten(0, -2)
             parts = flat.split(self._rows())
             run = self._assign if len(parts) == 1 else self._assign_again
@@ -82,12 +83,12 @@ class IBQ(Quantizer):
     def indices(self, z: Tensor) -> Tensor:
         """Ids int64 [B, L] of z."""
         with torch.autocast(z.device.type, enabled=False):
-            flat, table = self._prepare(z).flatten(0, -2), self.codebook.float()
+            flat, table = self._prepare(z).flatten(0, -2), full(self.codebook)
             return torch.cat([(part @ table.T).argmax(1) for part in flat.split(self._rows())]).view(len(z), -1)
 
     def lookup(self, ids: Tensor) -> Tensor:
         with torch.autocast(ids.device.type, enabled=False):
-            return F.embedding(ids, self.codebook.float())
+            return F.embedding(ids, full(self.codebook))
 
     def _assign(self, part: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """ids [n], p E [n, C] with the gradient of p alone, and the part's sums of entropies and of shares [V]."""
@@ -108,4 +109,4 @@ class IBQ(Quantizer):
     def _prepare(self, z: Tensor) -> Tensor:
         if z.shape[-1] != self.channels:
             raise ValueError(f"z has {z.shape[-1]} channels, the quantizer channels={self.channels}")
-        return z.float()
+        return full(z)

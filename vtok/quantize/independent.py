@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.layers.cnn import from_map, to_map
+from vtok.precision import full
 from vtok.quantize.residual import bounds, check_sides
 from vtok.quantize.vq import VQ
 from vtok.tokenizer import Quantized
@@ -79,7 +80,7 @@ class IndependentVQ(VQ):
         if z.dim() != 4 or z.shape[1] != z.shape[2] or z.shape[3] != self.channels:
             raise ValueError(f"z is {tuple(z.shape)}, expected a square map [B, H, H, {self.channels}]")
         with torch.autocast(z.device.type, enabled=False):
-            features = to_map(z.float(), z.shape[1])
+            features = to_map(full(z), z.shape[1])
             maps = [F.interpolate(features, size=side, mode="area") for side in self._sides(sides)]
         return torch.cat([from_map(scale).flatten(1, 2) for scale in maps], 1)
 
@@ -111,7 +112,7 @@ class IndependentVQ(VQ):
         found = []
         with torch.autocast(codes.device.type, enabled=False):
             for step in range(start, stop):
-                before = to_map(codes[:, ends[step - 1] : ends[step]].float(), sides[step - 1])
+                before = to_map(full(codes[:, ends[step - 1] : ends[step]]), sides[step - 1])
                 found.append(from_map(F.interpolate(before, size=sides[step], mode="bicubic")).flatten(1, 2))
         return torch.cat(found, 1)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtok.noise import SampleNoise
+from vtok.precision import full
 from vtok.tokenizer import Quantized, Quantizer
 
 STREAM = 2101  # noise stream of the posterior's samples
@@ -50,7 +51,7 @@ class KL(Quantizer):
         """Mean and log variance, both float32 [.., C], of z [.., 2C]; the log variance within BOUNDS."""
         if z.shape[-1] != self.width:
             raise ValueError(f"z has {z.shape[-1]} channels, expected 2 * channels = {self.width}")
-        mean, log_variance = z.float().chunk(2, dim=-1)
+        mean, log_variance = full(z).chunk(2, dim=-1)
         return mean, log_variance.clamp(*BOUNDS)
 
     def sample(self, z: Tensor, noise: SampleNoise | None) -> Tensor:
@@ -95,4 +96,4 @@ class KL(Quantizer):
 
     def assemble(self, codes: Tensor, keep: int | None = None) -> Tensor:
         """Latents without the scale of codes [B, L, C], the first `keep` of them."""
-        return super().assemble(codes, keep).float() / self.scale
+        return full(super().assemble(codes, keep)) / self.scale

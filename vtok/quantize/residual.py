@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.layers.cnn import from_map, to_map
+from vtok.precision import full
 from vtok.quantize.codebook import Codebook, nearest
 from vtok.quantize.statistics import code_statistics
 from vtok.tokenizer import Quantized, Quantizer
@@ -116,7 +117,7 @@ class MultiScaleVQ(Quantizer):
         count = codes.shape[1] if keep is None else keep
         if count not in self.bounds or count > codes.shape[1]:
             raise ValueError(f"keep={count} of {codes.shape[1]} tokens is no end of a scale: choose from {self.bounds}")
-        total = codes.new_zeros(len(codes), self.channels, self.side, self.side, dtype=torch.float32)
+        total = codes.new_zeros(len(codes), self.channels, self.side, self.side, dtype=full(codes[:0]).dtype)
         with torch.autocast(codes.device.type, enabled=False):
             for total in self._sums(codes, self.bounds.index(count)):  # noqa: B007
                 pass
@@ -149,13 +150,13 @@ class MultiScaleVQ(Quantizer):
 
     def _contribution(self, codes: Tensor, step: int) -> Tensor:
         """What codes [B, side * side, C] of a scale add to the full map, [B, C, H, W]. Bicubic up, then phi."""
-        h = to_map(codes.float(), self.sides[step])
+        h = to_map(full(codes), self.sides[step])
         if step < len(self.sides) - 1:
             h = F.interpolate(h, size=self.side, mode="bicubic")
         if not self.phi:
             return h
         conv, w = self.phi[self.shared[step]], self.phi_weight
-        return (1 - w) * h + w * F.conv2d(h, conv.weight.float(), conv.bias.float(), padding=1)
+        return (1 - w) * h + w * F.conv2d(h, full(conv.weight), full(conv.bias), padding=1)
 
     def _pooled(self, residual: Tensor, step: int) -> Tensor:
         """Vectors [B * side * side, C] that a scale codes."""
@@ -173,7 +174,7 @@ class MultiScaleVQ(Quantizer):
         if z.dim() != 4 or tuple(z.shape[1:]) != (self.side, self.side, self.channels):
             want = (self.side, self.side, self.channels)
             raise ValueError(f"z is {tuple(z.shape)}, expected [B, {want[0]}, {want[1]}, {want[2]}]: change sides")
-        return to_map(z.float(), self.side)
+        return to_map(full(z), self.side)
 
 
 def phi_table(scales: int, convolutions: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtok.precision import full
 from vtok.quantize.codebook import SEARCH_BUDGET, Codebook, nearest
 from vtok.quantize.rotation import rotated
 from vtok.quantize.statistics import code_statistics, shared_mean
@@ -105,7 +106,7 @@ class VQ(Quantizer):
     def _prepare(self, z: Tensor) -> Tensor:
         if z.shape[-1] != self.channels:
             raise ValueError(f"z has {z.shape[-1]} channels, the quantizer channels={self.channels}")
-        return F.normalize(z.float(), dim=-1) if self.l2_norm else z.float()
+        return F.normalize(full(z), dim=-1) if self.l2_norm else full(z)
 
 
 def drawn(vectors: Tensor, table: Tensor, temperature: float) -> Tensor:
