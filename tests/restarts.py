@@ -13,9 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
+from forks import launch
 from runs import TOKENIZER, everything, losses, run
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, get_args_parser
 
 from vtok.lit import Lit
 
@@ -40,20 +39,13 @@ def train(folder: Path, rank: int | None = None, step: int | None = None) -> Non
     run(*JOB, f"run_dir={folder}")
 
 
-def torchrun(*options: str, job: tuple) -> None:
-    endpoint = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")  # as --standalone does
-    options = ("--nproc-per-node=2", "--start-method=fork", *endpoint, *options, "train")
-    config, _, _ = config_from_args(get_args_parser().parse_args(options))
-    elastic_launch(config, train)(*job)
-
-
 def main(folder: Path, kills: int, seed: int = 0) -> None:
     draw, straight = random.Random(seed), folder / "straight"
-    torchrun(job=(straight,))
+    launch(train, (straight,))
     for number in range(kills):
         rank, step = (draw.randrange(2), draw.randrange(STEPS)) if number else (1, 3)
         killed = folder / f"killed_{number}"
-        torchrun("--max-restarts=1", job=(killed, rank, step))
+        launch(train, (killed, rank, step), ("--max-restarts=1",))
         assert killed.with_suffix(".killed").exists(), "nobody was killed"
         assert everything(killed) == everything(straight) and losses(killed) == losses(straight), (rank, step)
         print(f"{number + 1} of {kills}: rank {rank} killed in step {step + 1}, the end is bit-identical", flush=True)

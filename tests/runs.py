@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -92,6 +93,12 @@ def run(*overrides: str) -> float | None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=list(overrides), return_hydra_config=False)
     return train(config)
+
+
+def run_all(jobs: Iterable[Iterable[str]]) -> None:
+    """One after the other: what every process of torchrun does."""
+    for job in jobs:
+        run(*job)
 
 
 def state(folder: Path, name: str = "last") -> dict:

@@ -8,14 +8,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import restarts
 import torch
-from runs import LLAMAGEN, TOKENIZER, losses, run, state, tokenizer_folder
+from forks import command, torchrun
+from runs import LLAMAGEN, TOKENIZER, losses, run, run_all, state, tokenizer_folder
 from torch.utils.data import DataLoader
 
 from vtok import checkpoint
@@ -28,18 +28,6 @@ from vtok.watch import Stalled, check_restarts, process_gone
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = tuple(o for o in TOKENIZER if "gan" not in o and "dropout" not in o and "restart" not in o)
-
-
-def command(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 # --- kills ----------------------------------------------------------------------------------------------------------
@@ -93,12 +81,8 @@ def test_workers_live_through_a_request_while_they_start(monkeypatch, number):
 @pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_leaves_the_checkpoint(tmp_path):
     """torchrun without restarts; one of two processes is killed after the checkpoint of step 2."""
-    run_dir, script = tmp_path / "killed", tmp_path / "job.py"
-    script.write_text(
-        "import sys\nsys.path[:0] = ['tests', '.']\nfrom pathlib import Path\nfrom restarts import train\n"
-        f"train(Path({str(run_dir)!r}), 1, 3)\n"
-    )
-    done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    run_dir = tmp_path / "killed"
+    done = torchrun(restarts.train, run_dir, 1, 3)
     assert done.returncode == 1
     assert "error: another process of this job has ended, so this one stops after step 3" in done.stderr
     assert "training.py" not in done.stderr  # no traceback but torchrun's
@@ -352,14 +336,10 @@ def test_sharded_training_equals_one_process_and_goes_on_in_the_other(tmp_path):
         "generator": (*LLAMAGEN, f"tokenizer_from={made_by}", "model.dropout=0", "model.token_dropout=0", *common),
         "tokenizer": (*PLAIN, *common),
     }
-    script = tmp_path / "jobs.py"
-    lines = ["import sys", "sys.path[:0] = ['tests', '.']", "from runs import run"]
-    lines += [f"run(*{job!r}, *{SHARDED!r}, 'run_dir={tmp_path / f'two_{name}'}')" for name, job in jobs.items()]
+    two = [(*job, *SHARDED, f"run_dir={tmp_path / f'two_{name}'}") for name, job in jobs.items()]
     half = (*jobs["generator"], f"run_dir={tmp_path / 'half'}")
     run(*half, "stop_after=2")
-    lines += [f"run(*{half!r}, *{SHARDED!r}, 'resume=auto', 'stop_after=4')"]
-    script.write_text("\n".join(lines))
-    done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    done = torchrun(run_all, [*two, (*half, *SHARDED, "resume=auto", "stop_after=4")])
     assert done.returncode == 0, done.stderr[-3000:]
     for name, job in jobs.items():
         run(*job, f"run_dir={tmp_path / f'one_{name}'}")
@@ -401,11 +381,7 @@ def test_a_checkpoint_in_pieces_is_read_by_any_number_of_processes(tmp_path):
     )
     job = (*job, "val_every=6", "ema=0.9")
     two = (*job, *SHARDED, "trainer.strategy.pieces=true", f"run_dir={tmp_path / 'two'}", "resume=auto")
-    script = tmp_path / "jobs.py"
-    lines = ["import sys", "sys.path[:0] = ['tests', '.']", "from runs import run"]
-    lines += [f"run(*{two!r}, 'stop_after={stop}')" for stop in (2, 4)]
-    script.write_text("\n".join(lines))
-    done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    done = torchrun(run_all, [(*two, f"stop_after={stop}") for stop in (2, 4)])
     assert done.returncode == 0, done.stderr[-3000:]
 
     folder = tmp_path / "two" / "checkpoints"

@@ -1,14 +1,13 @@
 """Every small tokenizer with every small generator: the pair trains and samples, or says from its spec why not."""
 
 import itertools
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import command
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -195,13 +194,6 @@ def test_the_command_says_why(tmp_path):
     save_folder(tokenizer, tmp_path / "tokenizer")
     options = ["data=fake", "data.image_size=32", "model=llamagen_small", "trainer=cpu"]
     places = [f"tokenizer_from={tmp_path / 'tokenizer'}", f"run_dir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, "train.py", *options, *places],
-        cwd=CONFIGS.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = command("train.py", *options, *places)
     assert done.returncode == 2 and not (tmp_path / "run" / "checkpoints").exists()
     assert done.stderr.startswith("error: LlamaGen predicts ids, but these tokens are continuous; choose a tokenizer")

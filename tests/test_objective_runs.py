@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from drawn import dino_state
+from forks import command
 from PIL import Image
 from runs import TOKENIZER, everything, losses, run, state
 
@@ -151,15 +149,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         "val_every=2",
     )
     run(*base, "trainer=cpu", f"run_dir={tmp_path / 'one'}")
-    done = subprocess.run(
-        [sys.executable, "train.py", *base, "trainer=ddp_sim", f"run_dir={tmp_path / 'two'}"],
-        cwd=Path(__file__).resolve().parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = command("train.py", *base, "trainer=ddp_sim", f"run_dir={tmp_path / 'two'}", GLOO_SOCKET_IFNAME="lo")
     assert done.returncode == 0, done.stderr[-2000:]
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert set(one) == set(two)

@@ -1,14 +1,12 @@
 """Every shell block of the README, run line by line in an empty folder that links to the clone."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import command
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,12 +38,12 @@ def folder(tmp_path_factory) -> Path:
 def test_block_runs(folder, number):
     for line in blocks()[number]:
         words = shlex.split(line)
-        env = dict(os.environ, OMP_NUM_THREADS="1")
+        env = {}
         while "=" in words[0]:
             name, value = words.pop(0).split("=", 1)
             env[name] = value
         assert words[0] == "python", f"README line {line!r} is no python command"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=folder, env=env, capture_output=True, text=True)
+        done = command(*words[1:], folder=folder, **env)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 

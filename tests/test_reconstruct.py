@@ -1,13 +1,12 @@
 """Reconstructing pictures of any size, and the gallery, through their commands."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import command
 from PIL import Image
 from runs import tokenizer_folder
 from tokenizers import make
@@ -15,10 +14,6 @@ from tokenizers import make
 from vtok.data.tiles import Tiling, reconstruct
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (1, 1), (17, 40), (33, 5)])

@@ -9,13 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from runs import CONFIGS, LLAMAGEN, TOKENIZER, VAR, everything, losses, run, state, tokenizer_folder
+from runs import CONFIGS, LLAMAGEN, TOKENIZER, VAR, everything, losses, run, run_all, state, tokenizer_folder
 from torch import nn
 
 from vgen.models import FAMILIES
@@ -431,16 +432,8 @@ def test_experiments_compose_and_build(name):
     assert model.eval().loss(batch | {"key": torch.zeros(1).long()})["loss"].isfinite()
 
 
-def command(*overrides: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides],
-        cwd=folder or ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def command(*overrides: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return forks.command(str(ROOT / "train.py"), *overrides, folder=folder, **environment)
 
 
 def equal_losses(one: Path, two: Path) -> None:
@@ -485,13 +478,7 @@ def test_two_processes_of_torchrun_equal_one_and_resume_exactly(tmp_path):
         (*gan, *simulated, f"run_dir={tmp_path / 'broken'}", "stop_after=3"),
         (*gan, *simulated, f"run_dir={tmp_path / 'broken'}", "resume=last"),
     ]
-    script = tmp_path / "jobs.py"
-    script.write_text(
-        f"import sys\nsys.path[:0] = ['tests', '.']\nfrom runs import run\nfor job in {jobs!r}:\n    run(*job)\n"
-    )
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(torchrun, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = forks.torchrun(run_all, jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     run(*plain, f"run_dir={tmp_path / 'one'}")
     equal_losses(tmp_path / "one", tmp_path / "two")
