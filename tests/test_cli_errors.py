@@ -89,6 +89,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("data=codes", "data.folder={empty}", "tokenizer=llamagen_vq16"),
         ("images", "data=digits"),
     ),
+    "weights alone to go on from": ((*T, "resume={weights}"), ("optimizer_states", "init_from={weights}")),
     "no GPU": ((*T, "trainer=gpu"), ("trainer=gpu",)),
 }
 
@@ -106,6 +107,9 @@ def places(tmp_path_factory) -> dict[str, str]:
     data = (found["run"] / "checkpoints" / "last.ckpt").read_bytes()
     found["truncated"] = root / "truncated.ckpt"
     found["truncated"].write_bytes(data[: len(data) // 2])
+    found["weights"] = root / "weights.ckpt"
+    whole = torch.load(found["run"] / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save({k: whole[k] for k in ("module", "state_dict", "global_step")}, found["weights"])
     found["text"] = root / "text.ckpt"
     found["text"].write_text("not a checkpoint")
     found["pickle"] = root / "pickle.ckpt"

@@ -121,6 +121,11 @@ def resume_from(
 def check_same(path: Path, kind: str, description: Mapping[str, Any]) -> int:
     """Raise CheckpointError unless the checkpoint is of this module; returns its optimizer step."""
     data = read_checkpoint(path, tensors=False)
+    if missing := {"pytorch-lightning_version", "optimizer_states", "callbacks", "loops"} - set(data):
+        raise CheckpointError(
+            f"{path} is no checkpoint of a run ({', '.join(sorted(missing))} missing), so none can go on from it; "
+            f"init_from={path} takes its weights"
+        )
     found = data["module"]
     if found.get("kind") != kind:
         raise CheckpointError(f"{path} is of a {found.get('kind')}, this run trains a {kind}")
