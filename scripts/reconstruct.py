@@ -2,11 +2,13 @@
 
     python scripts/reconstruct.py from=outputs/cifar10_tokenizer in=pictures out=outputs/copies
 
-A run that was stopped goes on: images whose copy and ids are in `out` are skipped, unless overwrite=true.
+A run that was stopped goes on: images whose copy and ids are in `out` are skipped, unless overwrite=true. Many
+processes share the images under torchrun, as a SLURM array, or with task_id=0..n-1 num_tasks=n; each writes a report.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ def main(config: Any) -> None:
     from vtok.checkpoint import write_atomic, write_json
     from vtok.data.codes import frozen
     from vtok.data.files import BadImage, list_images, read_image
+    from vtok.data.tasks import task_from_environment
     from vtok.data.tiles import reconstruct
     from vtok.data.transforms import to_float, to_uint8
 
+    task, tasks = task_from_environment(config.task_id, config.num_tasks, os.environ)
     source, out = Path(config["in"]), Path(config.out)
     names = [source.name] if source.is_file() else list_images(source)
     folder = source.parent if source.is_file() else source
@@ -51,8 +55,9 @@ def main(config: Any) -> None:
     if config.keep is not None and not tokenizer.prefixes:
         raise ValueError(f"keep={config.keep}: {type(tokenizer).__name__} decodes whole images only; leave keep away")
     errors, bad, done, earlier = PixelErrors(), [], 0, 0
-    with progress_bar("reconstructing", len(names)) as advance:
-        for place, name in places.items():
+    mine = list(places.items())[task::tasks]
+    with progress_bar("reconstructing", len(mine)) as advance:
+        for place, name in mine:
             picture, ids = place.with_name(place.name + ".png"), place.with_name(place.name + ".npz")
             if picture.is_file() and ids.is_file() and not config.overwrite:
                 earlier += 1
@@ -88,7 +93,7 @@ def main(config: Any) -> None:
         "unreadable": bad,
         **figures,
     }
-    write_json(out / "report.json", report)
+    write_json(out / ("report.json" if tasks == 1 else f"report_{task}_of_{tasks}.json"), report)
     shown = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
     print(f"{done} images reconstructed ({shown or 'none measured'}), {earlier} done earlier, {len(bad)} unreadable")
     for name in bad[:10]:

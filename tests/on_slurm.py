@@ -63,7 +63,7 @@ def wait(job: str, most: float = 1200) -> None:
 def requeued(folder: Path, steps: int) -> str:
     job = (*GAN, f"steps={steps}")
     run(*job, "trainer=cpu", f"run_dir={folder / 'straight'}")
-    wait(submit(folder / "requeued", *job, f"run_dir={folder / 'requeued'}", minutes=2))
+    wait(submit(folder / "requeued", *job, f"run_dir={folder / 'requeued'}", minutes=3))
     log = (folder / "requeued.log").read_text()
     stops = re.findall(r"stopped on request after step (\d+)", log)
     assert stops, f"the time limit came too late: raise steps, see {folder / 'requeued.log'}"
@@ -85,7 +85,7 @@ def two_tasks(folder: Path) -> str:
 
 def multirun(folder: Path, steps: int) -> str:
     job = (*GAN, f"steps={steps}", "optimizer.lr=")
-    limits = ("timeout_min=2", "signal_delay_s=60", "cpus_per_task=1", "gpus_per_node=null")
+    limits = ("timeout_min=3", "signal_delay_s=60", "cpus_per_task=1", "gpus_per_node=null")
     command = [sys.executable, str(ROOT / "train.py"), "-m", "launcher=submitit_slurm", *ON_SLURM, "name=sweep"]
     command += [f"hydra.launcher.{limit}" for limit in limits] + [*job[:-1], f"{job[-1]}1e-3,2e-3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

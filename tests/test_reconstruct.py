@@ -68,6 +68,15 @@ def test_the_commands(tmp_path):
     assert report["finished_earlier"] == 3 and report["unreadable"] == ["broken.png"]
     assert (tmp_path / "out" / "a.png").stat().st_mtime_ns == before
     (folder / "broken.png").unlink()
+    shared = [*words[:3], f"out={tmp_path / 'shared'}", "device=cpu", "num_tasks=2"]
+    for task in (0, 1):
+        ran = command(*shared, f"task_id={task}")
+        assert ran.returncode == 0, ran.stderr
+    reports = [json.loads((tmp_path / "shared" / f"report_{t}_of_2.json").read_text()) for t in (0, 1)]
+    assert [r["images"] for r in reports] == [2, 1] and not any(r["finished_earlier"] for r in reports)
+    whole, parts = ({p.relative_to(tmp_path / n): p.read_bytes() for p in sorted((tmp_path / n).rglob("*"))
+                     if p.suffix in (".png", ".npz")} for n in ("out", "shared"))  # fmt: skip
+    assert whole == parts and len(parts) == 6
     ran = command(
         "scripts/gallery.py", f"from=[{tokenizer},{other}]", f"in={folder}", f"out={tmp_path / 'gallery.png'}",
         "count=2", "device=cpu",
