@@ -60,6 +60,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a resume that is no text": ((*T, "resume=[1,2]"), ("resume=[1, 2]", "text or null")),
     "moments that are none": ((*T, "optimizer.betas=null"), ("optimizer.betas", "None")),
     "trust that is no list": ((*T, "trust=my.module"), ("trust=my.module", "trust=[my.module]")),
+    "no trust": ((*T, "trust=null"), ("trust=None", "trust=[my.module]")),
     "a list for a group": ((*T, "objective=[1,2]"), ("objective=[1,2]", "objective=<name>")),
     "resume twice": ((*T, "resume=last", "ckpt_path=a.ckpt"), ("resume=last", "ckpt_path=a.ckpt")),
     "missing checkpoint": ((*T, "resume=nowhere/last.ckpt"), ("nowhere/last.ckpt", "does not exist")),

@@ -27,7 +27,7 @@ def entry(config_name: str, configs: Path) -> Callable[[Callable[[Any], Any]], C
         @functools.wraps(task)
         def guarded(config: Any) -> Any:
             try:
-                if type(trust := config.get("trust", [])).__name__ not in ("ListConfig", "list", "NoneType"):
+                if type(trust := config.get("trust", [])).__name__ not in ("ListConfig", "list"):
                     raise ValueError(f"trust={trust} must be a list of modules: trust=[my.module]")
                 return task(config)
             except Exception as error:
