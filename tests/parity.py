@@ -125,7 +125,7 @@ def still(module: nn.Module) -> nn.Module:
 
 def build(kind: str, name: str, steps: int) -> tuple[Lit, StepData]:
     # LFQ's and BSQ's entropies are so steep that at 1e-3 a rounding of float64 grows to 1 in 30 steps
-    rate = 1e-4 if name in ("lfq_entropy", "bsq_entropy") else 1e-3
+    rate = 1e-4 if name in ("lfq_entropy", "bsq_entropy", "magvit2", "magvit2_bsq") else 1e-3
     recipe = Recipe(
         optimizer={"lr": rate}, schedule={"warmup": 5, "kind": "cosine"}, steps=steps, clip=1.0, ema=0.99, log_every=1
     )

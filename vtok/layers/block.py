@@ -6,6 +6,7 @@ attention, gate of feed-forward, scale 1, scale 2, shift 1, shift 2. Converters 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -132,15 +133,18 @@ class Block(nn.Module):
         cache: KVCache | None,
         layer: int,
         each: Tensor | None = None,
+        between: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """x [R, l, D]; vector: SiLU of the condition [R, v, D], or its shared projection [R, v, 6, D]; v is 1 or l.
 
         each: int64 [l], the row of `vector` that modulates each position, where v is neither.
+        between: what happens to x after the attention, of a block without `vector`.
         """
         if vector is None:
             attended = self.attention(self.norm1(x), position=position, mask=mask, cache=cache, layer=layer)
             changed = self.dropout(attended)
             x = x + self.drop_path(changed if self.scale1 is None else changed * self.scale1)
+            x = x if between is None else between(x)
             changed = self.dropout(self.ffn(self.norm2(x)))
             return x + self.drop_path(changed if self.scale2 is None else changed * self.scale2)
         if self.modulation is not None:

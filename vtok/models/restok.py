@@ -14,6 +14,7 @@ on the latents of its own and of coarser levels only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -190,13 +191,11 @@ class LevelEncoder(nn.Module):
         """The blocks on [image levels, latents]; merged levels come in front, and their sides in front of `sides`."""
         position, mask = self.places(sides, x.device)
         for i, block in enumerate(self.trunk.blocks):
-            x = x + block.scale1 * block.attention(block.norm1(x), position=position, mask=mask)
-            if i not in self.merges:
-                x = x + block.scale2 * block.ffn(block.norm2(x))
-                continue
             height, width = sides[0]
-            x = halve(x, height * width)
-            x = x + block.scale2 * block.ffn(block.norm2(x))
+            merge = partial(halve, count=height * width) if i in self.merges else None
+            x = block(x, vector=None, position=position, mask=mask, cache=None, layer=i, between=merge)
+            if merge is None:
+                continue
             sides.insert(0, (height, width // 2))
             count = height * (width // 2)
             x = torch.cat([x[:, :count] + self.image_level[len(sides) - 1], x[:, count:]], 1)

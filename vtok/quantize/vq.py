@@ -14,7 +14,7 @@ from torch import Tensor
 from vtok.precision import full
 from vtok.quantize.codebook import SEARCH_BUDGET, Codebook, nearest
 from vtok.quantize.rotation import rotated
-from vtok.quantize.statistics import code_statistics, shared_mean
+from vtok.quantize.statistics import all_mean, code_statistics, shared_mean
 from vtok.tokenizer import Quantized, Quantizer
 
 
@@ -70,9 +70,10 @@ class VQ(Quantizer):
             else:
                 ids = nearest(flat.detach(), table.detach())
             codes = F.embedding(ids, table).view_as(z)
-            loss = {"commitment": self.beta * _mean((codes.detach() - z).square(), weight)}
+            loss = {"commitment": self.beta * _mean((codes.detach() - z).square(), weight, everywhere=self.training)}
             if self.codebook.ema_decay is None:
-                loss["codebook"] = self.codebook_weight * _mean((codes - z.detach()).square(), weight)
+                moved = _mean((codes - z.detach()).square(), weight, everywhere=self.training)
+                loss["codebook"] = self.codebook_weight * moved
             if self.entropy_weight:
                 loss["entropy"] = self.entropy_weight * entropy_loss(
                     flat, table, self.entropy_temperature, everywhere=self.training
@@ -116,11 +117,12 @@ def drawn(vectors: Tensor, table: Tensor, temperature: float) -> Tensor:
     return torch.cat([torch.multinomial(part, 1).squeeze(1) for part in shares])
 
 
-def _mean(errors: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean of errors [.., C], vectors weighted by weight [..]."""
+def _mean(errors: Tensor, weight: Tensor | None, *, everywhere: bool) -> Tensor:
+    """Mean of errors [.., C], vectors weighted by weight [..]; `everywhere`: the weights of all processes count."""
     if weight is None:
         return errors.mean()
-    return (errors.mean(-1) * weight).sum() / weight.sum().clamp(min=1)
+    total = all_mean(weight.sum()) if everywhere else weight.sum()
+    return (errors.mean(-1) * weight).sum() / total.clamp(min=1)
 
 
 def entropy_loss(vectors: Tensor, table: Tensor, temperature: float, *, everywhere: bool = False) -> Tensor:
