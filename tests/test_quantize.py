@@ -209,12 +209,21 @@ def worker(rank: int, folder: Path) -> None:
         for z in torch.load(folder / "z.pt"):
             found = quantizer(z.chunk(2)[rank])
         torch.save((quantizer.state_dict(), found.stats), folder / f"{name}-{rank}.pt")
+    z, weight = (part.chunk(2)[rank] for part in torch.load(folder / "weighted.pt"))
+    torch.save(weighted_losses(z, weight), folder / f"weighted-{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def weighted_losses(z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(3)
+    return torch.stack(list(VQ(vocab_size=16, channels=5).train()(z, weight=weight).loss.values())).detach()
 
 
 def test_two_processes_keep_one_codebook(tmp_path: Path):
     batches = [torch.randn(4, 6, 6, 5) for _ in range(3)]
     torch.save(batches, tmp_path / "z.pt")
+    weighted = torch.randn(4, 6, 5), (torch.arange(6) < torch.tensor([[6], [5], [1], [2]])).float()
+    torch.save(weighted, tmp_path / "weighted.pt")
     here = Path(__file__)
     environment = os.environ | {"PYTHONPATH": str(here.parents[1]), "GLOO_SOCKET_IFNAME": "lo"}
     running = [
@@ -226,6 +235,8 @@ def test_two_processes_keep_one_codebook(tmp_path: Path):
         for key in first:
             assert torch.equal(first[key], second[key]), key
         assert all(torch.equal(stats[k], other[k]) for k in stats)
+    halves = [torch.load(tmp_path / f"weighted-{rank}.pt") for rank in range(2)]  # 11 and 3 vectors count
+    torch.testing.assert_close(sum(halves) / 2, weighted_losses(*weighted))
     # scales_alone has no restarts: there two halves are one whole
     alone = make("scales_alone").train()
     for z in batches:
