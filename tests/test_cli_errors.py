@@ -59,6 +59,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "resume and overwrite": ((*T, "resume=auto", "overwrite=true"), ("resume=auto", "overwrite")),
     "a resume that is no text": ((*T, "resume=[1,2]"), ("resume=[1, 2]", "text or null")),
     "moments that are none": ((*T, "optimizer.betas=null"), ("optimizer.betas", "None")),
+    "moments that are words": ((*T, "optimizer.betas=[a,b]"), ("optimizer.betas", "a")),
     "trust that is no list": ((*T, "trust=my.module"), ("trust=my.module", "trust=[my.module]")),
     "no trust": ((*T, "trust=null"), ("trust=None", "trust=[my.module]")),
     "a list for a group": ((*T, "objective=[1,2]"), ("objective=[1,2]", "objective=<name>")),
@@ -91,6 +92,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("images", "data=digits"),
     ),
     "weights alone to go on from": ((*T, "resume={weights}"), ("optimizer_states", "init_from={weights}")),
+    "a tokenizer with a damaged description": (
+        ("data=fake", "data.image_size=16", "model=llamagen_tiny", "tokenizer_from={altered}"),
+        ("{altered}", "`family` and `arguments`", "brguments"),
+    ),
     "no GPU": ((*T, "trainer=gpu"), ("trainer=gpu",)),
 }
 
@@ -98,11 +103,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("places")
-    found = {n: root / n for n in ("empty", "run", "tokenizer", "broken", "truncated", "text", "pickle")}
+    found = {n: root / n for n in ("empty", "run", "tokenizer", "broken", "altered", "truncated", "text", "pickle")}
     found["empty"].mkdir()
     run(*T, "steps=1", f"run_dir={found['run']}")
     tokenizer_folder(found["tokenizer"])
     tokenizer_folder(found["broken"])
+    tokenizer_folder(found["altered"])
+    config = found["altered"] / "config.json"
+    config.write_text(config.read_text().replace("arguments", "brguments").replace("brguments", "arguments", 1))
     weights = found["broken"] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     data = (found["run"] / "checkpoints" / "last.ckpt").read_bytes()

@@ -236,5 +236,5 @@ def load_module(path: str | os.PathLike, families: Mapping[str, str], weights: W
 def _rebuild(description: Mapping, families: Mapping[str, str], source: Path) -> Any:
     try:
         return build({k: description[k] for k in ("family", "arguments")}, families)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # a damaged description can raise anything
         raise CheckpointError(f"{source} describes a module that cannot be built: {error}") from None

@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def entry(config_name: str, configs: Path) -> Callable[[Callable[[Any], Any]], C
         @functools.wraps(task)
         def guarded(config: Any) -> Any:
             try:
-                if type(trust := config.get("trust", [])).__name__ not in ("ListConfig", "list"):
+                if isinstance(trust := config.get("trust", []), str) or not isinstance(trust, Sequence):
                     raise ValueError(f"trust={trust} must be a list of modules: trust=[my.module]")
                 return task(config)
             except Exception as error:

@@ -149,7 +149,7 @@ def _plain(value: Any) -> Any:
 
 def _built(value: Any, families: Mapping[str, str]) -> Any:
     if isinstance(value, Mapping):
-        if set(value) == {"family", "arguments"}:
+        if "family" in value or "arguments" in value:
             return build(value, families)
         return {k: _built(v, families) for k, v in value.items()}
     return [_built(v, families) for v in value] if isinstance(value, list) else value

@@ -106,7 +106,8 @@ def check_optimizer(
             raise ValueError(
                 f"optimizer.{name} must be a {'positive number' if name == 'lr' else 'number >= 0'}, got {value!r}"
             )
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+    numbers = isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(b, (int, float)) for b in betas)
+    if not numbers or not all(0 <= b < 1 for b in betas):
         raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {betas!r}")
 
 
