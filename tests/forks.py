@@ -37,16 +37,14 @@ def command(
     return forked(_python, *words, folder=folder, timeout=timeout, **environment)
 
 
-def torchrun(
-    function: Callable[..., Any], *arguments: Any, options: tuple[str, ...] = (), timeout: float = 300,
-    **environment: str,
-) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """torchrun's agent, with a function in two forked processes in place of a script."""
+def torchrun(function: Callable[..., Any], *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """`launch` in a process of its own, which prints torchrun's report."""
     torch.set_num_threads(1)
-    return forked(launch, function, arguments, options, timeout=timeout, OMP_NUM_THREADS="1", **environment)
+    return forked(launch, function, arguments, OMP_NUM_THREADS="1")
 
 
 def launch(function: Callable[..., Any], arguments: tuple[Any, ...], options: tuple[str, ...] = ()) -> None:
+    """torchrun's agent, with a function in two forked processes in place of a script."""
     endpoint = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")  # as --standalone does
     options = ("--nproc-per-node=2", "--start-method=fork", *endpoint, *options, "function")
     config, _, _ = config_from_args(get_args_parser().parse_args(options))

@@ -18,11 +18,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from runs import TOKENIZER, everything, losses, run  # noqa: E402
+from runs import PLAIN, TOKENIZER, everything, losses, run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 GAN = (*TOKENIZER, "val_every=1000", "log_every=100", "data.workers=1")
-PLAIN = (*(o for o in TOKENIZER if "gan" not in o and "dropout" not in o and "restart" not in o), "steps=20")
 ON_SLURM = ("trainer=slurm", "trainer.accelerator=cpu")
 SCRIPT = """#!/bin/bash
 #SBATCH --ntasks-per-node={tasks} --cpus-per-task=1 --time={minutes} --output={log}
@@ -72,8 +71,9 @@ def requeued(folder: Path, steps: int) -> str:
 
 
 def two_tasks(folder: Path) -> str:
-    run(*PLAIN, f"run_dir={folder / 'one_task'}")
-    wait(submit(folder / "two_tasks", *PLAIN, f"run_dir={folder / 'two_tasks'}", tasks=2))
+    job = (*PLAIN, "steps=20")
+    run(*job, f"run_dir={folder / 'one_task'}")
+    wait(submit(folder / "two_tasks", *job, f"run_dir={folder / 'two_tasks'}", tasks=2))
     log = (folder / "two_tasks.log").read_text()
     assert "8 = 4 x 2 devices" in log, log
     one, two = losses(folder / "one_task"), losses(folder / "two_tasks")
@@ -84,16 +84,16 @@ def two_tasks(folder: Path) -> str:
 
 
 def multirun(folder: Path, steps: int) -> str:
-    job = (*GAN, f"steps={steps}", "optimizer.lr=")
+    job = (*GAN, f"steps={steps}")
     limits = ("timeout_min=3", "signal_delay_s=60", "cpus_per_task=1", "gpus_per_node=null")
     command = [sys.executable, str(ROOT / "train.py"), "-m", "launcher=submitit_slurm", *ON_SLURM, "name=sweep"]
-    command += [f"hydra.launcher.{limit}" for limit in limits] + [*job[:-1], f"{job[-1]}1e-3,2e-3"]
+    command += [f"hydra.launcher.{limit}" for limit in limits] + [*job, "optimizer.lr=1e-3,2e-3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     sweep = folder / "outputs" / "sweeps" / "sweep"
     for number, rate in enumerate(("1e-3", "2e-3")):
-        run(*job[:-1], f"{job[-1]}{rate}", "trainer=cpu", f"run_dir={folder / rate}")
+        run(*job, f"optimizer.lr={rate}", "trainer=cpu", f"run_dir={folder / rate}")
         assert everything(sweep / str(number)) == everything(folder / rate)
     logs = [path.read_text() for path in sweep.rglob("*_log.out")]
     stops = [s for log in logs for s in re.findall(r"stopped on request after step (\d+)", log)]

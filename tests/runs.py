@@ -54,6 +54,8 @@ TOKENIZER = (
     "optimizer.lr=1e-3",
 )
 
+# the same without what draws or has a second optimizer
+PLAIN = tuple(o for o in TOKENIZER if "gan" not in o and "dropout" not in o and "restart" not in o)
 GENERATOR = (
     "data=fake",
     "data.image_size=16",

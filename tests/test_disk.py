@@ -27,7 +27,7 @@ NEEDS = r"no space left to write .*: it needs ([\d,]+) bytes, ([\d,]+) bytes are
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk; call it with a size in bytes to change that."""
+    """The folder of a small disk; `resize` takes bytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]

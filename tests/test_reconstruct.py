@@ -1,7 +1,6 @@
 """Reconstructing pictures of any size, and the gallery, through their commands."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from runs import tokenizer_folder
 from tokenizers import make
 
 from vtok.data.tiles import Tiling, reconstruct
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (1, 1), (17, 40), (33, 5)])

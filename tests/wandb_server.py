@@ -56,7 +56,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """seen: (path, body) of every request. Use as a context; `address` is what WANDB_BASE_URL takes."""
+    """seen: (path, body) of every request; `address` is what WANDB_BASE_URL takes."""
 
     daemon_threads = True
 

@@ -63,13 +63,13 @@ def write(tensors: dict[str, Tensor], folder: Path) -> dict[str, str]:
 
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    held = [v.to_local() if isinstance(v, DTensor) else v for v in tensors.values()]
-    sizes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(sizes, sum(v.numel() * v.element_size() for v in held))
+    dist.barrier()
     try:
         save(tensors, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
-    except CheckpointException as error:
-        dist.barrier()  # nobody writes any more
+    except CheckpointException as error:  # on all processes
+        held = [v.to_local() if isinstance(v, DTensor) else v for v in tensors.values()]
+        sizes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(sizes, sum(v.numel() * v.element_size() for v in held))  # nobody writes any more
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         dist.barrier()

@@ -70,10 +70,12 @@ class VQ(Quantizer):
             else:
                 ids = nearest(flat.detach(), table.detach())
             codes = F.embedding(ids, table).view_as(z)
-            loss = {"commitment": self.beta * _mean((codes.detach() - z).square(), weight, everywhere=self.training)}
+            total = None if weight is None else weight.sum()
+            if total is not None and self.training:
+                total = all_mean(total)  # the weights of all processes count
+            loss = {"commitment": self.beta * _mean((codes.detach() - z).square(), weight, total)}
             if self.codebook.ema_decay is None:
-                moved = _mean((codes - z.detach()).square(), weight, everywhere=self.training)
-                loss["codebook"] = self.codebook_weight * moved
+                loss["codebook"] = self.codebook_weight * _mean((codes - z.detach()).square(), weight, total)
             if self.entropy_weight:
                 loss["entropy"] = self.entropy_weight * entropy_loss(
                     flat, table, self.entropy_temperature, everywhere=self.training
@@ -117,11 +119,10 @@ def drawn(vectors: Tensor, table: Tensor, temperature: float) -> Tensor:
     return torch.cat([torch.multinomial(part, 1).squeeze(1) for part in shares])
 
 
-def _mean(errors: Tensor, weight: Tensor | None, *, everywhere: bool) -> Tensor:
-    """Mean of errors [.., C], vectors weighted by weight [..]; `everywhere`: the weights of all processes count."""
-    if weight is None:
+def _mean(errors: Tensor, weight: Tensor | None, total: Tensor | None) -> Tensor:
+    """Mean of errors [.., C], vectors weighted by weight [..], whose sum is `total`."""
+    if weight is None or total is None:
         return errors.mean()
-    total = all_mean(weight.sum()) if everywhere else weight.sum()
     return (errors.mean(-1) * weight).sum() / total.clamp(min=1)
 
 
