@@ -17,6 +17,7 @@ from vgen.generator import Generator
 from vgen.heads import CategoricalHead
 from vtok.counters import STORED
 from vtok.layers.attention import Attention
+from vtok.layers.packed import PackedLinear
 from vtok.layers.trunk import Trunk
 from vtok.low_bit import LowBit
 
@@ -48,7 +49,7 @@ def sampling(
     dtype: torch.dtype,
     guided: bool,
     cuda_graphs: bool = False,
-    packed: bool = False,
+    packed: bool | None = None,
     quant: LowBit | None = None,
 ) -> Asked:
     """For drawing tokens with weights stored in `dtype`, or in 8 bits."""
@@ -72,7 +73,7 @@ def sampling(
         asked.one_of("attention.turned", "attention.turned_apart")
     if cuda_graphs:
         asked.taken.add("graph.replayed")
-    if packed:
+    if packed or (packed is None and any(isinstance(m, PackedLinear) for m in generator.modules())):
         asked.taken.add("linear.packed")
     return asked
 

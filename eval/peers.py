@@ -42,7 +42,7 @@ class Options:
     batch: int
     steps: int | None
     dtype: torch.dtype = torch.float32
-    packed: bool = False
+    packed: bool | None = None
     quant: LowBit | None = None
 
 
@@ -170,12 +170,12 @@ def trained(model: Any, tokens: Tensor, labels: Tensor) -> Run:
 
 def cast(model: Any, options: Options) -> Any:
     """The trunk's weights as the options say, as Pipeline.load does it; a copy where that changes them."""
-    if options.dtype == torch.float32 and not options.packed and options.quant is None:
+    if options.dtype == torch.float32 and options.packed is False and options.quant is None:
         return model
     import copy
 
     model = copy.deepcopy(model)
-    light_weights(model.trunk, options.dtype, packed=options.packed, quant=options.quant)
+    light_weights(model, options.dtype, packed=options.packed, quant=options.quant)
     return model
 
 
@@ -225,7 +225,7 @@ def llamagen(folder: Path, options: Options) -> Pair:
         ),
         "train": (learn(theirs, lambda: plain(learning=True)[1]), trained(ours, tokens, labels)),
     }
-    return Pair(same, parts, ours, f"{steps} tokens, guidance 4, top_k 2000, without decoding")
+    return Pair(same, parts, fast, f"{steps} tokens, guidance 4, top_k 2000, without decoding")
 
 
 def var(folder: Path, options: Options) -> Pair:
@@ -278,7 +278,7 @@ def var(folder: Path, options: Options) -> Pair:
         "sample": (lambda: sample(rule.top_k, 0.95), lambda: draw(fast, labels, guide, rule)),
         "train": (learn(theirs, loss), trained(ours, tokens, labels)),
     }
-    return Pair(same, parts, ours, "ten scales, cfg 4, top_k 900, top_p 0.95, without decoding")
+    return Pair(same, parts, fast, "ten scales, cfg 4, top_k 900, top_p 0.95, without decoding")
 
 
 def rar(folder: Path, options: Options) -> Pair:
@@ -324,7 +324,7 @@ def rar(folder: Path, options: Options) -> Pair:
         "sample": (sample, lambda: draw(fast, labels, guide, rule)),
         "train": (learn(theirs, loss), trained(ours, tokens, labels)),
     }
-    return Pair(same, parts, ours, f"{ours.layout.length} tokens, guidance of rar.yaml, without decoding")
+    return Pair(same, parts, fast, f"{ours.layout.length} tokens, guidance of rar.yaml, without decoding")
 
 
 class Tape:
@@ -375,7 +375,7 @@ def xar(folder: Path, options: Options) -> Pair:
     }
     if options.batch > 1:  # its training takes a batch of one for no batch at all
         parts["train"] = (learn(theirs, lambda: theirs(latents, labels)), trained(ours, tokens, labels))
-    return Pair(same, parts, ours, f"4 cells x {steps} Euler-Maruyama steps, guidance 2.7, without decoding")
+    return Pair(same, parts, fast, f"4 cells x {steps} Euler-Maruyama steps, guidance 2.7, without decoding")
 
 
 def mar(folder: Path, options: Options) -> Pair:
@@ -421,7 +421,7 @@ def mar(folder: Path, options: Options) -> Pair:
         "sample": (sample, lambda: draw(fast, labels, guide, DrawRule())),
         "train": (learn(theirs, lambda: theirs(latents, labels)), trained(ours, tokens, labels)),
     }
-    return Pair(same, parts, ours, f"{steps} iterations of 100 diffusion steps, guidance 2.9, without decoding")
+    return Pair(same, parts, fast, f"{steps} iterations of 100 diffusion steps, guidance 2.9, without decoding")
 
 
 BUILDERS = {"llamagen": llamagen, "var": var, "rar": rar, "xar": xar, "mar": mar}

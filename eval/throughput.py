@@ -38,6 +38,9 @@ from vtok.decoding import channels_last, decode_images
 from vtok.layers.packed import PackedLinear
 
 PARTS = ("encode", "decode", "sample", "train")
+PRODUCTS = {  # operations of what PyTorch's counter does not know: shapes of x and the weight in
+    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x.numel() * weight[0]
+}
 OPTIONS = ("compile", "cuda_graphs", "packed", "quant")
 
 
@@ -88,8 +91,13 @@ def bandwidth(device: torch.device) -> float:
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of the weights that every pass reads: all but lookup tables, as they are stored."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return sum(stored_bytes(t) for t in stored(module) if id(t) not in tables)
+
+
+def stored(module: nn.Module) -> list[Tensor]:
+    """All weights, packed ones too."""
     packed = [t for m in module.modules() if isinstance(m, PackedLinear) for t in (m.weight, m.bias) if t is not None]
-    return sum(stored_bytes(t) for t in [*module.parameters(), *packed] if id(t) not in tables)
+    return [*module.parameters(), *packed]
 
 
 def stored_bytes(tensor: Tensor) -> int:
@@ -102,7 +110,7 @@ def stored_bytes(tensor: Tensor) -> int:
 
 def floor(run: Callable[[], Any], bytes_read: float, rate: float, speed: float) -> tuple[float, float]:
     """(operations of matrix products in `run`, the smallest seconds that they and `bytes_read` allow)."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
         run()
     operations = float(counter.get_total_flops())
     return operations, max(operations / rate, bytes_read / speed)
@@ -116,7 +124,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
     rows, light = [], generator
     if generator is not None:  # training needs weights of its own
         light = copy.deepcopy(generator) if "train" in config["parts"] else generator
-        light_weights(light.trunk, dtype, **storage(config))
+        light_weights(light, dtype, **storage(config))
     for batch in config["batches"]:
         work = jobs(config, tokenizer, generator, light, int(batch), device)
         for part in config["parts"]:
@@ -144,7 +152,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                     "fraction": smallest / middle,
                     "matmul_operations_per_image": operations / batch,
                     "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-                    "parameters": sum(p.numel() for p in job.module.parameters()),
+                    "parameters": sum(t.numel() for t in stored(job.module)),
                     "paths": taken,
                 }
             )
@@ -206,7 +214,7 @@ def jobs(
 
 def storage(config: Mapping[str, Any]) -> dict[str, Any]:
     """How the trunk's weights are stored for sampling, beside their dtype."""
-    return {"packed": bool(config["packed"]), "quant": config["quant"]}
+    return {"packed": config["packed"], "quant": config["quant"]}
 
 
 def trainer(generator: Any, batch: Mapping[str, Tensor], *, compiled: bool = False) -> Callable[[], None]:

@@ -40,12 +40,12 @@ def needs_torchao():
 def test_packed_weights_draw_the_same_tokens(name, dtype):
     """Joint biases (VAR's q and v) and plain ones; the sums may run in another order, hence values within rounding."""
     plain = make(name).requires_grad_(False)
-    light_weights(plain.trunk, dtype)
+    light_weights(plain, dtype, packed=False)
     fast = copy.deepcopy(plain)
-    before = [m for m in fast.trunk.modules() if type(m) is nn.Linear]
-    light_weights(fast.trunk, dtype, packed=True)
-    after = [m for m in fast.trunk.modules() if isinstance(m, PackedLinear)]
-    assert len(after) == len(before) > 0 and not any(type(m) is nn.Linear for m in fast.trunk.modules())
+    before = [m for m in fast.modules() if type(m) is nn.Linear]
+    light_weights(fast, dtype, packed=True)
+    after = [m for m in fast.modules() if isinstance(m, PackedLinear)]
+    assert len(after) == len(before) > 0 and not any(type(m) is nn.Linear for m in fast.modules())
     rule = DrawRule(top_k=9) if plain.spec.discrete else DrawRule()
     got, want = (draw(m, LABELS, sample_seeds(0, 0, 3), guidance(2.0), rule).tokens for m in (fast, plain))
     if plain.spec.discrete:

@@ -80,18 +80,18 @@ def test_mistakes_name_their_key(tmp_path):
             evaluate(config(option, f"out={tmp_path / 'x.json'}"))
 
 
-@pytest.mark.skipif(
-    not packable(torch.zeros(1, dtype=torch.bfloat16)), reason="this processor has no packed products in bfloat16"
-)
-def test_light_weights_read_fewer_bytes_and_their_paths_are_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.throughput.matmul_rate", lambda *_: 1e15)
-    monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)
-    common = ("model=llamagen_tiny", "dtype=bfloat16", "parts=[decode,sample]", f"out={tmp_path / 't.json'}")
-    plain = evaluate(config(*common))
-    packed = evaluate(config(*common, "packed=true"))
-    assert packed[0]["paths"] == {"decode.bfloat16": 3, "decode.channels_last": 3}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_weights_are_counted_as_plain_ones_and_their_path_is_asked_for(dtype, tmp_path, monkeypatch):
+    if not packable(torch.zeros(1, dtype=getattr(torch, dtype))):
+        pytest.skip(f"this processor has no packed products in {dtype}")
+    monkeypatch.setattr("eval.throughput.matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e12)
+    common = ("model=llamagen_tiny", f"dtype={dtype}", "parts=[decode,sample]", f"out={tmp_path / 't.json'}")
+    plain, packed = evaluate(config(*common, "packed=false")), evaluate(config(*common))
+    assert packed[0]["paths"].get("decode.bfloat16", 0) == (3 if dtype == "bfloat16" else 0)
     assert packed[1]["paths"]["linear.packed"] > 0 == plain[1]["paths"].get("linear.packed", 0)
-    assert packed[1]["roofline_ms_per_image"] == pytest.approx(plain[1]["roofline_ms_per_image"])
+    for name in ("parameters", "matmul_operations_per_image", "roofline_ms_per_image"):
+        assert packed[1][name] == pytest.approx(plain[1][name])
     assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 4, "other settings are other rows"
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.cross_entropy import linear_cross_entropy
 from vgen.guidance import Guidance, Progress
+from vtok.layers.packed import float32_linear
 from vtok.noise import SampleNoise
 
 Processor = Callable[[Tensor, Progress], Tensor]
@@ -86,9 +86,7 @@ class CategoricalHead(nn.Module):
 
     def logits(self, h: Tensor) -> tuple[Tensor]:
         """A tuple with one entry a factor: float32 [.., V] of h [.., D]."""
-        with torch.autocast(h.device.type, enabled=False):
-            bias = None if self.linear.bias is None else self.linear.bias.float()
-            return (F.linear(h.float(), self.linear.weight.float(), bias),)
+        return (float32_linear(self.linear, h),)
 
     def loss(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         """Cross-entropy in nats, float32 [B, n], of h [B, n, D] and ids [B, n]."""

@@ -62,7 +62,14 @@ class TokenMLP(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        vector = F.silu(self.time(t) + self.condition(h))
+        return self.predict(x, t, self.condition(h))
+
+    def at(self, x: Tensor, time: float, condition: Tensor) -> Tensor:
+        """The same at one time for all tokens, of condition(h): a solver computes it once for all of its steps."""
+        return self.predict(x, x.new_full((1,) * (x.dim() - 1), time), condition)
+
+    def predict(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        vector = F.silu(self.time(t) + condition)
         x = self.input(x)
         for block in self.blocks:
             x = block(x, vector)

@@ -135,12 +135,12 @@ class DiffusionHead(ContinuousHead):
         kept = spaced(rule.solver_steps or self.solver_steps)
         rows = torch.stack(chain(tuple(kept))).tolist()
         with torch.autocast(h.device.type, enabled=False):
-            h, x = h.float(), noise.normal(position, self.channels, 0)
+            condition, x = self.mlp.condition(h.float()), noise.normal(position, self.channels, 0)
             for i, t in enumerate(reversed(range(len(kept)))):
                 signal, spread, mean_data, mean_noisy, low, high = (table[t] for table in rows)
                 time = kept[t] / STEPS
                 both = x.repeat(guide.streams, 1, 1)
-                out = self.mlp(both, torch.full(both.shape[:2], time, device=x.device), h)
+                out = self.mlp.at(both, time, condition)
                 eps, fraction = out.unflatten(0, (guide.streams, -1)).chunk(2, dim=-1)
                 data = (x - spread * guide(eps, replace(progress, time=time))) / signal
                 if self.clip is not None:

@@ -79,6 +79,8 @@ class FactorisedHead(nn.Module):
     of its feed-forward; dropout: in its blocks.
     """
 
+    unpacked = ("linear",)  # one factor's rows are read at a time
+
     def __init__(
         self,
         *,

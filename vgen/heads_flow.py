@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vtok.layers.packed import float32_linear
 
 
 class VelocityHead(nn.Module):
@@ -18,8 +18,7 @@ class VelocityHead(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Velocity float32 [.., C] of h [.., D]."""
-        with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.float(), self.linear.weight.float(), self.linear.bias.float())
+        return float32_linear(self.linear, h)
 
     def loss(self, h: Tensor, velocity: Tensor, sizes: Sequence[int]) -> Tensor:
         """Squared error, mean over channels, float32 [B, n], of h [B, n, D] and velocities [B, n, C]."""

@@ -60,11 +60,10 @@ class FlowHead(ContinuousHead):
     ) -> Tensor:
         """Tokens float32 [B, n, C] from h [S * B, n, D]. Guidance is on the velocity; temperature scales the noise."""
         with torch.autocast(h.device.type, enabled=False):
-            h = h.float()
+            condition = self.mlp.condition(h.float())
 
             def velocity(x: Tensor, t: float) -> Tensor:
-                both = x.repeat(guide.streams, 1, 1)
-                return self.mlp(both, torch.full(both.shape[:2], t, device=x.device), h)
+                return self.mlp.at(x.repeat(guide.streams, 1, 1), t, condition)
 
             return self.walk(
                 velocity, self.channels, guide=guide, noise=noise, position=position, rule=rule, progress=progress

@@ -88,7 +88,7 @@ class Pipeline:
         accept_license: bool = False,
         trust: Sequence[str] = (),
         quant: LowBit | None = None,
-        packed: bool = False,
+        packed: bool | None = None,
         cuda_graphs: bool = False,
         decoder_dtype: torch.dtype = torch.float32,
         decode_chunk: int | None = None,
@@ -117,7 +117,7 @@ class Pipeline:
                 path = download(path)
             known = Families(FAMILIES, trust)
             generator, decoder, names, file = _from_disk(path, weights, tokenizer, known)
-        light_weights(generator.to(device).trunk, dtype, quant=quant, packed=packed)
+        light_weights(generator.to(device), dtype, quant=quant, packed=packed)
         pipeline = cls(
             generator,
             decoder.to(device),

@@ -52,7 +52,7 @@ def sample(config: Mapping[str, Any]) -> Path:
         accept_license=bool(config.get("accept_license", False)),
         trust=config.get("trust") or (),
         quant=config.get("quant"),
-        packed=bool(config.get("packed", False)),
+        packed=config.get("packed"),
         cuda_graphs=bool(config.get("cuda_graphs", False)),
         decoder_dtype=decoder_dtype,
         decode_chunk=config.get("decode_chunk"),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vtok.layers.block import Block
-from vtok.layers.packed import pack_linears
+from vtok.layers.packed import can_pack, pack_linears
 from vtok.layers.trunk import Trunk
 from vtok.layout import SequenceLayout
 from vtok.low_bit import LowBit, quantize_weights
@@ -75,19 +75,22 @@ def checkpoint_blocks(module: nn.Module) -> int:
     return len(trunks)
 
 
-def light_weights(module: nn.Module, dtype: torch.dtype, *, quant: LowBit | None = None, packed: bool = False) -> None:
-    """Store the weights of a trunk for sampling, in place, on the device where it is going to run.
+def light_weights(
+    generator: nn.Module, dtype: torch.dtype, *, quant: LowBit | None = None, packed: bool | None = None
+) -> None:
+    """Store the weights of a generator for sampling, in place, on the device where it is going to run.
 
-    dtype: of all of them; quant: its linear layers in 8 bits (vtok/low_bit.py); packed: in the order of the CPU's
-    kernels (vtok/layers/packed.py). ValueError where the two last meet, or cannot be had.
+    dtype: of its trunk; quant: the trunk's linear layers in 8 bits (vtok/low_bit.py); packed: all linear layers in the
+    order of the CPU's kernels (vtok/layers/packed.py), None wherever that can be had. ValueError where quant and
+    packed=True meet, or one of them cannot be had.
     """
     if quant is not None and packed:
         raise ValueError(f"quant={quant} and packed=true exclude each other: choose one of them")
-    module.to(dtype)
+    generator.trunk.to(dtype)
     if quant is not None:
-        quantize_weights(module, quant)
-    if packed:
-        pack_linears(module)
+        quantize_weights(generator.trunk, quant)
+    elif packed or (packed is None and can_pack(generator)):
+        pack_linears(generator)
 
 
 def pairs(layout: SequenceLayout) -> int:

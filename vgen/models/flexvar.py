@@ -21,6 +21,7 @@ from vgen.generator import Canvas
 from vgen.guidance import Progress
 from vgen.heads import DrawRule
 from vgen.models.var import VAR
+from vtok.layers.packed import float32_linear
 from vtok.layers.trunk import Inputs
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
@@ -171,8 +172,7 @@ class FlexVAR(VAR):
         table = self.position.unsqueeze(0)
         spots = [F.interpolate(table, size=layout.sides[step], mode="area").flatten(2) for step in range(start, stop)]
         parts = [cond.start + self.start] if start == 0 else []
-        with torch.autocast(maps.device.type, enabled=False):
-            parts.append(F.linear(maps, self.map_embedding.weight.float(), self.map_embedding.bias.float()))
+        parts.append(float32_linear(self.map_embedding, maps))
         x = torch.cat(parts, dim=1) + torch.cat(spots, dim=2).transpose(1, 2)
         rank, pattern = layout.ranks(start, stop, device=x.device), layout.pattern(start, stop)
         return Inputs(x=x, rank=rank, pattern=pattern, vector=cond.vector, at=cond.at)

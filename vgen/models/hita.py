@@ -35,6 +35,8 @@ class PartHead(nn.Module):
     parts: (count, vocab_size) of each part, in the order of the sequence.
     """
 
+    unpacked = ("linear",)  # one part's rows are read at a time
+
     def __init__(self, *, dim: int, parts: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         self.parts = tuple(parts)

@@ -18,6 +18,7 @@ from vgen.conditioning import ClassConditioner, Cond
 from vgen.generator import Canvas, Generator
 from vgen.heads import CategoricalHead
 from vtok.config import build, describe
+from vtok.layers.packed import float32_linear
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.models import FAMILIES
 from vtok.tokenizer import Tokenizer, TokenSpec
@@ -193,4 +194,4 @@ class VAR(Generator):
         with torch.autocast(given.device.type, enabled=False):  # float32: what the codes were fitted with
             codes = given if given.is_floating_point() else self.quantizer.lookup(given)
             maps = self.quantizer.maps(codes.float(), start, stop)
-            return nn.functional.linear(maps, self.map_embedding.weight.float(), self.map_embedding.bias.float())
+            return float32_linear(self.map_embedding, maps)
