@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vtok import counters
 from vtok.layers.attention import Attention, attend, attend_naive
 from vtok.layers.cache import KVCache
 from vtok.layers.rope import rope_1d, rope_2d, rotate
@@ -22,7 +23,7 @@ def ranks_mask():
     return visible(ranks, ranks)
 
 
-@pytest.mark.parametrize("mask", [None, "causal", ranks_mask()], ids=["full", "causal", "ranks"])
+@pytest.mark.parametrize("mask", [None, "causal", ranks_mask(), (1, 3, 7)], ids=["full", "causal", "ranks", "blocks"])
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_attend_equals_naive_softmax(mask, scale):
     q, k, v = torch.randn(3, 2, 3, 7, 8, dtype=torch.float64).unbind(0)
@@ -107,6 +108,22 @@ def test_cached_steps_equal_one_pass(qk_norm, modulation):
         parts.append(model(Inputs(x[:, a:b], layout.ranks(k, k + 1), "full", vector=vector), cache))
         cache.commit(b - a)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "l2"])
+def test_a_call_a_step_equals_a_mask_in_memory(qk_norm):
+    layout, x = SequenceLayout.levels((1, 8, 16)), torch.randn(3, 25, 16, dtype=torch.float64)
+    model, paths = trunk(qk_norm=qk_norm).double(), {"prefixes": layout.pattern(), "mask": "ranks"}
+    found = []
+    with torch.no_grad():
+        for path, pattern in paths.items():
+            counters.reset()
+            found.append(model(Inputs(x, layout.ranks(), pattern)))
+            assert counters.read()[f"attention.{path}"] == 1
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    counters.reset()
+    model(Inputs(x, layout.ranks(), layout.pattern()))
+    assert counters.read()["attention.mask"] == 1, "training is faster with the mask"
 
 
 def test_several_causal_positions_against_a_cache():

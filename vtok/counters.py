@@ -13,6 +13,7 @@ PATHS = {
     "attention.full": "a trunk's pass without a mask: every key is seen",
     "attention.causal": "a trunk's pass with the kernel's own causal rule",
     "attention.blocks": "a trunk's pass on FlexAttention with a block mask (CUDA, training)",
+    "attention.prefixes": "a trunk's pass with a call a step on all up to its end, and no mask",
     "attention.mask": "a trunk's pass with a mask in memory, bool [.., q, k]",
     "attention.turned": "one rotation of queries and keys together",
     "attention.turned_apart": "two rotations, since queries and keys are normed one by one",

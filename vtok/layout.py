@@ -8,6 +8,7 @@ per-step loss weights derive from a layout. Next-token, next-scale (VAR, arXiv 2
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -16,7 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Pattern = Literal["full", "causal", "ranks"]
+# how positions see each other: all; only earlier ones and themselves; in blocks that end at these places, each position
+# its own block and all before it; or as their ranks say
+Pattern = Literal["full", "causal", "ranks"] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,10 @@ class SequenceLayout:
         return {}
 
     def pattern(self, start: int = 0, stop: int | None = None) -> Pattern:
-        """How the positions of steps start..stop-1 see each other: all, only earlier ones, or by rank."""
+        """How the positions of steps start..stop-1 see each other; ranks never fall along the sequence."""
         a, b = self.read(start, self.steps if stop is None else stop)
-        distinct = len(set(self._ranks[a:b]))
-        return "full" if distinct == 1 else "causal" if distinct == b - a else "ranks"
+        sizes = [len(list(same)) for _, same in itertools.groupby(self._ranks[a:b])]
+        return "full" if len(sizes) == 1 else "causal" if len(sizes) == b - a else tuple(itertools.accumulate(sizes))
 
     def steps_of_tokens(self, *, device: torch.device | None = None) -> Tensor:
         """Step in which each token is written, int64 [L]."""

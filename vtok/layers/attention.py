@@ -19,7 +19,8 @@ from vtok.counters import count
 from vtok.layers.cache import KVCache
 from vtok.layers.rope import rotate
 
-Mask = Tensor | Literal["causal"] | Any | None  # bool [.., q, k], "causal", a BlockMask, or None: every key is seen
+# bool [.., q, k], "causal", ends of blocks (see vtok.layout.Pattern), a BlockMask, or None: every key is seen
+Mask = Tensor | Literal["causal"] | tuple[int, ...] | Any | None
 QKNorm = Literal["none", "l2", "rms", "layer", "layer_plain"]
 MAX_LOG_SCALE = math.log(100)
 
@@ -27,19 +28,22 @@ MAX_LOG_SCALE = math.log(100)
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float | None = None, dropout: float = 0.0):
     """softmax(q k^T * scale) v for q [R, N, q, E], k and v [R, N, k, E]; returns [R, N, q, E].
 
-    mask: None, "causal" (query i sees keys 0..i; as many queries as keys), bool with true = seen, or a BlockMask.
+    mask: None, "causal" (query i sees keys 0..i; as many queries as keys), ends of blocks (queries of a block see keys
+    up to its end: a call a block and nothing masked), bool with true = seen, or a BlockMask.
     scale: 1/sqrt(E) where None. dropout: on the weights; not with a BlockMask.
     """
-    if mask is None or isinstance(mask, (str, Tensor)):
+    if mask is None or isinstance(mask, (str, tuple, Tensor)):
         causal = isinstance(mask, str)
         if causal and q.shape[-2] != k.shape[-2]:
             raise ValueError(f"a causal mask needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}")
-        bias = None if causal else mask
         if q.dtype is torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
             # The backward pass of the CPU kernel is four times slower in bfloat16 than in float32.
             with torch.autocast("cpu", enabled=False):
                 return attend(q.float(), k.float(), v.float(), mask=mask, scale=scale, dropout=dropout).bfloat16()
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=causal, scale=scale)
+        if isinstance(mask, tuple):
+            spans, options = zip((0, *mask), mask), {"scale": scale, "dropout": dropout}
+            return torch.cat([attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], **options) for a, b in spans], dim=2)
+        return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, is_causal=causal, scale=scale)
     if dropout:
         raise ValueError("FlexAttention has no dropout on the weights; set attention dropout to 0 or mask=bool")
     if not q.is_cuda:
@@ -52,6 +56,9 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: f
     logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if isinstance(mask, str):
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if isinstance(mask, tuple):
+        block = torch.tensor([i for i, (a, b) in enumerate(zip((0, *mask), mask)) for _ in range(a, b)])
+        mask = (block[:, None] >= block).to(q.device)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)
     return logits.softmax(-1) @ v

@@ -17,6 +17,10 @@ from vtok.layers.block import Activation, Block, Modulation, Norm, make_norm
 from vtok.layers.cache import KVCache
 from vtok.layout import Pattern, visible
 
+# Positions in a step, on average, from which a call a step beats one mask in memory. Measured on a CPU with VAR's
+# 680 positions: forward 0.75 of the time, forward and backward 1.05 (every call has gradients for all earlier keys).
+BLOCK = 8
+
 
 @dataclass
 class Inputs:
@@ -146,6 +150,9 @@ class Trunk(nn.Module):
             return "causal"
         if fresh and inputs.x.is_cuda and self.training and inputs.rank.dim() == 1 and not self.attention_dropout:
             return block_mask(inputs.rank)
+        blocks = inputs.pattern if fresh and isinstance(inputs.pattern, tuple) else ()
+        if blocks and BLOCK * len(blocks) <= blocks[-1] and not torch.is_grad_enabled():
+            return blocks
         seen = visible(inputs.rank, inputs.rank)
         seen = seen if fresh else cache.mask(seen, inputs.x.shape[1])
         return seen.unsqueeze(1) if seen.dim() == 3 else seen
@@ -155,6 +162,8 @@ class Trunk(nn.Module):
         count(stored_as(weight))
         if mask is None or isinstance(mask, str):
             count("attention.full" if mask is None else "attention.causal")
+        elif isinstance(mask, tuple):
+            count("attention.prefixes")
         else:
             count("attention.mask" if isinstance(mask, Tensor) else "attention.blocks")
         if self.checkpointing and self.training:
