@@ -59,8 +59,11 @@ class Pair:
 
 SOURCES = {
     "llamagen": "github.com/FoundationVision/LlamaGen",
+    "llamagen_vq": "github.com/FoundationVision/LlamaGen",
     "var": "github.com/FoundationVision/VAR",
+    "var_vqvae": "github.com/FoundationVision/VAR",
     "rar": "github.com/bytedance/1d-tokenizer",
+    "titok": "github.com/bytedance/1d-tokenizer",
     "xar": "github.com/OliverRensu/xAR",
     "mar": "github.com/LTH14/mar",
 }
@@ -78,8 +81,10 @@ def pair(peer: str, folder: str | None, options: Options) -> Pair:
     sys.path.insert(0, str(Path(folder).resolve()))
     on_cpu()
     torch.manual_seed(0)
+    from eval.tokenizer_peers import BUILDERS as TOKENIZERS
+
     try:
-        return BUILDERS[peer](Path(folder).resolve(), options)
+        return (BUILDERS | TOKENIZERS)[peer](Path(folder).resolve(), options)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"dir={folder}: {error}; is it a whole checkout of {SOURCES[peer]}, and is what it needs installed?"
@@ -346,8 +351,11 @@ def xar(folder: Path, options: Options) -> Pair:
     module = importlib.import_module("models.xar")
     stack = {"embed_dim": 32, "depth": 2, "num_heads": 2}
     tiny = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in stack.items()}
-    theirs = module.xAR(**tiny) if options.size == "tiny" else getattr(module, options.size or "xar_base")()
-    fill(theirs)
+    drops = {"attn_dropout": 0.1, "proj_dropout": 0.1}  # of its training command, and ours
+    make = (
+        functools.partial(module.xAR, **tiny) if options.size == "tiny" else getattr(module, options.size or "xar_base")
+    )
+    theirs = fill(make(**drops))
     heads = theirs.encoder_blocks[0].attn.num_heads
     arguments = {"encoder_num_heads": heads, "decoder_num_heads": heads}
     ours = convert("xar", theirs.state_dict(), {"xAR": arguments})

@@ -98,6 +98,10 @@ def asked(config: Mapping[str, Any], generator: Any | None, part: str, dtype: to
     """The paths that our side has to take; of the self-test's model, at least cached and guided steps."""
     if generator is None:
         return paths.Asked({"step.cached", "rows.guided"}, {"step.recomputed"})
+    if part == "encode":
+        return paths.Asked()
+    if part == "decode":
+        return paths.decoding(dtype=dtype, tokenizer=generator)
     if part == "train":
         return paths.training(generator, batch=int(config["batch"]), device=torch.device("cpu"))
     return paths.sampling(generator, dtype=dtype, guided=True, **storage(config))

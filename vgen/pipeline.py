@@ -32,7 +32,7 @@ from vtok.checkpoint import (
 )
 from vtok.config import Families
 from vtok.data.transforms import to_uint8
-from vtok.decoding import channels_last, decode_images
+from vtok.decoding import channels_last, decode_images, light_tokenizer
 from vtok.low_bit import LowBit
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Tokenizer
@@ -118,9 +118,10 @@ class Pipeline:
             known = Families(FAMILIES, trust)
             generator, decoder, names, file = _from_disk(path, weights, tokenizer, known)
         light_weights(generator.to(device), dtype, quant=quant, packed=packed)
+        light_tokenizer(decoder.to(device), decoder_dtype)
         pipeline = cls(
             generator,
-            decoder.to(device),
+            decoder,
             chunk=chunk,
             class_names=names,
             cuda_graphs=cuda_graphs,

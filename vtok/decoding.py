@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.counters import count
+from vtok.layers.packed import can_pack, pack_linears
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Tokenizer
 
@@ -21,6 +22,14 @@ def channels_last(tokenizer: nn.Module) -> int:
     for convolution in convolutions:
         convolution.to(memory_format=torch.channels_last)
     return len(convolutions)
+
+
+def light_tokenizer(tokenizer: nn.Module, dtype: torch.dtype) -> None:
+    """Store the weights, in place, as encoding and decoding in `dtype` read them fastest on the device where they are:
+    convolutions channels-last, and on the CPU linear layers packed, which leaves them without gradients."""
+    channels_last(tokenizer)
+    if dtype == torch.float32 and can_pack(tokenizer):  # under autocast the products are not the packed ones
+        pack_linears(tokenizer)
 
 
 @torch.no_grad()

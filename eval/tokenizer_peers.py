@@ -1,0 +1,96 @@
+"""Original tokenizers beside ours, as eval/peers.py does for generators: encoding and decoding of 256-pixel images."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eval.peers import Options, Pair, fill
+from vtok.convert import convert
+from vtok.decoding import decode_images, light_tokenizer
+from vtok.tokenizer import Tokenizer
+
+
+def compare(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], ours: Tokenizer, options: Options):
+    """The pair of an original's encode (images to ids [B, N]) and decode (ids to images in [-1, 1]) with our module."""
+    size, fast = ours.spec.image_size, copy.deepcopy(ours)
+    light_tokenizer(fast, options.dtype)
+    images = torch.rand(options.batch, 3, size, size) * 2 - 1
+    with torch.inference_mode():
+        ids = encode(images)
+
+    def inferred(run: Callable[[Tensor], Any], given: Tensor) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with torch.inference_mode():
+                return run(given)
+
+        return call
+
+    def same() -> list[tuple[str, Tensor, Tensor]]:
+        with torch.inference_mode():
+            theirs, plain, quick = (x.clamp(-1, 1) for x in (decode(ids), ours.decode(ids), decode_images(fast, ids)))
+            return [("ids", ids, ours.encode(images)), ("images", theirs, plain), ("fast images", theirs, quick)]
+
+    parts = {
+        "encode": (inferred(encode, images), inferred(fast.encode, images)),
+        "decode": (inferred(decode, ids), inferred(lambda x: decode_images(fast, x, dtype=options.dtype), ids)),
+    }
+    return Pair(same, parts, fast, f"{size} px, {ids.shape[1]} tokens")
+
+
+def spread(module: nn.Module) -> nn.Module:
+    """Random weights; the codes further apart, so that rounding decides no id."""
+    fill(module.requires_grad_(True)).requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("quantize.embedding.weight") and "pixel" not in name:
+                parameter.normal_()
+    return module
+
+
+def llamagen_vq(folder: Path, options: Options) -> Pair:
+    module = importlib.import_module("tokenizer.tokenizer_image.vq_model")
+    theirs = spread(module.VQ_models[options.size or "VQ-16"](codebook_size=16384, codebook_embed_dim=8))
+    ours = convert("llamagen", theirs.state_dict(), {"VQModel_ModelArgs": vars(theirs.config)})
+    side, channels = int(ours.spec.layout.length**0.5), theirs.config.codebook_embed_dim
+
+    def decode(ids: Tensor) -> Tensor:
+        return theirs.decode_code(ids, (len(ids), channels, side, side))
+
+    return compare(lambda x: theirs.encode(x)[2][2].view(len(x), -1), decode, ours, options)
+
+
+def var_vqvae(folder: Path, options: Options) -> Pair:
+    resets = {c: c.reset_parameters for c in (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Conv1d)}
+    vae, _ = importlib.import_module("models").build_vae_var(device="cpu", depth=1)
+    for kind, reset in resets.items():  # building switches them off for the whole process
+        kind.reset_parameters = reset
+    spread(vae)
+    sides = vae.quantize.v_patch_nums
+    ours = convert("var", vae.state_dict(), {"VQVAE": {"v_patch_nums": sides}})
+
+    def decode(ids: Tensor) -> Tensor:
+        return vae.idxBl_to_img(list(ids.split([s * s for s in sides], 1)), same_shape=True, last_one=True)
+
+    return compare(lambda x: torch.cat(vae.img_to_idxBl(x), 1), decode, ours, options)
+
+
+def titok(folder: Path, options: Options) -> Pair:
+    omegaconf, module = importlib.import_module("omegaconf"), importlib.import_module("modeling.titok")
+    config = omegaconf.OmegaConf.load(folder / f"configs/infer/TiTok/{options.size or 'titok_l32'}.yaml")
+    theirs = spread(module.TiTok(config).eval())
+    ours = convert("titok", theirs.state_dict(), {"TiTok_config": omegaconf.OmegaConf.to_container(config)})
+
+    def encode(images: Tensor) -> Tensor:
+        return theirs.encode((images + 1) / 2)[1]["min_encoding_indices"].view(len(images), -1)
+
+    return compare(encode, lambda ids: theirs.decode_tokens(ids.unsqueeze(1)) * 2 - 1, ours, options)
+
+
+BUILDERS = {"llamagen_vq": llamagen_vq, "var_vqvae": var_vqvae, "titok": titok}
