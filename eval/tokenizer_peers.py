@@ -67,6 +67,8 @@ def llamagen_vq(folder: Path, options: Options) -> Pair:
 
 
 def var_vqvae(folder: Path, options: Options) -> Pair:
+    if options.size not in (None, "vae_ch160v4096z32"):
+        raise ValueError(f"size={options.size}: VAR has one tokenizer, vae_ch160v4096z32")
     resets = {c: c.reset_parameters for c in (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Conv1d)}
     vae, _ = importlib.import_module("models").build_vae_var(device="cpu", depth=1)
     for kind, reset in resets.items():  # building switches them off for the whole process

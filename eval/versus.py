@@ -147,7 +147,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         asked(config, both.ours if both else None, part, dtype).check(row["paths"], f"{name} {part}")
         facts = {"peer": name, "size": config["size"], "part": part, "batch": int(config["batch"])}
         facts |= {"dtype": config["dtype"], "threads": torch.get_num_threads(), "device": describe(device)}
-        facts |= {"clock": config["clock"], **storage(config)}
+        facts |= {"clock": config["clock"], **storage(config), "packed": bool(row["paths"].get("linear.packed"))}
         more = {"setting": setting, "differences": differences, "date": time.strftime("%Y-%m-%d")}
         rows.append(facts | row | more | {"note": config["note"], "versions": library_versions()})
         print(

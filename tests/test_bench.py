@@ -81,7 +81,7 @@ def test_page_says_not_measured_where_there_is_no_row(tmp_path):
     name = next(iter(bench_gpu.ROWS))
     (tmp_path / f"{name}.json").write_text(json.dumps(result(name)))
     text = benchmarks.page([row], tmp_path)
-    assert "| 2.50 (2.25 to 2.75) | 5.00, 2.00 | wall, 2 threads | 256 tokens |" in text
+    assert "| float32 | >= 2.0 | 2.50 (2.25 to 2.75) | yes | 5.00, 2.00 | 256 tokens | wall, a CPU |" in text
     cells = sum(len(batches) for *_, batches, _ in benchmarks.WANTED)
     assert benchmarks.cpu_table([row]).count("not measured") == cells - 1
     assert benchmarks.gpu_table(tmp_path).count(f"| {name} | sample | 1 | 2.00 | 500.0 | 30% |") == 1
