@@ -104,8 +104,9 @@ def cpu_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 seconds = f"{row['original_seconds']:.2f}, {row['our_seconds']:.2f}"
                 stored = ", ".join(k for k in (row["dtype"], row.get("packed") and "packed", row.get("quant")) if k)
                 goal = wanted if row["dtype"] == "float32" and not row.get("quant") else LIGHT
+                reached = "yes" if row["ratio_low"] >= goal else "no"
                 lines.append(
-                    f"| {title} | {batch} | {stored} | >= {goal} | {span} | {'yes' if row['ratio_low'] >= goal else 'no'} "
+                    f"| {title} | {batch} | {stored} | >= {goal} | {span} | {reached} "
                     f"| {seconds} | {row['setting']} | {row['clock']}, {row['device']} | {row['note'] or ''} |"
                 )
             if not found:
