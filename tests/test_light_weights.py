@@ -24,9 +24,10 @@ from vtok.models.cnn import CNNTokenizer
 from vtok.noise import sample_seeds
 from vtok.quantize.vq import VQ
 
-needs_packing = pytest.mark.skipif(
-    not packable(torch.zeros(1, dtype=torch.bfloat16)), reason="this processor has no packed products in bfloat16"
-)
+def needs_packing(dtype):
+    """Skips where the processor has no packed products of this dtype."""
+    if not packable(torch.zeros(1, dtype=dtype)):
+        pytest.skip(f"this processor has no packed products in {dtype}")
 
 
 def needs_torchao():
@@ -34,11 +35,11 @@ def needs_torchao():
     pytest.importorskip("torchao", reason="torchao, the extra `quant`, is not installed")
 
 
-@needs_packing
 @pytest.mark.parametrize("name", ["llamagen", "var", "rar", "xar_cell", "mar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_packed_weights_draw_the_same_tokens(name, dtype):
     """Joint biases (VAR's q and v) and plain ones; the sums may run in another order, hence values within rounding."""
+    needs_packing(dtype)
     plain = make(name).requires_grad_(False)
     light_weights(plain, dtype, packed=False)
     fast = copy.deepcopy(plain)
@@ -51,13 +52,14 @@ def test_packed_weights_draw_the_same_tokens(name, dtype):
     if plain.spec.discrete:
         assert torch.equal(got, want)
     else:
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 0.02)
+        # an untrained chain of denoising steps magnifies rounding by hundreds
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 if dtype == torch.float32 else 0.02)
 
 
-@needs_packing
 @pytest.mark.parametrize("rows", [1, 2, 64])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_packed_layer_is_its_linear_layer(rows, bias):
+    needs_packing(torch.float32)
     torch.manual_seed(0)
     linear = nn.Linear(48, 80, bias=bias)
     packed = PackedLinear(linear.weight, linear.bias, rows=2)
@@ -159,11 +161,11 @@ def test_pipeline_decodes_apart_from_the_generator_and_says_what_does_not_fit():
         Pipeline(*parts, cuda_graphs=True)
 
 
-@needs_packing
 def test_sampling_command_takes_the_keys_and_records_them(tmp_path):
+    needs_packing(torch.float32)
     source = exported(tmp_path / "model")
     chosen = {"classes": [3], "per_class": 4, "guidance": 2.0, "chunk": 4}
-    sample(settings(source, tmp_path / "plain.npz", **chosen))
+    sample(settings(source, tmp_path / "plain.npz", **chosen, packed=False))
     sample(settings(source, tmp_path / "packed.npz", **chosen, packed=True, decode_chunk=4))
     plain, packed = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("plain", "packed"))
     assert np.abs(plain.astype(int) - packed).max() <= 1  # equal tokens; products summed in another order
