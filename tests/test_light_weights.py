@@ -24,6 +24,7 @@ from vtok.models.cnn import CNNTokenizer
 from vtok.noise import sample_seeds
 from vtok.quantize.vq import VQ
 
+
 def needs_packing(dtype):
     """Skips where the processor has no packed products of this dtype."""
     if not packable(torch.zeros(1, dtype=dtype)):
