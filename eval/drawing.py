@@ -31,6 +31,7 @@ def load_pipeline(config: Mapping[str, Any], device: torch.device) -> Any:
         chunk=int(config["chunk"]),
         accept_license=bool(config.get("accept_license", False)),
         trust=config.get("trust") or (),
+        packed=None,
     )
 
 

@@ -88,7 +88,7 @@ class Pipeline:
         accept_license: bool = False,
         trust: Sequence[str] = (),
         quant: LowBit | None = None,
-        packed: bool | None = None,
+        packed: bool | None = False,
         cuda_graphs: bool = False,
         decoder_dtype: torch.dtype = torch.float32,
         decode_chunk: int | None = None,
@@ -99,8 +99,9 @@ class Pipeline:
         weights: ema or raw; for the zoo also a local file or folder. tokenizer: another place of the tokenizer than the
         folder `tokenizer` beside the generator. dtype: of the trunk; embeddings and logits stay float32.
         accept_license: consent to the terms of a published model that is for research only. trust: modules of yours
-        that a run or folder on this machine may name. quant, packed: how the trunk's weights are stored
-        (vtok/acceleration.py); the rest as in the constructor.
+        that a run or folder on this machine may name. quant, packed: how weights are stored (vtok/acceleration.py),
+        packed those of the tokenizer too; they are for sampling, packed ones on the CPU alone: without gradients, not
+        to be saved, and a likelihood needs plain ones. The rest as in the constructor.
         """
         names: list[str] = []
         if str(path).startswith("zoo:"):
@@ -118,7 +119,9 @@ class Pipeline:
             known = Families(FAMILIES, trust)
             generator, decoder, names, file = _from_disk(path, weights, tokenizer, known)
         light_weights(generator.to(device), dtype, quant=quant, packed=packed)
-        light_tokenizer(decoder.to(device), decoder_dtype)
+        decoder.to(device)
+        if packed is not False:
+            light_tokenizer(decoder, decoder_dtype)
         pipeline = cls(
             generator,
             decoder,
