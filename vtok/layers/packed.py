@@ -71,10 +71,12 @@ def pack_linears(module: nn.Module, *, rows: int = 2) -> int:
         if not packable(linear.weight):
             kind = f"{linear.weight.dtype} on {linear.weight.device.type}"
             raise ValueError(f"packed=true: no packed products for {kind} here; choose packed=false, or another dtype")
-    for parent, name, linear in found:
+    total = len(found)
+    while found:  # one layer's weights at a time exist twice
+        parent, name, linear = found.pop()
         folds = isinstance(parent, Attention) and name == "qkv"
         bias = parent.joint_bias() if folds else linear.bias
         setattr(parent, name, PackedLinear(linear.weight, bias, rows=rows))
         if folds:  # q and v have theirs inside now
             parent.q_bias = parent.v_bias = None
-    return len(found)
+    return total
