@@ -128,6 +128,17 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+@contextlib.contextmanager
+def resets_kept() -> Iterator[None]:
+    """Building VAR's models switches reset_parameters off for the whole process; here only for this block."""
+    before = {kind: kind.reset_parameters for kind in (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Conv1d)}
+    try:
+        yield
+    finally:
+        for kind, reset in before.items():
+            kind.reset_parameters = reset
+
+
 def best(probabilities: Tensor, num_samples: int = 1, **_: Any) -> Tensor:
     """torch.multinomial's place in greedy runs."""
     return probabilities.argmax(-1, keepdim=True)
@@ -237,10 +248,8 @@ def var(folder: Path, options: Options) -> Pair:
     models, module = importlib.import_module("models"), importlib.import_module("models.var")
     depth = 2 if options.size == "tiny" else int((options.size or "d16").lstrip("d"))
     small = {"V": 64, "Cvae": 8, "ch": 32, "patch_nums": (1, 2, 3, 4), "num_classes": 10} if depth == 2 else {}
-    resets = {c: c.reset_parameters for c in (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Conv1d)}
-    vae, theirs = models.build_vae_var(device="cpu", depth=depth, **small)
-    for kind, reset in resets.items():  # building switches them off for the whole process
-        kind.reset_parameters = reset
+    with resets_kept():
+        vae, theirs = models.build_vae_var(device="cpu", depth=depth, **small)
     fill(vae.requires_grad_(True)).requires_grad_(False)
     fill(theirs)
     state = {f"var.{k}": v for k, v in theirs.state_dict().items()}

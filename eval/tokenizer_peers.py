@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.peers import Options, Pair, fill
+from eval.peers import Options, Pair, fill, resets_kept
 from vtok.convert import convert
 from vtok.decoding import decode_images, light_tokenizer
 from vtok.tokenizer import Tokenizer
@@ -69,10 +69,9 @@ def llamagen_vq(folder: Path, options: Options) -> Pair:
 def var_vqvae(folder: Path, options: Options) -> Pair:
     if options.size not in (None, "vae_ch160v4096z32"):
         raise ValueError(f"size={options.size}: VAR has one tokenizer, vae_ch160v4096z32")
-    resets = {c: c.reset_parameters for c in (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Conv1d)}
-    vae, _ = importlib.import_module("models").build_vae_var(device="cpu", depth=1)
-    for kind, reset in resets.items():  # building switches them off for the whole process
-        kind.reset_parameters = reset
+    models = importlib.import_module("models")
+    with resets_kept():
+        vae, _ = models.build_vae_var(device="cpu", depth=1)
     spread(vae)
     sides = vae.quantize.v_patch_nums
     ours = convert("var", vae.state_dict(), {"VQVAE": {"v_patch_nums": sides}})

@@ -149,7 +149,7 @@ The original's time over ours: the median over at least seven turns in one proce
 as reached where the lower end is above what is wanted. Sampling does not include decoding.
 
     python -m eval.versus peer=llamagen dir=../LlamaGen size=GPT-B parts=[sample] threads=2 out=docs/benchmarks.json
-    python -m eval.versus peer=titok dir=../1d-tokenizer size=titok_l32 threads=2 out=docs/benchmarks.json
+    python -m eval.versus peer=llamagen_vq dir=../LlamaGen size=VQ-16 threads=2 out=docs/benchmarks.json
     python -m eval.versus peer=llamagen dir=../LlamaGen size=GPT-B parts=[sample] steps=64 threads=1 clock=cpu
 
 The third form is for a machine that other jobs share: seconds of the process's own, on one thread. Our side stores its
