@@ -160,7 +160,7 @@ def row(name: str, folder: Path, budget: float) -> None:
         return
     from vgen.models import FAMILIES as CLASSES
 
-    stages, run = Stages(9), RUNS / name
+    stages, run = Stages(10), RUNS / name
     tokenizer, codes = tokens_of(stages, family.tokenizer, folder, budget)
     source = ["data=codes", f"data.folder={codes}"]
     if family.teacher:
