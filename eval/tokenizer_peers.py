@@ -17,8 +17,19 @@ from vtok.decoding import decode_images, light_tokenizer
 from vtok.tokenizer import Tokenizer
 
 
-def compare(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], ours: Tokenizer, options: Options):
-    """The pair of an original's encode (images to ids [B, N]) and decode (ids to images in [-1, 1]) with our module."""
+def compare(
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    ours: Tokenizer,
+    options: Options,
+    *,
+    clamped: bool = False,
+) -> Pair:
+    """The pair of an original's encode (images to ids [B, N]) and decode (ids to images) with our module.
+
+    clamped: the original's decode ends by clamping to [-1, 1]. Where it does not, neither side is clamped for the
+    check: random weights leave that range several times over, and so does the rounding that the check allows for.
+    """
     size, fast = ours.spec.image_size, copy.deepcopy(ours)
     light_tokenizer(fast, options.dtype)
     images = torch.rand(options.batch, 3, size, size) * 2 - 1
@@ -34,7 +45,9 @@ def compare(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tenso
 
     def same() -> list[tuple[str, Tensor, Tensor]]:
         with torch.inference_mode():
-            theirs, plain, quick = (x.clamp(-1, 1) for x in (decode(ids), ours.decode(ids), decode_images(fast, ids)))
+            theirs, plain, quick = decode(ids), ours.decode(ids), decode_images(fast, ids)
+            if clamped:
+                plain, quick = plain.clamp(-1, 1), quick.clamp(-1, 1)
             return [("ids", ids, ours.encode(images)), ("images", theirs, plain), ("fast images", theirs, quick)]
 
     parts = {
@@ -79,7 +92,7 @@ def var_vqvae(folder: Path, options: Options) -> Pair:
     def decode(ids: Tensor) -> Tensor:
         return vae.idxBl_to_img(list(ids.split([s * s for s in sides], 1)), same_shape=True, last_one=True)
 
-    return compare(lambda x: torch.cat(vae.img_to_idxBl(x), 1), decode, ours, options)
+    return compare(lambda x: torch.cat(vae.img_to_idxBl(x), 1), decode, ours, options, clamped=True)
 
 
 def titok(folder: Path, options: Options) -> Pair:

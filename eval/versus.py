@@ -13,6 +13,7 @@ one that the settings ask for was not taken, the command fails (eval/paths.py).
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -57,18 +58,37 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def alternate(
-    first: Callable[[], Any], second: Callable[[], Any], turns: int, device: torch.device, *, clock=time.perf_counter
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    turns: int,
+    device: torch.device,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    least: float = 0.0,
 ) -> dict[str, Any]:
-    """Seconds of both in turns after one run each to warm up, and the ratios first / second of every turn."""
+    """Seconds a run of both in turns after one run each to warm up, and the ratios first / second of every turn.
+
+    least: seconds that the second's side of a turn lasts at least: both then run as often, so that what else the
+    machine does for a moment weighs little. How often is told by a second run to warm up.
+    """
     runs: tuple[list[float], list[float]] = [], []
-    first(), second()
+
+    def timed(side: int, times: int) -> float:
+        wait(device)
+        start = clock()
+        for _ in range(times):
+            (first, second)[side]()
+        wait(device)
+        return (clock() - start) / times
+
+    timed(0, 1)
+    spent = timed(1, 1)
+    if spent < 10 * least:  # the first one may have compiled
+        spent = timed(1, 1)
+    times = max(1, math.ceil(least / max(spent, 1e-6)))
     for turn in range(turns):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            wait(device)
-            start = clock()
-            (first, second)[side]()
-            wait(device)
-            runs[side].append(clock() - start)
+            runs[side].append(timed(side, times))
     ratios = [a / b for a, b in zip(*runs, strict=True)]
     return {
         "ratio": statistics.median(ratios),
@@ -77,6 +97,7 @@ def alternate(
         "original_seconds": statistics.median(runs[0]),
         "our_seconds": statistics.median(runs[1]),
         "turns": turns,
+        "runs_a_turn": times,
     }
 
 
@@ -120,6 +141,8 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         )
     if config["clock"] == "cpu" and config["threads"] != 1:
         raise ValueError(f"clock=cpu adds up the seconds of all threads: pass threads=1, not {config['threads']}")
+    if not 0 <= config["least_seconds"] < math.inf:
+        raise ValueError(f"least_seconds={config['least_seconds']}: seconds that a side of a turn lasts, 0 or more")
     if config["batch"] < 1:
         raise ValueError(f"batch={config['batch']}: at least one image is made at once")
     if config["threads"]:
@@ -142,7 +165,9 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for part, (theirs, ours) in parts.items():
         counters.reset()  # only our side counts
-        row = alternate(theirs, ours, int(config["turns"]), device, clock=CLOCKS[config["clock"]])
+        row = alternate(
+            theirs, ours, int(config["turns"]), device, clock=CLOCKS[config["clock"]], least=config["least_seconds"]
+        )
         row["paths"] = counters.read()
         asked(config, both.ours if both else None, part, dtype).check(row["paths"], f"{name} {part}")
         facts = {"peer": name, "size": config["size"], "part": part, "batch": int(config["batch"])}

@@ -48,13 +48,37 @@ def test_turns_alternate_and_the_ratio_is_the_first_over_the_second():
     assert got["ratio"] == pytest.approx(float(ratios.mean()))  # evenly spaced: the median is the mean
     assert [got["ratio_low"], got["ratio_high"]] == pytest.approx([2.35, 5.15])  # 0.7 and 6.3 of the way from 2 by 0.5
     assert got["original_seconds"] == pytest.approx(7.5) and got["our_seconds"] == pytest.approx(2)
+    assert got["runs_a_turn"] == 1
+
+
+def test_short_runs_are_repeated_as_often_on_both_sides():
+    """How often is not told by the first run of ours, which may compile."""
+    now, order = [0.0], []
+
+    def run(name, seconds):
+        def go():
+            order.append(name)
+            now[0] += next(seconds)
+
+        return go
+
+    def got(least):
+        order.clear()
+        ours = itertools.chain([9.0], itertools.repeat(0.5))
+        turns = run("a", itertools.repeat(1.0)), run("b", ours)
+        return alternate(*turns, 7, torch.device("cpu"), clock=lambda: now[0], least=least)
+
+    row = got(1.2)
+    assert row["runs_a_turn"] == 3 and (order.count("a"), order.count("b")) == (1 + 3 * 7, 2 + 3 * 7)
+    assert (row["ratio"], row["original_seconds"], row["our_seconds"]) == pytest.approx((2.0, 1.0, 0.5))
+    assert got(0.9)["runs_a_turn"] == 1 and order.count("b") == 1 + 7  # long enough, were it 9 seconds or a tenth
 
 
 def test_selftest_command_writes_one_row_and_keeps_others(tmp_path):
     out = tmp_path / "versus.json"
     out.write_text(json.dumps({"rows": [dict.fromkeys(("peer", "size", "part", "batch", "dtype", "threads"), "x")
                                         | {"device": "x", "setting": "x", "clock": "x"}]}))  # fmt: skip
-    options = ["selftest=true", "steps=2", f"out={out}"]
+    options = ["selftest=true", "steps=2", "least_seconds=0.05", f"out={out}"]
     for _ in range(2):
         (row,) = evaluate(config(*options))
     rows = json.loads(out.read_text())["rows"]
