@@ -51,31 +51,36 @@ class Family:
 
 
 UNOFFICIAL = "unofficial"
+# What 10 CPU-minutes can teach: of C floating-point operations a model has most when it passes about 20 tokens for each
+# parameter (Hoffmann et al., arXiv 2203.15556), and C is 2e13 to 1e14 here.
+NARROW = ["model.depth=4", "model.width=128", "model.heads=4"]
 DRY = ["model.token_dropout=0", "model.dropout=0"]  # a small budget sees every image once or twice
 FLOW = ["optimizer.lr=1e-3"]
 FAMILIES: dict[str, Family] = {
-    "llamagen": Family("cnn_vq", ["model=llamagen_small", *DRY]),
-    "llamagen_factorised": Family("lfq", ["model=llamagen_factorised_small", *DRY]),
-    "elm": Family("lfq", ["model=elm_small", *DRY], status=UNOFFICIAL),
+    "llamagen": Family("cnn_vq", ["model=llamagen_small", *NARROW, *DRY]),
+    "llamagen_factorised": Family("lfq", ["model=llamagen_factorised_small", *NARROW, *DRY]),
+    "elm": Family("lfq", ["model=elm_small", *NARROW, *DRY], status=UNOFFICIAL),
     "llamagen_repa": Family(
         "cnn_vq",
-        ["model=llamagen_repa_small", *DRY],
+        ["model=llamagen_repa_small", *NARROW, *DRY],
         teacher=("test_vit", 128),
         note="aligned with a vision transformer of RANDOM weights, since a clone has no pretrained ones: the row shows "
         "that the model trains with the alignment, not what alignment with DINOv2 buys",
     ),
-    "ifsq": Family("ifsq", ["model=ifsq_small"]),
-    "rar": Family("cnn_vq", ["model=rar_small"]),
-    "gigatok": Family("gigatok", ["model=gigatok_small"]),
-    "dar": Family("dar", ["model=dar_small"]),
-    "hita": Family("hita", ["model=hita_small"]),
-    "nbp": Family("cnn_vq", ["model=nbp_small"], status=UNOFFICIAL),
-    "par": Family("cnn_vq", ["model=par_small"], status=UNOFFICIAL),
-    "har": Family("restok", ["model=har_small"]),
-    "detailflow": Family("detailflow", ["model=detailflow_small"]),
-    "var": Family("var", ["model=var_small"]),
-    "flexvar": Family("flexvar", ["model=flexvar_small"]),
-    "maskgit": Family("titok", ["model=maskgit_small"], ["guidance=3.0", "temperature=4.0", "steps=8"]),
+    "ifsq": Family("ifsq", ["model=ifsq_small", *NARROW]),
+    "rar": Family("cnn_vq", ["model=rar_small", *NARROW, "model.hidden=512"]),
+    "gigatok": Family("gigatok", ["model=gigatok_small", *NARROW]),
+    "dar": Family("dar", ["model=dar_small", *NARROW]),
+    "hita": Family("hita", ["model=hita_small", *NARROW]),
+    "nbp": Family("cnn_vq", ["model=nbp_small", *NARROW], status=UNOFFICIAL),
+    "par": Family("cnn_vq", ["model=par_small", *NARROW], status=UNOFFICIAL),
+    "har": Family("restok", ["model=har_small", *NARROW]),
+    "detailflow": Family("detailflow", ["model=detailflow_small", *NARROW]),
+    "var": Family("var", ["model=var_small", *NARROW]),
+    "flexvar": Family("flexvar", ["model=flexvar_small", *NARROW]),
+    "maskgit": Family(
+        "titok", ["model=maskgit_small", *NARROW, "model.hidden=512"], ["guidance=3.0", "temperature=4.0", "steps=8"]
+    ),
     # latents; iterative heads walk fewer steps than published (MAR 64 x 100, xAR 40, FlowAR 25)
     "mar": Family("kl", ["model=mar_small", *FLOW], ["guidance=2.0", "steps=16", "solver_steps=25"]),
     "xar": Family("kl", ["model=xar_small", *FLOW], ["guidance=2.0", "solver_steps=12"]),
