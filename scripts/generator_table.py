@@ -82,13 +82,13 @@ FAMILIES: dict[str, Family] = {
         "titok", ["model=maskgit_small", *NARROW, "model.hidden=512"], ["guidance=3.0", "temperature=4.0", "steps=8"]
     ),
     # latents; iterative heads walk fewer steps than published (MAR 64 x 100, xAR 40, FlowAR 25)
-    "mar": Family("kl", ["model=mar_small", *FLOW], ["guidance=2.0", "steps=16", "solver_steps=25"]),
-    "xar": Family("kl", ["model=xar_small", *FLOW], ["guidance=2.0", "solver_steps=12"]),
-    "flowar": Family("kl", ["model=flowar_small", *FLOW], ["guidance=2.0", "solver_steps=12"], UNOFFICIAL),
-    "ecar": Family("kl", ["model=ecar_small", *FLOW], ["guidance=2.0", "solver_steps=8"], UNOFFICIAL),
-    "dtm": Family("kl", ["model=dtm_small", *FLOW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
-    "artm": Family("kl", ["model=artm_small", *FLOW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
-    "fhtm": Family("kl", ["model=fhtm_small", *FLOW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
+    "mar": Family("kl", ["model=mar_small", *NARROW[1:], *FLOW], ["guidance=2.0", "steps=16", "solver_steps=25"]),
+    "xar": Family("kl", ["model=xar_small", *NARROW[1:], *FLOW], ["guidance=2.0", "solver_steps=12"]),
+    "flowar": Family("kl", ["model=flowar_small", *NARROW[1:], *FLOW], ["guidance=2.0", "solver_steps=12"], UNOFFICIAL),
+    "ecar": Family("kl", ["model=ecar_small", *NARROW[1:], *FLOW], ["guidance=2.0", "solver_steps=8"], UNOFFICIAL),
+    "dtm": Family("kl", ["model=dtm_small", *NARROW, *FLOW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
+    "artm": Family("kl", ["model=artm_small", *NARROW, *FLOW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
+    "fhtm": Family("kl", ["model=fhtm_small", *NARROW, *FLOW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
 }
 
 
