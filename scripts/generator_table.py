@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.tables import Column, commit, data_options, markdown, photographs, rows  # noqa: E402
+from scripts.tables import TESTED, Column, commit, data_options, markdown, photographs, rows  # noqa: E402
 
 ROWS_AT = ROOT / "docs" / "tables" / "generators"
 GRIDS_AT = ROOT / "docs" / "images" / "generators"
@@ -124,7 +124,7 @@ def tokens_of(stages: Any, family: str, folder: Path, budget: float) -> tuple[Pa
     run, codes = TOKENIZER_RUNS / f"cifar10_{family}", RUNS / "codes" / family
     data = data_options("cifar10", folder)
     if not (run / "checkpoints" / "last.ckpt").is_file():
-        train_for(stages, run, [*data, *TOKENIZER_OPTIONS, *TOKENIZERS[family]], budget)
+        train_for(stages, run, [*data, *TOKENIZER_OPTIONS, *TOKENIZERS[family]], budget, checked=TESTED)
     if not (codes / "val" / "manifest.json").is_file():
         stages.run(
             f"{family}: cache its codes", "scripts/cache_codes.py", f"from={run}", *data, f"out={codes}", "crops=flip",
