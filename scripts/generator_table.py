@@ -126,7 +126,7 @@ def tokens_of(stages: Any, family: str, folder: Path, budget: float) -> tuple[Pa
         train_for(stages, run, [*data, *TOKENIZER_OPTIONS, *TOKENIZERS[family]], budget, checked=TESTED)
     if not (codes / "val" / "manifest.json").is_file():
         stages.run(
-            f"{family}: cache its codes", "scripts/cache_codes.py", f"from={run}", *data, f"out={codes}", "crops=flip",
+            f"{family}: cache its codes", "scripts/cache_codes.py", f"from={run}", *data, f"out={codes}",
             "batch_size=128",
         )  # fmt: skip
     if not (run / "reconstruction.json").is_file():
