@@ -44,7 +44,7 @@ class Family:
 
     tokenizer: str
     train: list[str]
-    draw: list[str] = field(default_factory=lambda: ["guidance=3.0"])
+    draw: list[str] = field(default_factory=lambda: ["guidance=6.0"])
     status: str = "published"
     teacher: tuple[str, int] | None = None
     note: str | None = None
@@ -78,7 +78,7 @@ FAMILIES: dict[str, Family] = {
     "var": Family("var", ["model=var_small", *NARROW]),
     "flexvar": Family("flexvar", ["model=flexvar_small", *NARROW]),
     "maskgit": Family(
-        "titok", ["model=maskgit_small", *NARROW, "model.hidden=512"], ["guidance=3.0", "temperature=4.0", "steps=8"]
+        "titok", ["model=maskgit_small", *NARROW, "model.hidden=512"], ["guidance=6.0", "temperature=4.0", "steps=8"]
     ),
     # latents; iterative heads walk fewer steps than published (MAR 64 x 100, xAR 40, FlowAR 25)
     "mar": Family("kl", ["model=mar_small", *NARROW[1:]], ["guidance=2.0", "steps=16", "solver_steps=25"]),
