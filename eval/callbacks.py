@@ -34,6 +34,7 @@ class Distances(L.Callback):
     """
 
     monitors: tuple[str, ...] = ()
+    whole_weights = True  # every process draws by itself, which sharded weights cannot
 
     def __init__(self, *, every: int, extractor: str = "auto", weights_path: str | None = None) -> None:
         if every < 1:

@@ -87,13 +87,12 @@ def masked_losses(
 def figures(
     generator: Any, loss: Loss, baseline: float, tokens: Tensor, labels: Tensor, unit: str, common: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from eval.likelihood import deranged, paired_test
+    from eval.likelihood import other_labels, paired_test
 
     held, right = mean_loss(loss, tokens, labels, text="held-out loss", **common)
     result = {"held_out": held, "histogram": baseline, "below_histogram": baseline - held, "unit": unit}
     result |= {"held_out_images": len(tokens)}
-    if generator.num_classes > 1:
-        mixed = deranged(labels, common["seed"])
+    if (mixed := other_labels(generator, labels, common["seed"])) is not None:
         shuffled, wrong = mean_loss(loss, tokens, mixed, text="shuffled labels", **common)
         result |= {"shuffled": shuffled, "labels": paired_test(right, wrong)}
     return result

@@ -20,9 +20,13 @@ from typing import Any
 from eval.drawing import load_pipeline, results_folder, weights_hash
 from eval.fid import CONFIGS, evaluate
 from eval.references import DATA_SPLITS
-from vtok.checkpoint import write_atomic
+from vtok.checkpoint import write_atomic, write_json
 from vtok.cli import entry
 
+# other keys of eval.fid by which results of one folder must agree
+SAME = ("protocol", "reference", "data", "images", "labels", "class_accuracy", "kid", "manifold", "tokenizer_from")
+SAME += ("schedule_options", "solver", "sample_size", "chunk", "dtype", "extractor", "weights_path", "splits")
+SAME += ("permutation",)
 AXES = ("guidance", "schedule", "temperature", "top_k", "top_p", "steps", "solver_steps", "seed", "weights")
 
 
@@ -68,12 +72,22 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
         if loaded != (setting["weights"], setting["steps"]):  # steps change the loaded generator
             pipeline, loaded = load_pipeline(one, device), (setting["weights"], setting["steps"])
         evaluate(one, data, pipeline=pipeline)
+        write_json(path, json.loads(path.read_text()) | {"asked": asked(one)})
     return records(folder, chosen)
 
 
+def asked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What besides the setting itself decides the numbers, as JSON keeps it."""
+    return json.loads(json.dumps({k: config.get(k) for k in SAME}, default=str))
+
+
 def check(path: Path, config: Mapping[str, Any]) -> None:
-    """ValueError where the result in `path` is of another checkpoint or another number of images."""
-    protocol = json.loads(path.read_text())["protocol"]
+    """ValueError where the result in `path` is of another checkpoint or was measured otherwise."""
+    result, ours = json.loads(path.read_text()), asked(config)
+    protocol, theirs = result["protocol"], result.get("asked")
+    for name in ours if theirs is not None else ():  # a run that was killed before its note has none
+        if theirs.get(name) != ours[name]:
+            raise ValueError(f"{path} has {name}={theirs.get(name)}, now {ours[name]}; pass another out=<folder>")
     if weights_hash(config) not in protocol["source"]:
         raise ValueError(f"{path} was measured on another checkpoint; delete it or pass another out=<folder>")
     if config["images"] and protocol["images"] != int(config["images"]):
@@ -96,9 +110,9 @@ def distance_name(metrics: Mapping[str, Any]) -> str:
     return next(k for k in metrics if k == "FID" or k.startswith("FD["))
 
 
-def score_name(metrics: Mapping[str, Any]) -> str:
-    """The key of the Inception score: IS or IS[...]."""
-    return next(k for k in metrics if k == "IS" or k.startswith("IS["))
+def score_name(metrics: Mapping[str, Any]) -> str | None:
+    """The key of the Inception score: IS or IS[...]; None where the extractor classifies nothing (dinov2)."""
+    return next((k for k in metrics if k == "IS" or k.startswith("IS[")), None)
 
 
 def varying(found: list[dict[str, Any]]) -> list[str]:
@@ -110,10 +124,11 @@ def lines(found: list[dict[str, Any]]) -> Iterator[str]:
     """A table of the settings that differ, and the best of them by Frechet distance."""
     names, distance, score = varying(found), *(f(found[0]["metrics"]) for f in (distance_name, score_name))
     best = min(found, key=lambda record: record["metrics"][distance])
-    yield "  ".join([*(f"{n:>12}" for n in names), f"{distance:>12}", f"{score:>12}"])
+    yield "  ".join([*(f"{n:>12}" for n in names), f"{distance:>12}", *([f"{score:>12}"] if score else [])])
     for record in found:
         row = [f"{record['setting'][n]!s:>12}" for n in names]
-        row += [f"{record['metrics'][distance]:12.4f}", f"{record['metrics'][score]['mean']:12.4f}"]
+        row += [f"{record['metrics'][distance]:12.4f}"]
+        row += [f"{record['metrics'][score]['mean']:12.4f}"] if score else []
         yield "  ".join(row) + ("  best" if record is best else "")
     shown = " ".join(f"{k}={v}" for k, v in best["setting"].items() if v is not None)
     yield f"best {distance} {best['metrics'][distance]:.4f} with {shown}"
@@ -122,7 +137,8 @@ def lines(found: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """FD against IS, one line along the axis that varies most for every combination of the others."""
+    """FD against IS, one line along the axis that varies most for every combination of the others; without an IS, FD
+    against that axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,11 +152,12 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         groups.setdefault(key, []).append(record)
     figure, axes = pyplot.subplots(figsize=(6, 4.2), dpi=120, layout="constrained")
     for key, part in groups.items():
-        x, y = [r["metrics"][score]["mean"] for r in part], [r["metrics"][distance] for r in part]
+        y = [r["metrics"][distance] for r in part]
+        x = [r["metrics"][score]["mean"] if score else str(r["setting"][axis]) for r in part]
         axes.plot(x, y, "o-", label=key or None, linewidth=1, markersize=4)
         for record, a, b in zip(part, x, y):
             axes.annotate(f"{record['setting'][axis]}", (a, b), fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axes.set_xlabel(f"{score} (higher is better)")
+    axes.set_xlabel(f"{score} (higher is better)" if score else axis)
     axes.set_ylabel(f"{distance} (lower is better)")
     axes.set_title(f"{found[0]['protocol']['images']} images a point; numbers: {axis}", fontsize=9)
     if len(groups) > 1:

@@ -108,7 +108,7 @@ def edit(config: Mapping[str, Any]) -> Path:
     generator, tokenizer = pipeline.generator, pipeline.tokenizer
     if drawn["steps"]:
         generator.set_steps(int(drawn["steps"]))
-    size = tokenizer.spec.image_size
+    size = generator.spec.image_size
     original = cropped(config["image"], size)
     keep = kept_pixels(config, size) if task in TASKS[:3] else None
 
@@ -123,7 +123,7 @@ def edit(config: Mapping[str, Any]) -> Path:
     if task == "style":
         style = cropped(config["style"], size)
         tokens = editing.swap_parts(tokenizer.spec, tokens, encoded(style))
-        edited = to_uint8(tokenizer.decode(tokens)).cpu()
+        edited = to_uint8(pipeline.decode(tokens, seeds)).cpu()
     else:
         noise = SampleNoise(seeds.to(pipeline.device))
         if task == "prefix":

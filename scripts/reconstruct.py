@@ -2,8 +2,9 @@
 
     python scripts/reconstruct.py from=outputs/cifar10_tokenizer in=pictures out=outputs/copies
 
-A run that was stopped goes on: images whose copy and ids are in `out` are skipped, unless overwrite=true. Many
-processes share the images under torchrun, as a SLURM array, or with task_id=0..n-1 num_tasks=n; each writes a report.
+A run that was stopped goes on: images whose copy and ids are in `out` are measured as they are there, not made again,
+unless overwrite=true. `out` belongs to one tokenizer and one way to decode (recipe.json). Many processes share the
+images under torchrun, as a SLURM array, or with task_id=0..n-1 num_tasks=n; each writes a report.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def main(config: Any) -> None:
     from eval.pixels import PixelErrors
     from eval.progress import progress_bar
     from vgen.sampling import resolve_device
-    from vtok.checkpoint import write_atomic, write_json
+    from vtok.checkpoint import weights_hash, write_atomic, write_json
     from vtok.data.codes import frozen
+    from vtok.data.extract import claim
     from vtok.data.files import BadImage, list_images, read_image
     from vtok.data.tasks import task_from_environment
     from vtok.data.tiles import reconstruct
@@ -50,25 +52,38 @@ def main(config: Any) -> None:
             raise ValueError(
                 f"{places[place]} and {name} would both become {place}.png; rename one, or pass one folder"
             )
+        if place.with_name(place.name + ".png").resolve() == (folder / name).resolve():
+            raise ValueError(f"out={out} would replace {folder / name} by its copy; give out=<another folder>")
         places[place] = name
     tokenizer = frozen(config["from"], config.weights, trust=config.trust).to(resolve_device(config.device))
     if config.keep is not None and not tokenizer.prefixes:
         raise ValueError(f"keep={config.keep}: {type(tokenizer).__name__} decodes whole images only; leave keep away")
+    if config.overwrite:
+        (out / "recipe.json").unlink(missing_ok=True)
+    recipe = {"tokenizer": {"sha256": weights_hash(tokenizer.state_dict())}, "keep": config.keep, "seed": config.seed}
+    claim(out, recipe, what="copies")
     errors, bad, done, earlier = PixelErrors(), [], 0, 0
+
+    def measure(original: np.ndarray, copy: np.ndarray) -> None:
+        if min(copy.shape[:2]) >= 11:  # SSIM's window
+            errors.add(*(torch.from_numpy(np.array(pixels))[None] for pixels in (original, copy)))
+
     mine = list(places.items())[task::tasks]
     with progress_bar("reconstructing", len(mine)) as advance:
         for place, name in mine:
             picture, ids = place.with_name(place.name + ".png"), place.with_name(place.name + ".npz")
-            if picture.is_file() and ids.is_file() and not config.overwrite:
-                earlier += 1
-                advance(1)
-                continue
+            there = picture.is_file() and ids.is_file() and not config.overwrite
             try:
                 original = np.asarray(read_image(folder / name))
             except BadImage as error:
                 if config.on_bad_image == "error":
                     raise BadImage(str(error).replace("data.on_bad_image", "on_bad_image")) from None
                 bad.append(name)
+                advance(1)
+                continue
+            if there:
+                earlier += 1
+                measure(original, np.asarray(read_image(picture)))
                 advance(1)
                 continue
             image = to_float(original)
@@ -81,8 +96,7 @@ def main(config: Any) -> None:
             write_atomic(ids, lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
             made = Image.fromarray(pixels.numpy())
             write_atomic(picture, lambda file, made=made: made.save(file, "PNG"))
-            if min(pixels.shape[:2]) >= 11:  # SSIM's window
-                errors.add(torch.from_numpy(original.copy())[None], pixels[None])
+            measure(original, pixels.numpy())
             done += 1
             advance(1)
     figures = errors.result() if errors.count else {}

@@ -11,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from forks import command, torchrun
@@ -243,6 +244,19 @@ def test_a_stalled_loader_is_reported_and_stopped(tmp_path, monkeypatch, capsys)
     assert time.monotonic() - began < 50
     assert "waiting for a batch" in capsys.readouterr().out
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+class Slow(lightning.Callback):
+    """Measures for longer than a loader may take."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        time.sleep(1.2)
+
+
+def test_what_callbacks_measure_is_no_waiting_for_a_batch(tmp_path, capsys):
+    run(*PLAIN, "steps=2", "val_every=1", "data_timeout=1", f"+callbacks.slow._target_={__name__}.Slow",
+        f"trust=[{__name__}]", f"run_dir={tmp_path}")  # fmt: skip
+    assert "waiting for a batch" not in capsys.readouterr().out and state(tmp_path)["global_step"] == 2
 
 
 def test_what_is_watched_is_logged(tmp_path):

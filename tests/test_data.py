@@ -93,14 +93,24 @@ def test_start_is_a_position_in_the_same_stream():
     assert StepBatches(size=11, batch_size=6, accumulate=2, seed=3).batch(17) == whole[17]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("size", [1, 3, 10, 17])
-def test_evaluation_covers_every_item_once_over_the_ranks(world, size):
-    ranks = [EvaluationBatches(size=size, batch_size=3, rank=r, world=world) for r in range(world)]
+@pytest.mark.parametrize("size", [4, 5, 10, 17, 101])
+def test_evaluation_covers_every_item_once_over_the_ranks(world, size, batch_size):
+    ranks = [EvaluationBatches(size=size, batch_size=batch_size, rank=r, world=world) for r in range(world)]
     found = [i for rank in ranks for batch in rank for _, i in batch]
     assert sorted(found) == list(range(size))
     assert all(len(list(rank)) == len(rank) for rank in ranks)
-    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+    assert len({len(rank) for rank in ranks}) == 1  # or sharded weights would wait for each other for ever
+    sizes = {len(batch) for rank in ranks for batch in rank}
+    assert 0 not in sizes and max(sizes) <= max(batch_size, 2 if world > 1 and batch_size == 1 else batch_size)
+    if world == 1:
+        assert [len(batch) for batch in ranks[0]][:-1] == [batch_size] * (len(ranks[0]) - 1)
+
+
+def test_fewer_held_out_images_than_processes_are_named():
+    with pytest.raises(ValueError, match="3 held-out images are fewer than the 4 processes"):
+        EvaluationBatches(size=3, batch_size=2, rank=0, world=4)
 
 
 def test_batch_size_must_divide():

@@ -44,7 +44,7 @@ def test_cached_tokens_are_those_of_whole_prefixes(name, rule):
     assert torch.equal(fast.tokens, draw(model, LABELS, seeds, guidance(3.0), rule, cached=False).tokens)
 
 
-@pytest.mark.parametrize("name", ["llamagen", "var", "rar"])
+@pytest.mark.parametrize("name", ["llamagen", "var", "rar", "hita"])
 def test_bf16_trunk_is_within_its_rounding(name):
     """Eight bits of mantissa through two blocks: a few percent of the largest logit, on every position."""
     model = make(name)

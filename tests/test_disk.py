@@ -4,6 +4,7 @@ once there is room."""
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import TOKENIZER, everything, run, state
 from torch import distributed as dist
 
@@ -19,6 +21,8 @@ from vtok import pieces
 from vtok.ckpt_files import AtomicCheckpointIO, verify
 from vtok.data.extract import extract
 from vtok.data.fake import Fake
+from vtok.data.files import cached
+from vtok.data.imagefolder import file_source, find
 from vtok.models.cnn import CNNTokenizer
 from vtok.quantize.vq import VQ
 
@@ -40,6 +44,24 @@ def disk(tmp_path):
 
     yield Disk(folder)
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_cache_of_decoded_images_takes_its_disk_before_it_decodes(disk):
+    """It is written through memory, where a full disk would end the process with a bus error."""
+    source = disk.parent / "pictures"
+    (source / "a").mkdir(parents=True)
+    for i in range(30):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(source / "a" / f"{i:02d}.png")
+    names, classes = find(source)
+    files = file_source(source, names, classes, "error")
+    with pytest.raises(OSError, match=NEEDS) as error:
+        cached(files, 256, disk)  # 5.9 MB on one
+    assert error.value.errno == errno.ENOSPC and not list(disk.glob("*.npy*"))
+    disk.resize(2**23)
+    found = cached(files, 256, disk)
+    assert len(found) == 30 and np.asarray(found[29][0])[0, 0].tolist() == [29, 0, 0]
+    del found, error  # maps of files, in the second's frames too, would keep the disk busy
+    gc.collect()
 
 
 def needed(error: pytest.ExceptionInfo) -> int:

@@ -50,10 +50,25 @@ def test_sweep_measures_every_combination_once(tmp_path, capsys, monkeypatch) ->
     assert f"best FD[cifar] {min(values):.4f}" in text[-2] and text[1 + int(np.argmin(values))].endswith("best")
     sweep.plot(found, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 500
-    with pytest.raises(ValueError, match="has 12 images, now images=13"):
+    with pytest.raises(ValueError, match="has images=12, now 13"):
         sweep.run(config | {"images": 13}, None, axes, (0, 1))
+    with pytest.raises(ValueError, match=r"has reference=.*ref\.npz, now .*other\.npz; pass another out"):
+        sweep.run(config | {"reference": str(tmp_path / "other.npz")}, None, axes, (0, 1))
     with pytest.raises(ValueError, match=r"sweep\.scale"):
         sweep.settings({"scale": [1]}, config)
+
+
+def test_a_sweep_without_an_inception_score_has_its_table_and_plot(tmp_path) -> None:
+    """dinov2 classifies nothing."""
+    setting = dict.fromkeys(sweep.AXES)
+    found = [
+        {"setting": setting | {"guidance": g}, "metrics": {"FD[dinov2]": fd}, "protocol": {"images": 9}}
+        for g, fd in ((1.0, 5.0), (2.0, 3.0))
+    ]
+    text = list(sweep.lines(found))
+    assert text[0].split() == ["guidance", "FD[dinov2]"] and text[2].split() == ["2.0", "3.0000", "best"]
+    sweep.plot(found, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").size[0] > 500
 
 
 def fake_run(folder, name: str, fd: float, **changes) -> str:

@@ -90,6 +90,17 @@ def test_a_respaced_chain_has_the_marginals_of_the_whole():
         DiffusionHead(dim=4, channels=1, solver_steps=0)
 
 
+@pytest.mark.parametrize("kind", [DiffusionHead, FlowHead])
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9}, {"processors": (lambda logits, progress: logits,)}])
+def test_what_only_ids_have_is_refused(kind, options):
+    head, position = drawn_head(kind), torch.arange(1)
+    with pytest.raises(ValueError, match="these tokens are continuous"):
+        head.draw(
+            torch.zeros(1, 1, 8), (1,), guide=Unguided(), noise=SampleNoise(sample_seeds(0, 0, 1)), position=position,
+            rule=DrawRule(**options), progress=Progress(0, 1, 0, 1, 1),
+        )  # fmt: skip
+
+
 def test_the_diffusion_loss_by_hand():
     """Squared error of eps plus the Kullback-Leibler divergence in bits (the last step's bin: see MAR's golden)."""
     head, tables = drawn_head(DiffusionHead), chain()

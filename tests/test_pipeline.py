@@ -1,6 +1,7 @@
 """Pipeline and sampling command: sameness, saving and loading, what is written, and its mistakes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,14 @@ import torch
 from generators import CLASSES, make
 from PIL import Image
 
+from vgen.guidance import guidance
+from vgen.heads import DrawRule
+from vgen.models.llamagen import LlamaGen
 from vgen.pipeline import Pipeline
 from vgen.sampling import plan, sample
-from vtok.checkpoint import CheckpointError, save_folder
+from vtok.checkpoint import CheckpointError, file_hash, save_folder
 from vtok.data.transforms import to_uint8
+from vtok.layout import SequenceLayout
 from vtok.models.cnn import CNNTokenizer
 from vtok.models.var import VARTokenizer
 from vtok.noise import sample_seeds
@@ -53,9 +58,6 @@ def test_images_are_the_same_for_any_number_of_them(pipeline):
 
 
 def test_across_chunk_sizes_the_tokens_are_the_same_in_float32(pipeline):
-    from vgen.guidance import guidance
-    from vgen.heads import DrawRule
-
     whole = pipeline.tokens(LABELS, SEEDS, guide=guidance(2.0), rule=DrawRule())
     for rows in (slice(0, 1), slice(3, 5)):
         assert torch.equal(
@@ -82,6 +84,27 @@ def test_mistakes_are_named(pipeline):
         Pipeline(generator, tokenizer)
 
 
+def test_a_generator_of_another_size_draws_at_its_own():
+    """Its tokens are those of the tokenizer at that size, and so are its pictures."""
+    _, tokenizer = parts("llamagen")
+    torch.manual_seed(0)
+    generator = LlamaGen(tokenizer.spec_for(64), CLASSES, depth=1, width=16, heads=2, multiple_of=8)
+    pipeline = Pipeline(generator, tokenizer, chunk=4)
+    images = pipeline(LABELS[:3], SEEDS[:3])
+    tokens = pipeline.tokens(LABELS[:3], SEEDS[:3], guide=guidance(1.0), rule=DrawRule())
+    assert images.shape == (3, 64, 64, 3)
+    assert torch.equal(images, to_uint8(tokenizer.decode(tokens, size=64)))
+
+
+def test_a_tokenizer_whose_tokens_lie_otherwise_is_refused():
+    """As many tokens of as many codes: only the order tells them apart."""
+    generator, tokenizer = parts("llamagen")
+    line = replace(generator.spec, layout=SequenceLayout.levels((1,) * generator.spec.layout.length))
+    other = LlamaGen(line, CLASSES, depth=1, width=16, heads=2, multiple_of=8, position="rope_1d")
+    with pytest.raises(ValueError, match="pass the tokenizer of that run"):
+        Pipeline(other, tokenizer)
+
+
 def exported(folder, name="llamagen"):
     generator, tokenizer = parts(name)
     save_folder(generator, folder, kind="generator", class_names=NAMES)
@@ -98,9 +121,6 @@ def test_folders_load_and_give_the_same_pictures(tmp_path, pipeline):
 
 
 def test_bf16_trunk_keeps_most_tokens(tmp_path):
-    from vgen.guidance import guidance
-    from vgen.heads import DrawRule
-
     exact, rough = (Pipeline.load(exported(tmp_path), dtype=t, chunk=64) for t in (torch.float32, torch.bfloat16))
     assert rough.generator.trunk.blocks[0].ffn.up.weight.dtype == torch.bfloat16
     assert rough.generator.head.linear.weight.dtype == torch.float32
@@ -136,6 +156,16 @@ def test_grid_npz_and_folder_hold_the_same_images(tmp_path):
     record = json.loads((tmp_path / "a.metadata.json").read_text())
     assert record["classes"] == [3, 3, 3, 1, 1, 1] and record["chunk"] == 4 and record["guidance"] == 2.0
     assert len(record["checkpoint_sha256"]) == 64
+    assert record["tokenizer_sha256"] == file_hash(source / "tokenizer" / "model.safetensors")
+    dotted = tmp_path / "cfg1.5"  # no ending: a folder
+    sample(settings(source, dotted, **chosen))
+    assert sorted(f.name for f in dotted.glob("*.png")) == [f.name for f in files]
+    other = tmp_path / "other"
+    _, tokenizer = parts("llamagen")
+    tokenizer.last_layer.data.mul_(1.5)
+    save_folder(tokenizer, other, kind="tokenizer")
+    with pytest.raises(ValueError, match="another tokenizer_sha256"):
+        sample(settings(source, dotted, **chosen, tokenizer_from=str(other), overwrite=False))
 
 
 @pytest.mark.parametrize(
@@ -150,11 +180,13 @@ def test_grid_npz_and_folder_hold_the_same_images(tmp_path):
         ({"dtype": "int4"}, "choose float32"),
         ({"weights": "best"}, "choose ema or raw"),
         ({"chunk": 0}, "at least one image is computed"),
+        ({"out": "x.jpg"}, "give <name>.png"),
+        ({"out": "folder", "preview": "strip.png"}, "preview= goes with"),
     ],
 )
 def test_sampling_mistakes_are_named(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
-        sample(settings(exported(tmp_path), tmp_path / "x.png", **changes))
+        sample(settings(exported(tmp_path), **{"out": tmp_path / "x.png", **changes}))
 
 
 def test_folders_that_do_not_load(tmp_path):

@@ -173,6 +173,25 @@ def test_dead_codes_restart_at_vectors_of_the_batch(ema_decay):
     assert usage(counts) >= 0.9
 
 
+@pytest.mark.parametrize("restart", (0.0, 0.2))
+def test_a_vector_that_is_not_finite_leaves_no_trace(restart):
+    """on_nan=skip drops the step; the table is that of the same batch without it, restarts aside."""
+    torch.manual_seed(0)
+    one, two = (Codebook(vocab_size=8, channels=2, l2_norm=False, ema_decay=0.9, restart=restart) for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    for step in range(4):
+        z = torch.randn(60, 2, generator=torch.Generator().manual_seed(step))
+        bad = z.index_fill(0, torch.tensor([3, 7]), torch.nan)
+        kept = z[[i for i in range(60) if i not in (3, 7)]]
+        one.update(bad, nearest(bad, one.table()))
+        two.update(kept, nearest(kept, two.table()))
+        assert one.weight.isfinite().all() and one.sums.isfinite().all()
+        if not restart:
+            torch.testing.assert_close(one.state_dict(), two.state_dict())
+    one.update(torch.full((5, 2), torch.nan), torch.zeros(5, dtype=torch.int64))
+    assert one.weight.isfinite().all() and one.counts.isfinite().all()
+
+
 @pytest.mark.parametrize("l2_norm", (True, False))
 @pytest.mark.parametrize("ema_decay", (None, 0.9))
 def test_the_table_may_move_between_forward_and_backward(l2_norm, ema_decay):

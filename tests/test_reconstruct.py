@@ -54,6 +54,7 @@ def test_the_commands(tmp_path):
         assert arrays["tokens"].shape == (1, 16)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["images"] == 3 and report["unreadable"] == []
+    first = report
     (folder / "broken.png").write_bytes(b"no picture")
     before = (tmp_path / "out" / "a.png").stat().st_mtime_ns
     ran = command(*words)
@@ -63,8 +64,12 @@ def test_the_commands(tmp_path):
     assert ran.returncode == 0, ran.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["finished_earlier"] == 3 and report["unreadable"] == ["broken.png"]
+    assert report["psnr_mean"] == first["psnr_mean"]  # of copies that are there
     assert (tmp_path / "out" / "a.png").stat().st_mtime_ns == before
     (folder / "broken.png").unlink()
+    for changed, said in ((f"from={other}", "tokenizer="), ("seed=1", "seed=0"), (f"out={folder}", "would replace")):
+        ran = command(*words, changed)
+        assert ran.returncode == 2 and said in ran.stderr and "another" in ran.stderr, ran.stderr
     shared = [*words[:3], f"out={tmp_path / 'shared'}", "device=cpu", "num_tasks=2"]
     for task in (0, 1):
         ran = command(*shared, f"task_id={task}")

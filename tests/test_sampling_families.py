@@ -20,7 +20,7 @@ from vgen.sampling import sample
 from vtok.data.transforms import to_float, to_uint8
 from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES as TOKENIZERS
-from vtok.noise import sample_seeds
+from vtok.noise import SampleNoise, sample_seeds
 from vtok.tokenizer import Part, TokenSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +137,18 @@ def test_the_edit_command_keeps_the_black_part(name, photograph, tmp_path):
     assert (tmp_path / "edit.metadata.json").is_file()
 
 
+@pytest.mark.parametrize("name", ["dar", "flextok"])
+def test_decoders_that_draw_have_the_noise_of_each_image(name):
+    """Twice the same tokens are two pictures, each that of its own seed whatever stands beside it."""
+    pipeline, seeds = Pipeline(*pair(name), chunk=2, decode_chunk=1), sample_seeds(5, 0, 2)
+    tokens = pipeline.tokens(torch.tensor([0]), seeds[:1], guide=Unguided(), rule=DrawRule()).repeat(2, 1)
+    made = pipeline.decode(tokens, seeds)
+    assert (made[0] != made[1]).any() and torch.equal(made[1:], pipeline.decode(tokens[1:], seeds[1:]))
+    assert torch.equal(made[:1], pipeline.tokenizer.decode(tokens[:1], noise=SampleNoise(seeds[:1])))
+    drawn = pipeline(torch.zeros(2, dtype=torch.int64), seeds, rule=DrawRule(temperature=0))
+    assert (drawn[0] != drawn[1]).any()
+
+
 def test_prefixes_and_styles_are_reused(photograph, tmp_path):
     image = str(photograph / "image.png")
     folder = pair_folder("dar", tmp_path / "dar")
@@ -144,7 +156,8 @@ def test_prefixes_and_styles_are_reused(photograph, tmp_path):
     edit(config("edit", **{"from": str(folder), "task": "prefix", "keep": 8}, **common))
     pipeline = Pipeline.load(folder)
     tokens = pipeline.tokenizer.encode(to_float(cropped(image, 16))[None])
-    copy = to_uint8(pipeline.tokenizer.decode(tokens))[0].numpy()
+    noise = SampleNoise(sample_seeds(0, 0, 1))  # of D-AR's walk: the image's own
+    copy = to_uint8(pipeline.tokenizer.decode(tokens, noise=noise))[0].numpy()
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "edit.png")), copy)  # all 8 tokens are kept
     hita = pair_folder("hita", tmp_path / "hita")
     edit(config("edit", **{"from": str(hita), "task": "style", "style": image}, **common))

@@ -28,6 +28,7 @@ from vtok.config import instantiate
 from vtok.data.fake import Fake
 from vtok.layout import SequenceLayout
 from vtok.lit import NotFinite
+from vtok.resume import Checkpoints
 from vtok.tokenizer import Part, Tokenizer, TokenSpec
 from vtok.warmstart import warm_start
 
@@ -238,6 +239,17 @@ def test_best_is_the_best_validation(tmp_path):
     assert state(tmp_path, "best")["global_step"] == max(scores, key=scores.get) < 8
     kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*.ckpt"))
     assert len(kept) == 2 and "step_8.ckpt" in kept
+
+
+def test_the_best_value_of_another_metric_is_not_taken(tmp_path):
+    first = Checkpoints(tmp_path, every=1, monitor="val/loss", mode="min")
+    first.best = 0.12
+    for monitor, mode, want in (("val/loss", "min", 0.12), ("val/rfd", "min", None), ("val/loss", "max", None)):
+        second = Checkpoints(tmp_path, every=1, monitor=monitor, mode=mode)
+        second.load_state_dict(first.state_dict())
+        assert second.best == want
+    second.load_state_dict({"best": 3.0})  # of a checkpoint from before
+    assert second.best == 3.0
 
 
 def test_pictures_validation_and_saving_leave_no_trace(tmp_path):

@@ -119,7 +119,7 @@ def complete(
 ) -> Tensor:
     """uint8 images [B, H, W, 3] of a constrained canvas of B rows; labels: the null class (num_classes) for none."""
     tokens = pipeline.tokens(labels, seeds, guide=guide, rule=rule, canvas=canvas)
-    return to_uint8(pipeline.tokenizer.decode(tokens)).cpu()
+    return to_uint8(pipeline.decode(tokens, seeds)).cpu()
 
 
 def composite(edited: Tensor, original: Tensor, keep: Tensor) -> Tensor:

@@ -66,8 +66,7 @@ class FlowDraw:
         [n] or [B, n], keys the noise. start: x at time 1 where it is not fresh noise. The state is float64: forty
         small steps add up.
         """
-        if rule.top_k or rule.top_p != 1 or rule.processors:
-            raise ValueError("top_k, top_p and processors are for ids; these tokens are continuous: leave them out")
+        rule.require_continuous()
         if rule.solver is not None or rule.solver_steps is not None:
             return FlowDraw(rule.solver_steps or self.steps, rule.solver or self.solver)(
                 velocity,

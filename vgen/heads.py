@@ -42,6 +42,11 @@ class DrawRule:
             got = f"{self.temperature}, {self.top_k}, {self.top_p}"
             raise ValueError(f"temperature must be >= 0, top_k >= 0 and 0 < top_p <= 1, got {got}")
 
+    def require_continuous(self) -> None:
+        """ValueError where it asks for what only ids have."""
+        if self.top_k or self.top_p != 1 or self.processors:
+            raise ValueError("top_k, top_p and processors are for ids; these tokens are continuous: leave them out")
+
 
 def survivors(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """The logits that top-k, then top-p, leave, and their ids: both [.., k], best first, dropped ones at -inf."""

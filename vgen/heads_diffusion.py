@@ -130,6 +130,7 @@ class DiffusionHead(ContinuousHead):
 
         rule.temperature multiplies the noise that a step injects; noise stream 0 is the start, 1 + i that of step i.
         """
+        rule.require_continuous()
         if rule.solver is not None:
             raise ValueError(f"solver={rule.solver}: a diffusion head walks its chain; leave solver away")
         kept = spaced(rule.solver_steps or self.solver_steps)

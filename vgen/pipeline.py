@@ -6,6 +6,7 @@ same device type gives the same bytes for any number of images, any world size, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,14 +62,21 @@ class Pipeline:
             raise ValueError(f"chunk={chunk}: at least one image is computed at once")
         if decode_chunk is not None and (decode_chunk < 1 or chunk % decode_chunk):
             raise ValueError(f"decode_chunk={decode_chunk} must divide chunk={chunk}")
-        if tokenizer.spec.layout.length != generator.spec.layout.length or tokenizer.spec.parts != generator.spec.parts:
+        size, spec = generator.spec.image_size, tokenizer.spec
+        self.size: int | None = None  # side at which the tokenizer decodes; None: that of its own training
+        if size != spec.image_size:
+            with contextlib.suppress(ValueError):  # it has one size: then the comparison below decides
+                spec, self.size = tokenizer.spec_for(size), size
+        if (spec.layout, spec.parts) != (generator.spec.layout, generator.spec.parts):
             raise ValueError(
-                f"the tokenizer emits {tokenizer.spec.parts}, the generator was trained on {generator.spec.parts}; "
-                "pass the tokenizer of that run (tokenizer_from=)"
+                f"at {size} px the tokenizer emits {spec.parts} in {spec.layout}, the generator was trained on "
+                f"{generator.spec.parts} in {generator.spec.layout}; pass the tokenizer of that run (tokenizer_from=)"
             )
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
         self.chunk, self.class_names = chunk, class_names or []
-        self.weight_file: Path | None = None  # where the generator's weights were read, for records
+        # where the weights were read, for records
+        self.weight_file: Path | None = None
+        self.tokenizer_file: Path | None = None
         self.sampler = GraphSampler(self.generator) if cuda_graphs else generator.sampler
         self.decode_chunk = decode_chunk or chunk
         self.decoder_dtype = decoder_dtype
@@ -110,14 +118,14 @@ class Pipeline:
             given = None if weights in ("ema", "raw", None) else weights
             inside = "raw" if weights == "raw" else None
             loaded, shown = load_generator(path, given, tokenizer, inside=inside, accept_license=accept_license)
-            generator, decoder, file = loaded.module, shown.module, loaded.file
+            generator, decoder, files = loaded.module, shown.module, (loaded.file, shown.file)
         else:
             if str(path).startswith("hf:"):
                 from vgen.hub import download
 
                 path = download(path)
             known = Families(FAMILIES, trust)
-            generator, decoder, names, file = _from_disk(path, weights, tokenizer, known)
+            generator, decoder, names, files = _from_disk(path, weights, tokenizer, known)
         light_weights(generator.to(device), dtype, quant=quant, packed=packed)
         decoder.to(device)
         if packed is not False:
@@ -131,7 +139,7 @@ class Pipeline:
             decoder_dtype=decoder_dtype,
             decode_chunk=decode_chunk,
         )
-        pipeline.weight_file = file
+        pipeline.weight_file, pipeline.tokenizer_file = files
         return pipeline
 
     @property
@@ -163,9 +171,15 @@ class Pipeline:
         )
         return generator.restore(canvas)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images float32 [B, 3, H, W] of tokens [B, L], `decode_chunk` of them at once."""
-        return decode_images(self.tokenizer, tokens, dtype=self.decoder_dtype, at_once=self.decode_chunk)
+    def decode(self, tokens: Tensor, seeds: Tensor | None = None, *, keep: int | None = None) -> Tensor:
+        """Images float32 [B, 3, H, W] of tokens [B, L], `decode_chunk` of them at once.
+
+        seeds int64 [B]: of decoders that draw, such as flows; None starts all images from one noise. keep: tokens of a
+        prefix, for tokenizers that decode them.
+        """
+        noise = None if seeds is None else SampleNoise(seeds.to(tokens.device))
+        options = dict(dtype=self.decoder_dtype, at_once=self.decode_chunk, noise=noise, size=self.size, keep=keep)
+        return decode_images(self.tokenizer, tokens, **options)
 
     @torch.no_grad()
     def __call__(
@@ -200,7 +214,7 @@ class Pipeline:
             stop = min(start + self.chunk, len(labels))
             index = torch.arange(start, start + self.chunk).clamp(max=stop - 1)  # padding repeats the last image
             tokens = self.tokens(labels[index], seeds[index], guide=guide, rule=rule)
-            decoded = self.decode(tokens)
+            decoded = self.decode(tokens, seeds[index])
             if size is not None:
                 decoded = functional.interpolate(decoded.float(), (size, size), mode="bicubic")
             images = to_uint8(decoded)[: stop - start].cpu()
@@ -213,7 +227,7 @@ class Pipeline:
 
 
 def _from_disk(path: str | os.PathLike, weights: str, tokenizer: str | os.PathLike | None, families: Families) -> tuple:
-    """(generator, tokenizer, class names, file of the generator's weights) of a run, a .ckpt or a folder."""
+    """(generator, tokenizer, class names, the files of both's weights) of a run, a .ckpt or a folder."""
     generator = load_module(path, families, weights)
     if not isinstance(generator, Generator):
         raise CheckpointError(f"{path} holds a tokenizer ({type(generator).__name__}): give a generator's run")
@@ -228,7 +242,8 @@ def _from_disk(path: str | os.PathLike, weights: str, tokenizer: str | os.PathLi
     decoder = load_module(place, families, "ema")
     if not isinstance(decoder, Tokenizer):
         raise CheckpointError(f"{place} holds a {type(decoder).__name__}, expected a tokenizer")
-    return generator, decoder, list(described.get("class_names") or []), file
+    files = file, Path(place) / "model.safetensors" if is_folder(place) else find_checkpoint(place)
+    return generator, decoder, list(described.get("class_names") or []), files
 
 
 def _guide(value: Guidance | float) -> Guidance:

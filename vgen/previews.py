@@ -49,10 +49,11 @@ def preview_ends(generator: Generator, tokenizer: Tokenizer) -> list[int]:
     return [ends[k] for k in shown]
 
 
-def previews(pipeline: Pipeline, tokens: Tensor) -> Tensor:
-    """uint8 [B, K, H, W, 3], the picture after each of K steps, of tokens [B, L] in the tokenizer's order."""
+def previews(pipeline: Pipeline, tokens: Tensor, seeds: Tensor | None = None) -> Tensor:
+    """uint8 [B, K, H, W, 3], the picture after each of K steps, of tokens [B, L] in the tokenizer's order. seeds int64
+    [B]: as in Pipeline.decode."""
     ends = preview_ends(pipeline.generator, pipeline.tokenizer)
-    return torch.stack([to_uint8(pipeline.tokenizer.decode(tokens, keep=end)).cpu() for end in ends], dim=1)
+    return torch.stack([to_uint8(pipeline.decode(tokens, seeds, keep=end)).cpu() for end in ends], dim=1)
 
 
 def tiled(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] = ()) -> Image.Image:
@@ -74,12 +75,12 @@ def tiled(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] = ()) -> I
 class Previews:
     """Collects the tokens of the first images of a run of the Pipeline and writes their pictures to `path`.
 
-    .png: a strip, a row an image and a column a step, titled with the tokens so far; .gif: an animation. Raises
-    ValueError at once for another ending, and where the steps have no pictures.
+    seeds: of the run's images. .png: a strip, a row an image and a column a step, titled with the tokens so far; .gif:
+    an animation. Raises ValueError at once for another ending, and where the steps have no pictures.
     """
 
-    def __init__(self, pipeline: Pipeline, path: str | Path) -> None:
-        self.pipeline, self.path, self.tokens = pipeline, Path(path), []
+    def __init__(self, pipeline: Pipeline, path: str | Path, seeds: Tensor | None = None) -> None:
+        self.pipeline, self.path, self.seeds, self.tokens = pipeline, Path(path), seeds, []
         if self.path.suffix not in (".png", ".gif"):
             raise ValueError(f"preview={path}: the ending must be .png (a strip) or .gif")
         self.ends = preview_ends(pipeline.generator, pipeline.tokenizer)
@@ -91,7 +92,9 @@ class Previews:
 
     def frames(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N, K, H, W, 3]; the last ones are `images` uint8 [.., H, W, 3], which a larger batch has decoded."""
-        found = previews(self.pipeline, torch.cat(self.tokens)).numpy()
+        tokens = torch.cat(self.tokens)
+        seeds = None if self.seeds is None else self.seeds[: len(tokens)]
+        found = previews(self.pipeline, tokens, seeds).numpy()
         found[:, -1] = images[: len(found)]
         return found
 

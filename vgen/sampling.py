@@ -26,15 +26,23 @@ from vtok.noise import sample_seeds
 from vtok.sharing import without_places
 
 GRID_CLASSES = 10
+FILES = (".png", ".npz")  # endings of out= that mean one file; anything else is a folder
+PICTURES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # which nobody means as a folder
+PREVIEW = "; preview= goes with a grid or an npz file"
 
 
 def sample(config: Mapping[str, Any]) -> Path:
     """Run the command of configs/sample.yaml; returns the file or folder written."""
     out = Path(config["out"])
     task = task_from_environment(config.get("task_id"), config.get("num_tasks"), os.environ)
-    if task[1] > 1 and out.suffix:
+    single = out.suffix in FILES  # a dot in the name of a folder is no ending: outputs/cfg1.5
+    if out.suffix.lower() in PICTURES or (not single and config.get("preview")):
+        raise ValueError(
+            f"out={out}: give <name>.png (a grid), <name>.npz, or a folder" + PREVIEW * bool(config.get("preview"))
+        )
+    if task[1] > 1 and single:
         raise ValueError(f"out={out} is one file, and {task[1]} processes share the work: give out=<folder>")
-    if out.exists() and not config["overwrite"] and out.suffix:
+    if out.exists() and not config["overwrite"] and single:
         raise ValueError(f"{out} exists; pass overwrite=true or another out=")
     device = resolve_device(config["device"])
     dtype, decoder_dtype = (resolve_dtype(config.get(name, "float32")) for name in ("dtype", "decoder_dtype"))
@@ -63,11 +71,12 @@ def sample(config: Mapping[str, Any]) -> Path:
     labels = plan(config["classes"], config["per_class"], config["num_images"], known, names, grid=out.suffix == ".png")
     seeds = sample_seeds(int(config["seed"]), 0, len(labels))
     evaluation = published_evaluation(config["from"])
-    preview = Previews(pipeline, config["preview"]) if config.get("preview") else None
+    preview = Previews(pipeline, config["preview"], seeds) if config.get("preview") else None
     record = {
         "command": "python sample.py " + without_places(" ".join(sys.argv[1:])),
         "from": without_places(str(config["from"])),
         "checkpoint_sha256": file_hash(pipeline.weight_file),
+        "tokenizer_sha256": file_hash(pipeline.tokenizer_file),
         "weights": config["weights"],
         "num_images": len(labels),
         "classes": labels.tolist(),
@@ -80,9 +89,7 @@ def sample(config: Mapping[str, Any]) -> Path:
         "torch": torch.__version__,
         **({"evaluation": evaluation} if evaluation else {}),
     }
-    if not out.suffix:
-        if preview is not None:
-            raise ValueError("preview= goes with a grid or an npz file: give out=<name>.png")
+    if not single:
         chunks = Chunks(out, labels, size=pipeline.chunk, task=task)
         chunks.claim(record, overwrite=bool(config["overwrite"]))
         todo = chunks.left()
@@ -113,14 +120,17 @@ PLAIN |= {"steps": None, "solver_steps": None, "solver": None}
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """How to draw: what the config says, else what the paper of a zoo model says (printed), else PLAIN.
 
-    A schedule given without schedule_options has none: the paper's belong to its own schedule.
+    A schedule given without schedule_options has none: the paper's belong to its own schedule. So do guidance=1, which
+    is off, and the paper's schedule.
     """
     chosen, found = {k: config.get(k) for k in PLAIN}, dict(PLAIN)
     name, paper = published_settings(config.get("from"))
     if paper:
         found |= paper
-        if chosen["schedule"] not in (None, found["schedule"]):
+        if chosen["schedule"] is not None:
             found["schedule_options"] = {}
+        elif chosen["guidance"] == 1 and chosen["schedule_options"] is None:
+            found |= {"schedule": "constant", "schedule_options": {}}
     found |= {k: v for k, v in chosen.items() if v is not None}
     found["schedule_options"] = dict(found["schedule_options"])
     if name:
@@ -132,12 +142,14 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def published_settings(source: str | os.PathLike | None) -> tuple[str, dict[str, Any]]:
-    """(name, the paper's settings or {}) of a zoo model or of a folder that scripts/convert.py wrote from one."""
+    """(name, the paper's settings or {}) of a zoo model, or of a folder (also on the hub) that scripts/convert.py wrote
+    from one."""
     if str(source).startswith("zoo:"):
         from vgen.published import entry_of
 
         entry = entry_of(source)
         return entry.name, dict(getattr(entry, "sampling", None) or {})
+    source = _local(source)
     if source is not None and is_folder(source):
         described = read_config(source)
         return str((described.get("converted_from") or {}).get("zoo") or ""), dict(described.get("sampling") or {})
@@ -145,14 +157,28 @@ def published_settings(source: str | os.PathLike | None) -> tuple[str, dict[str,
 
 
 def published_evaluation(source: str | os.PathLike) -> dict[str, Any]:
-    """What a zoo model was reported with: size, how it was brought to 256 px, evaluator, FID. Empty for others."""
+    """What a zoo model, or a folder converted from one, was reported with: size, how it was brought to 256 px,
+    evaluator, FID. Empty for others."""
     if not str(source).startswith("zoo:"):
-        return {}
+        source = _local(source)
+        name = (read_config(source).get("converted_from") or {}).get("zoo") if is_folder(source) else None
+        if not name:
+            return {}
+        source = f"zoo:{name}"
     from vgen.published import entry_of
 
     entry = entry_of(source)
     names = ("image_size", "resize", "evaluator", "fid", "inception_score", "source")
     return {"name": entry.name, **{name: getattr(entry, name, None) for name in names}}
+
+
+def _local(source: str | os.PathLike | None) -> str | os.PathLike | None:
+    """The downloaded folder of hf:<owner>/<name>; anything else as it is."""
+    if not str(source).startswith("hf:"):
+        return source
+    from vgen.hub import download
+
+    return download(str(source))
 
 
 def rule_and_guidance(drawn: Mapping[str, Any]) -> tuple[DrawRule, Guidance]:
@@ -200,14 +226,12 @@ def _class_index(value: int | str, known: int, names: Sequence[str]) -> int:
 
 
 def write(out: Path, images: np.ndarray, labels: Tensor, names: Sequence[str], record: Mapping[str, Any]) -> None:
-    """Images uint8 [N, H, W, 3] as the ending of `out` says, with the record beside them."""
+    """Images uint8 [N, H, W, 3] as the ending of `out` (of FILES) says, with the record beside them."""
     if out.suffix == ".png":
         picture = labelled_grid(images, labels.tolist(), names)
         write_atomic(out, lambda file: picture.save(file, "PNG"))
-    elif out.suffix == ".npz":
-        write_atomic(out, lambda file: np.savez_compressed(file, arr_0=images, arr_1=labels.numpy()))
     else:
-        raise ValueError(f"out={out}: the ending must be .png, .npz, or none for a folder")
+        write_atomic(out, lambda file: np.savez_compressed(file, arr_0=images, arr_1=labels.numpy()))
     write_json(out.with_suffix(".metadata.json"), record)
 
 

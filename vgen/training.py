@@ -60,7 +60,7 @@ def train(config: DictConfig) -> float | None:
     config = settle(config)
     quiet()
     folder, trust = Path(config.run_dir), tuple(config.trust)
-    main = all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    main = _is_main()
     say = functools.partial(print, flush=True) if main else lambda *_: None
     on_cpu = config.trainer.accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if config.precision.startswith("bf16") and on_cpu and not cpu_has_bf16():
@@ -143,9 +143,10 @@ def settle(config: DictConfig) -> DictConfig:
     if config.precision == "auto":
         fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and config.trainer.accelerator != "cpu"
         config.precision = "bf16-mixed" if fast else "32-true"
-    if config.precision not in ("32-true", "bf16-mixed", "bf16-true", "64-true"):
-        # fp16 needs a loss scaler around both optimizers of a GAN; bf16 needs none
-        raise ValueError(f"precision={config.precision}: choose auto, 32-true, bf16-mixed, bf16-true or 64-true")
+    if config.precision not in ("32-true", "bf16-mixed", "64-true"):
+        # fp16 needs a loss scaler around both optimizers of a GAN; bf16 needs none. bf16-true would round the moving
+        # averages' small steps away
+        raise ValueError(f"precision={config.precision}: choose auto, 32-true, bf16-mixed or 64-true")
     return config
 
 
@@ -250,6 +251,7 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
             bar=config.bar,
             operations=training_operations(lit.module),
         ),
+        DataWatch(timeout=config.get("data_timeout")),  # before all that may take long while a batch is there
     ]
     sharded = (
         OmegaConf.is_dict(config.trainer.strategy) and config.trainer.strategy.get("_target_") == "vtok.fsdp.Sharded"
@@ -264,11 +266,14 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
         if isinstance(lit, LitTokenizer) and lit.module.spec.discrete:
             callbacks.append(CodeUse(folder / "pictures"))
     own = [instantiate(c, trust=trust, _convert_="all") for c in (config.callbacks or {}).values()]
+    if sharded and any(getattr(callback, "whole_weights", False) for callback in own):
+        raise ValueError(
+            "trainer=fsdp: callbacks=fd and rfd need whole weights; pass trainer=ddp, or run eval.fid later"
+        )
     known = [f"val/{name}" for name in lit.monitors] + [m for c in own for m in getattr(c, "monitors", ())]
     if config.monitor.removesuffix("_raw") not in known:
         raise ValueError(f"monitor={config.monitor}: choose one of {', '.join(known)}")
     callbacks += own
-    callbacks.append(DataWatch(timeout=config.get("data_timeout")))
     if config.save:
         callbacks.append(
             Checkpoints(
@@ -320,12 +325,20 @@ def build_loggers(config: DictConfig, folder: Path, trust: tuple[str, ...], *, f
 
 
 def _wandb_id(folder: Path, fresh: bool) -> str:
-    """The run's id at W&B, kept in the run directory, so that a resumed run goes on in the same plot."""
+    """The run's id at W&B, kept in the run directory, so that a resumed run goes on in the same plot. Only the process
+    that logs writes it."""
     file = folder / "wandb_id.txt"
+    if not _is_main():
+        return "unused"
     if fresh or not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(os.urandom(4).hex() + "\n")
     return file.read_text().strip()
+
+
+def _is_main() -> bool:
+    """Whether this is the process that writes, before a Trainer exists to say so."""
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def _choice(group: str) -> str:

@@ -40,8 +40,13 @@ def decode_images(
     dtype: torch.dtype = torch.float32,
     at_once: int | None = None,
     noise: SampleNoise | None = None,
+    size: int | None = None,
+    keep: int | None = None,
 ) -> Tensor:
-    """Images float32 [B, 3, H, W] of tokens [B, ..], `at_once` of them at a time. dtype bfloat16: under autocast."""
+    """Images float32 [B, 3, H, W] of tokens [B, ..], `at_once` of them at a time. dtype bfloat16: under autocast.
+
+    noise, size, keep: see Tokenizer.decode; keep only for tokenizers of prefixes.
+    """
     light, pieces = dtype != torch.float32, tokens.split(at_once or len(tokens))
     count("decode.bfloat16" if light else "decode.float32")
     if next((m for m in tokenizer.modules() if isinstance(m, nn.Conv2d) and _is_channels_last(m)), None) is not None:
@@ -49,7 +54,9 @@ def decode_images(
     images, start = [], 0
     with torch.autocast(tokens.device.type, dtype, enabled=light):
         for part in pieces:
-            drawn = {} if noise is None else {"noise": noise.rows(slice(start, start + len(part)))}
+            drawn = {} if keep is None else {"keep": keep}
+            drawn |= {} if size is None else {"size": size}
+            drawn |= {} if noise is None else {"noise": noise.rows(slice(start, start + len(part)))}
             images.append(tokenizer.decode(part, **drawn).float())
             start += len(part)
     return torch.cat(images)

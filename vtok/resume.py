@@ -96,10 +96,12 @@ class Checkpoints(L.Callback):
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "monitor": self.monitor, "mode": self.mode}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        # the best value of another metric says nothing; checkpoints of before have no name of theirs
+        same = (state_dict.get("monitor", self.monitor), state_dict.get("mode", self.mode)) == (self.monitor, self.mode)
+        self.best = state_dict["best"] if same else None
 
     # --- signals
 

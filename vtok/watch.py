@@ -78,8 +78,8 @@ class PeerWatch(L.Callback):
 class DataWatch(L.Callback):
     """Reports a loader that gives no batch, and raises Stalled after `timeout` seconds (None: only reports).
 
-    It needs no thread: an alarm signal interrupts the wait itself. Off outside of the main thread and where there are
-    no such signals (Windows).
+    It stands before the callbacks that draw and measure, whose time is no waiting. It needs no thread: an alarm signal
+    interrupts the wait itself. Off outside of the main thread and where there are no such signals (Windows).
     """
 
     def __init__(self, *, timeout: float | None = 1800, every: float | None = None) -> None:
@@ -127,6 +127,9 @@ class DataWatch(L.Callback):
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._wait(trainer)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._got()  # what other callbacks measure now takes its time and waits for no loader
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._wait(trainer)

@@ -6,11 +6,12 @@ Source: Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Image
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
-from vtok.data.files import OnBadImage, cached
+from vtok.data.files import OnBadImage, cached, one_at_a_time
 from vtok.data.imagefolder import file_source, find
 from vtok.data.module import ImageData
 from vtok.data.sources import ArraySource, Source, Sources
@@ -77,7 +78,8 @@ class Cifar10(ImageData):
         from torchvision.datasets import CIFAR10
 
         try:
-            data = CIFAR10(str(self.folder), train=train, download=self.download)
+            with one_at_a_time(self.folder / "download.lock") if self.download else nullcontext():
+                data = CIFAR10(str(self.folder), train=train, download=self.download)
         except (OSError, RuntimeError) as error:  # no network, a broken download, damaged files
             raise ValueError(
                 f"CIFAR-10 could not be read from or downloaded to {self.folder} ({str(error).splitlines()[0]:.150}); "

@@ -74,7 +74,7 @@ def extract(
         "dtype": dtype_of(spec, dtype),
         "class_names": data.class_names,
     }
-    _claim(
+    claim(
         out,
         common | {"crops": crops, "shard_size": shard_size, "data": {s: _names_hash(v[0]) for s, v in sources.items()}},
     )
@@ -161,8 +161,8 @@ def _encode(
     return np.concatenate(codes), np.concatenate(labels)
 
 
-def _claim(out: Path, recipe: dict) -> None:
-    """Write recipe.json, or raise ValueError where the folder was begun with another one."""
+def claim(out: Path, recipe: dict, *, what: str = "codes") -> None:
+    """Write recipe.json, or raise ValueError where the folder of `what` was begun with another one."""
     path, recipe = out / "recipe.json", json.loads(json.dumps(recipe, default=str))
     if path.is_file():
         try:
@@ -175,7 +175,9 @@ def _claim(out: Path, recipe: dict) -> None:
             shown = [str(r.get(name))[:80] for r in (found, recipe)]
             if name == "tokenizer":
                 shown = [str(r.get(name, {}).get("sha256"))[:16] for r in (found, recipe)]
-            raise ValueError(f"out={out} holds codes with {name}={shown[0]}, asked for {shown[1]}; choose another out=")
+            raise ValueError(
+                f"out={out} holds {what} with {name}={shown[0]}, asked for {shown[1]}; choose another out="
+            )
     write_json(path, recipe)
 
 

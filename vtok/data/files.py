@@ -11,11 +11,13 @@ import hashlib
 import io
 import logging
 import os
+import shutil
 import struct
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -24,8 +26,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from vtok.checkpoint import full_disk, no_space
 from vtok.data.sources import ArraySource, Mapped
 from vtok.data.transforms import center_crop, to_rgb
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 log = logging.getLogger("vtok.data")
 
@@ -203,14 +211,45 @@ def cached(source: FileSource, size: int, cache_dir: Path) -> ArraySource:
     """
     stem = f"images-{size}-{source.fingerprint()[:24]}"
     images, labels = cache_dir / f"{stem}.npy", cache_dir / f"{stem}-labels.npy"
-    if not _complete(images, (len(source), size, size, 3)) or not labels.is_file():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        for stale in cache_dir.glob(f"{stem}*.tmp.*"):
-            if time.time() - stale.stat().st_mtime > 3600:  # left by a killed run; a live one writes all the time
-                stale.unlink(missing_ok=True)
-        _decode(source, size, images, labels)
+
+    def there() -> bool:
+        return _complete(images, (len(source), size, size, 3)) and labels.is_file()
+
+    if not there():
+        with one_at_a_time(cache_dir / f"{stem}.lock"):
+            if not there():  # another process of this machine has made it meanwhile
+                for stale in cache_dir.glob(f"{stem}*.tmp.*"):
+                    if (
+                        time.time() - stale.stat().st_mtime > 3600
+                    ):  # left by a killed run; a live one writes all the time
+                        stale.unlink(missing_ok=True)
+                _decode(source, size, images, labels)
     table = np.load(labels, allow_pickle=False)
     return ArraySource(Mapped(images), table[0], source.names, native=bool(table[1].all()))
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits until no other process of this machine is in here with the same path, a file that is left there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released with the file, also of a killed process
+        yield
+
+
+def _reserve(path: Path) -> None:
+    """Take the disk for all of a file that is written through memory, where a full disk would be a bus error."""
+    size = path.stat().st_size
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if (number := full_disk(error)) is None:
+                return  # a file system that cannot reserve
+            raise no_space(number, path, size, shutil.disk_usage(path.parent).free) from None
 
 
 def _decode(source: FileSource, size: int, images: Path, labels: Path) -> None:
@@ -219,6 +258,7 @@ def _decode(source: FileSource, size: int, images: Path, labels: Path) -> None:
     table = np.zeros((2, len(source)), np.int64)
     try:
         array = np.lib.format.open_memmap(parts[0], mode="w+", dtype=np.uint8, shape=(len(source), size, size, 3))
+        _reserve(parts[0])
 
         def decode(index: int) -> None:
             image, label = source[index]

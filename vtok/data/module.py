@@ -9,6 +9,7 @@ exists that a checkpoint would have to hold. On resume the loader starts at the 
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -92,17 +93,31 @@ def block_order(blocks: np.ndarray, generator: torch.Generator, window: int = WI
 
 
 class EvaluationBatches(Sampler[list[Position]]):
-    """Every item once over all ranks, in order: rank r takes r, r + world, ...; nothing is padded or repeated."""
+    """Every item once over all ranks, in order: rank r takes r, r + world, ...; nothing is padded or repeated.
+
+    All ranks have as many batches, since sharded weights are gathered by all of them together: a rank with fewer items
+    takes smaller batches; where a batch is one item, one of a rank with more may hold two.
+    """
 
     def __init__(self, *, size: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.indices, self.batch_size = range(rank, size, world), batch_size
+        if size < world:
+            raise ValueError(
+                f"{size} held-out images are fewer than the {world} processes: raise data.limit_val, give more images, "
+                "or use fewer processes"
+            )
+        self.indices = range(rank, size, world)
+        most = -(-size // world)
+        count = min(-(-most // batch_size), size // world)
+        self.bounds = [*range(0, len(self.indices), batch_size), len(self.indices)]
+        if len(self.bounds) - 1 != count:
+            self.bounds = [len(self.indices) * k // count for k in range(count + 1)]
 
     def __iter__(self) -> Iterator[list[Position]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, i) for i in self.indices[start : start + self.batch_size]]
+        for start, stop in itertools.pairwise(self.bounds):
+            yield [(0, i) for i in self.indices[start:stop]]
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return len(self.bounds) - 1
 
 
 def micro_batch_size(batch_size: int, accumulate: int, world: int) -> int:

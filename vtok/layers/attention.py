@@ -157,7 +157,7 @@ class Attention(nn.Module):
             if not together:
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             if added is not None:
-                added = added.view(*added.shape[:-1], self.heads, -1).transpose(-2, -3)
+                added = added.to(q.dtype).view(*added.shape[:-1], self.heads, -1).transpose(-2, -3)
                 q, k = q + added, k + added
         if cache is not None:
             k, v = cache.extend(layer, k, v)

@@ -65,18 +65,24 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: Tensor, ids: Tensor) -> None:
-        """Take a training batch into account: vectors float32 [N, C] and the codes int64 [N] they were given."""
+        """Take a training batch into account: vectors float32 [N, C] and the codes int64 [N] they were given.
+
+        A vector that is not finite is left out: the step of it may be dropped (on_nan=skip), the table stays.
+        """
         if not self.tracks:
             return
         decay = 0.99 if self.ema_decay is None else self.ema_decay
-        self.counts.lerp_(count_ids(ids, len(self.counts)), 1 - decay)
+        good = vectors.isfinite().all(-1)
+        counted = count_ids(ids.where(good, len(self.counts)), len(self.counts) + 1)[:-1]
+        self.counts.lerp_(counted, 1 - decay)
         if self.ema_decay is not None:
+            vectors = vectors.where(good.unsqueeze(1), 0)
             sums = torch.zeros_like(self.sums).index_add_(0, ids, vectors.to(self.sums.dtype))
             self.sums.lerp_(all_sum(sums), 1 - decay)
             used = self.counts.unsqueeze(1) > 1e-5
             self.weight.copy_(torch.where(used, self.sums / self.counts.clamp(min=1e-5).unsqueeze(1), self.weight))
         if self.restart:
-            self._restart(vectors)
+            self._restart(vectors.masked_fill(~good.unsqueeze(1), torch.nan))
 
     def _restart(self, vectors: Tensor) -> None:
         threshold = self.restart * self.counts.mean()
@@ -88,6 +94,7 @@ class Codebook(nn.Module):
         rank = dead.long().cumsum(0) - 1
         dead &= rank < len(candidates)
         fresh = candidates[rank.clamp(0, len(candidates) - 1)]
+        dead &= fresh.isfinite().all(-1)
         self.weight.copy_(torch.where(dead.unsqueeze(1), fresh, self.weight))
         # twice the threshold: a new code has log(2) / (1 - decay) batches to find users
         self.counts.copy_(torch.where(dead, 2 * threshold, self.counts))
