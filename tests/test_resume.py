@@ -165,6 +165,11 @@ def test_changed_settings_are_named(tmp_path, capsys):
     assert "seed: 0 -> 5" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"dropout=0.2.*init_from"):
         run(*TOKENIZER, "steps=3", "tokenizer.dropout=0.1", f"run_dir={tmp_path}", "resume=last")
+    before = (tmp_path / "config.yaml").read_text()
+    for change, name in (("ema=null", "ema"), ("objective.gan=null", "objective.gan")):
+        with pytest.raises(CheckpointError, match=rf"has, unlike this run, {name}.*change them back"):
+            run(*TOKENIZER, "steps=3", change, "resume=last", f"run_dir={tmp_path}")
+    assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_checkpoints_load_without_their_configuration(straight):

@@ -73,7 +73,7 @@ def train(config: DictConfig) -> float | None:
         checkpoint_blocks(lit.module)
     if config.get("compile", False):
         compile_blocks(lit.module)
-    step = runs.check_same(resumed, lit.kind, describe(lit.module)) if resumed else 0
+    step = runs.check_same(resumed, lit.kind, describe(lit.module), lit.state_dict()) if resumed else 0
     if config.init_from and resumed is None:
         known = Families(FAMILIES, trust)
         warm = warm_start(lit.module, config.init_from, known, class_names=data.class_names)

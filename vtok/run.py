@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from vtok import pieces
 from vtok.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -118,8 +119,11 @@ def resume_from(
     return found
 
 
-def check_same(path: Path, kind: str, description: Mapping[str, Any]) -> int:
-    """Raise CheckpointError unless the checkpoint is of this module; returns its optimizer step."""
+def check_same(path: Path, kind: str, description: Mapping[str, Any], keys: Collection[str] = ()) -> int:
+    """Raise CheckpointError unless the checkpoint is of this module; returns its optimizer step.
+
+    keys: of the state that it will be loaded into, with the averages and the objective's networks.
+    """
     data = read_checkpoint(path, tensors=False)
     if missing := {"pytorch-lightning_version", "optimizer_states", "callbacks", "loops"} - set(data):
         raise CheckpointError(
@@ -137,6 +141,13 @@ def check_same(path: Path, kind: str, description: Mapping[str, Any]) -> int:
             raise CheckpointError(
                 f"{path} was made with {name}={theirs.get(name)!r:.120}, this run has {ours.get(name)!r:.120}; "
                 "a resume cannot change the module: use init_from"
+            )
+    if keys and pieces.folder_of(data, path) is None:
+        lacks, more = sorted(set(keys) - set(data["state_dict"])), sorted(set(data["state_dict"]) - set(keys))
+        if lacks or more:
+            raise CheckpointError(
+                f"{path} {'lacks' if lacks else 'has, unlike this run,'} {(lacks or more)[0]}: a resume cannot change "
+                "which averages and networks there are (ema, objective, teacher); change them back, or use init_from"
             )
     return int(data["global_step"])
 
