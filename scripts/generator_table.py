@@ -268,6 +268,8 @@ def page(found: list[Mapping[str, Any]]) -> str:
     if slow:
         lines += ["", "## Does not learn yet", "", *markdown(COLUMNS, slow)]
         lines += ["", f"Wanted: {MARGIN} below the baseline and a class accuracy of {ACCURACY}."]
+    if left := [name for name in FAMILIES if name not in {row["family"] for row in found}]:
+        lines += ["", f"Not measured yet: {', '.join(left)}."]
     for row in ranked:
         lines += ["", f"`{row['family']}`: {row['note']}."] if row.get("note") else []
     return "\n".join(lines) + "\n"
