@@ -46,6 +46,7 @@ def results_folder(source: str) -> Path:
 
 def weights_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 of the weight file of `from`, without loading it."""
+    from vgen.pipeline import local
     from vgen.sampling import checkpoint_hash
     from vtok.checkpoint import file_hash
 
@@ -55,11 +56,7 @@ def weights_hash(config: Mapping[str, Any]) -> str:
 
         given = None if config["weights"] in ("ema", "raw", None) else config["weights"]
         return file_hash(locate(entry_of(source), given, accept_license=bool(config.get("accept_license", False))))
-    if source.startswith("hf:"):
-        from vgen.hub import download
-
-        return checkpoint_hash(download(source))
-    return checkpoint_hash(source)
+    return checkpoint_hash(local(source))
 
 
 def sample_size(config: Mapping[str, Any]) -> int | None:

@@ -24,9 +24,10 @@ from vtok.checkpoint import write_atomic, write_json
 from vtok.cli import entry
 
 # other keys of eval.fid by which results of one folder must agree
-SAME = ("protocol", "reference", "data", "images", "labels", "class_accuracy", "kid", "manifold", "tokenizer_from")
-SAME += ("schedule_options", "solver", "sample_size", "chunk", "dtype", "extractor", "weights_path", "splits")
-SAME += ("permutation",)
+SAME = (
+    "protocol", "reference", "data", "images", "labels", "class_accuracy", "kid", "manifold", "tokenizer_from",
+    "schedule_options", "solver", "sample_size", "chunk", "dtype", "extractor", "weights_path", "splits", "permutation",
+)  # fmt: skip
 AXES = ("guidance", "schedule", "temperature", "top_k", "top_p", "steps", "solver_steps", "seed", "weights")
 
 

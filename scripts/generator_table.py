@@ -53,7 +53,8 @@ class Family:
 UNOFFICIAL = "unofficial"
 # What 10 CPU-minutes can teach: of C floating-point operations a model has most when it passes about 20 tokens for each
 # parameter (Hoffmann et al., arXiv 2203.15556), and C is 2e13 to 1e14 here.
-NARROW = ["model.depth=4", "model.width=128", "model.heads=4"]
+WIDTH = ["model.width=128", "model.heads=4"]
+NARROW = ["model.depth=4", *WIDTH]
 DRY = ["model.token_dropout=0", "model.dropout=0"]  # a small budget sees every image once or twice
 FAMILIES: dict[str, Family] = {
     "llamagen": Family("cnn_vq", ["model=llamagen_small", *NARROW, *DRY]),
@@ -81,10 +82,10 @@ FAMILIES: dict[str, Family] = {
         "titok", ["model=maskgit_small", *NARROW, "model.hidden=512"], ["guidance=6.0", "temperature=4.0", "steps=8"]
     ),
     # latents; iterative heads walk fewer steps than published (MAR 64 x 100, xAR 40, FlowAR 25)
-    "mar": Family("kl", ["model=mar_small", *NARROW[1:]], ["guidance=2.0", "steps=16", "solver_steps=25"]),
-    "xar": Family("kl", ["model=xar_small", *NARROW[1:]], ["guidance=2.0", "solver_steps=12"]),
-    "flowar": Family("kl", ["model=flowar_small", *NARROW[1:]], ["guidance=2.0", "solver_steps=12"], UNOFFICIAL),
-    "ecar": Family("kl", ["model=ecar_small", *NARROW[1:]], ["guidance=2.0", "solver_steps=8"], UNOFFICIAL),
+    "mar": Family("kl", ["model=mar_small", *WIDTH], ["guidance=2.0", "steps=16", "solver_steps=25"]),
+    "xar": Family("kl", ["model=xar_small", *WIDTH], ["guidance=2.0", "solver_steps=12"]),
+    "flowar": Family("kl", ["model=flowar_small", *WIDTH], ["guidance=2.0", "solver_steps=12"], UNOFFICIAL),
+    "ecar": Family("kl", ["model=ecar_small", *WIDTH], ["guidance=2.0", "solver_steps=8"], UNOFFICIAL),
     "dtm": Family("kl", ["model=dtm_small", *NARROW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
     "artm": Family("kl", ["model=artm_small", *NARROW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
     "fhtm": Family("kl", ["model=fhtm_small", *NARROW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),

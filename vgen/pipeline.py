@@ -120,12 +120,8 @@ class Pipeline:
             loaded, shown = load_generator(path, given, tokenizer, inside=inside, accept_license=accept_license)
             generator, decoder, files = loaded.module, shown.module, (loaded.file, shown.file)
         else:
-            if str(path).startswith("hf:"):
-                from vgen.hub import download
-
-                path = download(path)
             known = Families(FAMILIES, trust)
-            generator, decoder, names, files = _from_disk(path, weights, tokenizer, known)
+            generator, decoder, names, files = _from_disk(local(path), weights, tokenizer, known)
         light_weights(generator.to(device), dtype, quant=quant, packed=packed)
         decoder.to(device)
         if packed is not False:
@@ -224,6 +220,15 @@ class Pipeline:
             if on_chunk is not None:
                 on_chunk(start, images)
         return torch.cat(done)
+
+
+def local(source: str | os.PathLike) -> str | os.PathLike:
+    """The downloaded folder of hf:<owner>/<name>; anything else as it is."""
+    if not str(source).startswith("hf:"):
+        return source
+    from vgen.hub import download
+
+    return download(str(source))
 
 
 def _from_disk(path: str | os.PathLike, weights: str, tokenizer: str | os.PathLike | None, families: Families) -> tuple:

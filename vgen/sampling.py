@@ -17,7 +17,7 @@ from torch import Tensor
 from vgen.chunks import Chunks
 from vgen.guidance import Guidance, guidance
 from vgen.heads import DrawRule
-from vgen.pipeline import Pipeline
+from vgen.pipeline import Pipeline, local
 from vgen.previews import Previews
 from vtok.acceleration import SLOW_BF16, cpu_has_bf16
 from vtok.checkpoint import file_hash, find_checkpoint, is_folder, read_config, write_atomic, write_json
@@ -28,7 +28,6 @@ from vtok.sharing import without_places
 GRID_CLASSES = 10
 FILES = (".png", ".npz")  # endings of out= that mean one file; anything else is a folder
 PICTURES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # which nobody means as a folder
-PREVIEW = "; preview= goes with a grid or an npz file"
 
 
 def sample(config: Mapping[str, Any]) -> Path:
@@ -36,10 +35,10 @@ def sample(config: Mapping[str, Any]) -> Path:
     out = Path(config["out"])
     task = task_from_environment(config.get("task_id"), config.get("num_tasks"), os.environ)
     single = out.suffix in FILES  # a dot in the name of a folder is no ending: outputs/cfg1.5
-    if out.suffix.lower() in PICTURES or (not single and config.get("preview")):
-        raise ValueError(
-            f"out={out}: give <name>.png (a grid), <name>.npz, or a folder" + PREVIEW * bool(config.get("preview"))
-        )
+    if out.suffix.lower() in PICTURES:
+        raise ValueError(f"out={out}: give <name>.png (a grid), <name>.npz, or a folder")
+    if config.get("preview") and not single:
+        raise ValueError("preview= goes with a grid or an npz file: give out=<name>.png")
     if task[1] > 1 and single:
         raise ValueError(f"out={out} is one file, and {task[1]} processes share the work: give out=<folder>")
     if out.exists() and not config["overwrite"] and single:
@@ -120,8 +119,8 @@ PLAIN |= {"steps": None, "solver_steps": None, "solver": None}
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """How to draw: what the config says, else what the paper of a zoo model says (printed), else PLAIN.
 
-    A schedule given without schedule_options has none: the paper's belong to its own schedule. So do guidance=1, which
-    is off, and the paper's schedule.
+    A schedule given without schedule_options has none: the paper's belong to its own schedule. guidance=1 is off, and
+    the paper's schedule goes with it.
     """
     chosen, found = {k: config.get(k) for k in PLAIN}, dict(PLAIN)
     name, paper = published_settings(config.get("from"))
@@ -149,36 +148,27 @@ def published_settings(source: str | os.PathLike | None) -> tuple[str, dict[str,
 
         entry = entry_of(source)
         return entry.name, dict(getattr(entry, "sampling", None) or {})
-    source = _local(source)
-    if source is not None and is_folder(source):
-        described = read_config(source)
-        return str((described.get("converted_from") or {}).get("zoo") or ""), dict(described.get("sampling") or {})
-    return "", {}
+    described = _described(source)
+    return str((described.get("converted_from") or {}).get("zoo") or ""), dict(described.get("sampling") or {})
 
 
 def published_evaluation(source: str | os.PathLike) -> dict[str, Any]:
     """What a zoo model, or a folder converted from one, was reported with: size, how it was brought to 256 px,
     evaluator, FID. Empty for others."""
-    if not str(source).startswith("zoo:"):
-        source = _local(source)
-        name = (read_config(source).get("converted_from") or {}).get("zoo") if is_folder(source) else None
-        if not name:
-            return {}
-        source = f"zoo:{name}"
+    name, _ = published_settings(source)
+    if not name:
+        return {}
     from vgen.published import entry_of
 
-    entry = entry_of(source)
+    entry = entry_of(f"zoo:{name}")
     names = ("image_size", "resize", "evaluator", "fid", "inception_score", "source")
     return {"name": entry.name, **{name: getattr(entry, name, None) for name in names}}
 
 
-def _local(source: str | os.PathLike | None) -> str | os.PathLike | None:
-    """The downloaded folder of hf:<owner>/<name>; anything else as it is."""
-    if not str(source).startswith("hf:"):
-        return source
-    from vgen.hub import download
-
-    return download(str(source))
+def _described(source: str | os.PathLike | None) -> dict[str, Any]:
+    """config.json of an exported folder, here or on the hub; {} for anything else."""
+    place = None if source is None else local(source)
+    return read_config(place) if place is not None and is_folder(place) else {}
 
 
 def rule_and_guidance(drawn: Mapping[str, Any]) -> tuple[DrawRule, Guidance]:

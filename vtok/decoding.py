@@ -51,13 +51,12 @@ def decode_images(
     count("decode.bfloat16" if light else "decode.float32")
     if next((m for m in tokenizer.modules() if isinstance(m, nn.Conv2d) and _is_channels_last(m)), None) is not None:
         count("decode.channels_last")
+    given = {name: value for name, value in (("size", size), ("keep", keep)) if value is not None}
     images, start = [], 0
     with torch.autocast(tokens.device.type, dtype, enabled=light):
         for part in pieces:
-            drawn = {} if keep is None else {"keep": keep}
-            drawn |= {} if size is None else {"size": size}
-            drawn |= {} if noise is None else {"noise": noise.rows(slice(start, start + len(part)))}
-            images.append(tokenizer.decode(part, **drawn).float())
+            drawn = {} if noise is None else {"noise": noise.rows(slice(start, start + len(part)))}
+            images.append(tokenizer.decode(part, **given, **drawn).float())
             start += len(part)
     return torch.cat(images)
 

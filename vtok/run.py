@@ -119,7 +119,7 @@ def resume_from(
     return found
 
 
-def check_same(path: Path, kind: str, description: Mapping[str, Any], keys: Collection[str] = ()) -> int:
+def check_same(path: Path, kind: str, description: Mapping[str, Any], keys: Collection[str]) -> int:
     """Raise CheckpointError unless the checkpoint is of this module; returns its optimizer step.
 
     keys: of the state that it will be loaded into, with the averages and the objective's networks.
@@ -142,7 +142,7 @@ def check_same(path: Path, kind: str, description: Mapping[str, Any], keys: Coll
                 f"{path} was made with {name}={theirs.get(name)!r:.120}, this run has {ours.get(name)!r:.120}; "
                 "a resume cannot change the module: use init_from"
             )
-    if keys and pieces.folder_of(data, path) is None:
+    if pieces.folder_of(data, path) is None:
         lacks, more = sorted(set(keys) - set(data["state_dict"])), sorted(set(data["state_dict"]) - set(keys))
         if lacks or more:
             raise CheckpointError(

@@ -218,11 +218,10 @@ def cached(source: FileSource, size: int, cache_dir: Path) -> ArraySource:
     if not there():
         with one_at_a_time(cache_dir / f"{stem}.lock"):
             if not there():  # another process of this machine has made it meanwhile
-                for stale in cache_dir.glob(f"{stem}*.tmp.*"):
-                    if (
-                        time.time() - stale.stat().st_mtime > 3600
-                    ):  # left by a killed run; a live one writes all the time
-                        stale.unlink(missing_ok=True)
+                hour = time.time() - 3600
+                for part in cache_dir.glob(f"{stem}*.tmp.*"):
+                    if part.stat().st_mtime < hour:  # left by a killed run; a live one writes all the time
+                        part.unlink(missing_ok=True)
                 _decode(source, size, images, labels)
     table = np.load(labels, allow_pickle=False)
     return ArraySource(Mapped(images), table[0], source.names, native=bool(table[1].all()))

@@ -73,16 +73,16 @@ class Codebook(nn.Module):
             return
         decay = 0.99 if self.ema_decay is None else self.ema_decay
         good = vectors.isfinite().all(-1)
-        counted = count_ids(ids.where(good, len(self.counts)), len(self.counts) + 1)[:-1]
-        self.counts.lerp_(counted, 1 - decay)
+        counts = count_ids(ids.where(good, len(self.counts)), len(self.counts) + 1)[:-1]
+        self.counts.lerp_(counts, 1 - decay)
         if self.ema_decay is not None:
-            vectors = vectors.where(good.unsqueeze(1), 0)
-            sums = torch.zeros_like(self.sums).index_add_(0, ids, vectors.to(self.sums.dtype))
+            counted = vectors.where(good.unsqueeze(1), 0).to(self.sums.dtype)
+            sums = torch.zeros_like(self.sums).index_add_(0, ids, counted)
             self.sums.lerp_(all_sum(sums), 1 - decay)
             used = self.counts.unsqueeze(1) > 1e-5
             self.weight.copy_(torch.where(used, self.sums / self.counts.clamp(min=1e-5).unsqueeze(1), self.weight))
         if self.restart:
-            self._restart(vectors.masked_fill(~good.unsqueeze(1), torch.nan))
+            self._restart(vectors)
 
     def _restart(self, vectors: Tensor) -> None:
         threshold = self.restart * self.counts.mean()
