@@ -262,8 +262,8 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
         for name, term in lit.objective.terms.items():
             if any(p.requires_grad for p in term.parameters()):
                 raise ValueError(
-                    f"trainer=fsdp: objective.terms.{name} learns weights of its own, which only trainer=ddp keeps equal "
-                    f"on all processes; pass trainer=ddp, or objective.terms.{name}=null"
+                    f"trainer=fsdp: objective.terms.{name} learns weights of its own, which trainer=ddp alone keeps "
+                    f"equal on all processes; pass trainer=ddp, or objective.terms.{name}=null"
                 )
     if config.picture_every and not sharded:  # one process draws, and there it has only a part of the weights
         options = OmegaConf.to_container(config.pictures, resolve=True)

@@ -41,8 +41,9 @@ class GAN(nn.Module):
     the tokenizer's weight rises to `weight` from there. every: the discriminator learns in every so many steps.
     first: which of the two is updated first in a step (IBQ: "discriminator"). adaptive: multiply the weight by the
     ratio of the gradient norms at the decoder's last layer. augment: of all that the discriminator sees. lecam_weight:
-    LeCam regulariser (0.999), of lecam_of. own_schedule: the discriminator's rate counts its steps from `start` on, with
-    its own warm-up, as in 1d-tokenizer; else it is the tokenizer's at the time. consistency_weight: squared difference of the logits under `augment` and under `strong`.
+    LeCam regulariser (0.999), of lecam_of. own_schedule: the discriminator's rate counts its steps from `start` on,
+    with a warm-up of its own, as in 1d-tokenizer; else it is the tokenizer's at the time. consistency_weight: squared
+    difference of the logits under `augment` and under `strong`.
     """
 
     def __init__(
