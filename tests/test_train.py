@@ -168,6 +168,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, monkeypatc
 @pytest.mark.parametrize("first", ["generator", "discriminator"])
 def test_a_discriminator_that_is_not_finite_takes_no_step(tmp_path, monkeypatch, how, first):
     """Only its own loss shows it, in the step before the checkpoint."""
+    from vtok.losses.objective import TokenizerObjective
+
     original = TokenizerObjective.discriminator_loss
 
     def broken(self, real, fakes, step, **rest):
