@@ -93,10 +93,11 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     from vgen.models import FAMILIES
     from vgen.sampling import checkpoint_hash, resolve_device
     from vtok.checkpoint import load_module
+    from vtok.config import Families
     from vtok.tokenizer import Tokenizer
 
     device = resolve_device(config["device"])
-    tokenizer = load_module(config["from"], FAMILIES, config["weights"])
+    tokenizer = load_module(config["from"], Families(FAMILIES, config.get("trust") or ()), config["weights"])
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"from={config['from']} holds a {type(tokenizer).__name__}: give a tokenizer's run")
     tokenizer = tokenizer.to(device).eval()

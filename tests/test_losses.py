@@ -128,6 +128,10 @@ def test_adaptive_weight_is_the_ratio_of_gradients():
 
 
 def test_lecam_by_hand():
+    means = LeCam(decay=0.5, of="mean")
+    assert means(torch.tensor([4.0, 0.0]), torch.tensor([-2.0, 2.0])).item() == pytest.approx(2**2 + 1**2)
+    with pytest.raises(ValueError, match="lecam_of"):
+        LeCam(of="image")
     module = LeCam(decay=0.5)
     real, fake = torch.tensor([4.0, 0.0]), torch.tensor([-2.0, 2.0])
     # means become real 1, fake 0

@@ -172,6 +172,16 @@ def test_changed_settings_are_named(tmp_path, capsys):
     assert (tmp_path / "config.yaml").read_text() == before
 
 
+def test_changed_options_of_the_optimizer_hold(tmp_path):
+    """Its state comes back with the moments; decay and betas are those of the run that goes on."""
+    run(*TOKENIZER, "steps=4", "stop_after=2", "optimizer.weight_decay=0.05", f"run_dir={tmp_path}")
+    more = ("optimizer.weight_decay=0.1", "optimizer.betas=[0.8,0.9]")
+    run(*TOKENIZER, "steps=4", *more, "resume=last", f"run_dir={tmp_path}")
+    groups = state(tmp_path)["optimizer_states"][0]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    assert all(tuple(group["betas"]) == (0.8, 0.9) for group in groups)
+
+
 def test_checkpoints_load_without_their_configuration(straight):
     saved = state(straight)
     for weights, prefix in (("ema", "ema."), ("raw", "module.")):

@@ -164,6 +164,49 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, monkeypatc
     assert saved["global_step"] == 6 and all(v.isfinite().all() for v in saved["state_dict"].values())
 
 
+@pytest.mark.parametrize("how", ["stop", "skip"])
+@pytest.mark.parametrize("first", ["generator", "discriminator"])
+def test_a_discriminator_that_is_not_finite_takes_no_step(tmp_path, monkeypatch, how, first):
+    """Only its own loss shows it, in the step before the checkpoint."""
+    from vtok.losses.objective import TokenizerObjective
+
+    original = TokenizerObjective.discriminator_loss
+
+    def broken(self, real, fakes, step, **rest):
+        loss, logs = original(self, real, fakes, step, **rest)
+        return loss * (float("nan") if step == 3 else 1.0), logs
+
+    monkeypatch.setattr(TokenizerObjective, "discriminator_loss", broken)
+    words = (*TOKENIZER, "steps=6", "save_every=2", f"objective.gan.first={first}", f"on_nan={how}")
+    if how == "stop":
+        with pytest.raises(NotFinite, match=r"step 4.*optimizer\.lr"):
+            run(*words, f"run_dir={tmp_path}")
+    else:
+        run(*words, f"run_dir={tmp_path}")
+    saved = state(tmp_path)
+    assert saved["global_step"] == (2 if how == "stop" else 6)
+    assert all(v.isfinite().all() for v in saved["state_dict"].values())
+
+
+def test_gradients_are_computed_outside_autocast(tmp_path, monkeypatch):
+    """In it the products of float32 parts would be rounded to bfloat16."""
+    found = []
+    original = torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda self, *a, **k: found.append(torch.is_autocast_enabled("cpu")) or original(self)
+    )
+    run(*TOKENIZER, "steps=3", "precision=bf16-mixed", f"run_dir={tmp_path}")
+    assert found == [False] * 4  # three of the tokenizer, one of the discriminator
+
+
+@pytest.mark.parametrize("own, want", [(False, 1.0), (True, 0.5)])
+def test_a_discriminator_on_its_own_schedule_warms_up_from_its_start(tmp_path, own, want):
+    run(*TOKENIZER, "steps=3", "schedule={warmup: 2, kind: constant}", f"objective.gan.own_schedule={str(own).lower()}",
+        "discriminator_optimizer.lr=1e-3", f"run_dir={tmp_path}")  # fmt: skip
+    rates = [group["lr"] for group in state(tmp_path)["optimizer_states"][1]["param_groups"]]
+    assert rates == pytest.approx([1e-3 * want] * len(rates))  # the start is step 2: its first one
+
+
 # --- what is measured -----------------------------------------------------------------------------------------------
 
 

@@ -258,6 +258,13 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
     )
     if sharded and getattr(lit, "discriminator", None) is not None:
         raise ValueError("trainer=fsdp has no GAN: tokenizers fit one GPU, so pass trainer=ddp, or objective=plain")
+    if sharded and isinstance(lit, LitTokenizer):
+        for name, term in lit.objective.terms.items():
+            if any(p.requires_grad for p in term.parameters()):
+                raise ValueError(
+                    f"trainer=fsdp: objective.terms.{name} learns weights of its own, which trainer=ddp alone keeps "
+                    f"equal on all processes; pass trainer=ddp, or objective.terms.{name}=null"
+                )
     if config.picture_every and not sharded:  # one process draws, and there it has only a part of the weights
         options = OmegaConf.to_container(config.pictures, resolve=True)
         kind = "samples" if isinstance(lit, LitGenerator) else "reconstructions"

@@ -19,6 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from vtok import rng
 from vtok.config import describe
@@ -97,6 +98,25 @@ class Lit(L.LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [make_optimizer([self.module], **self.recipe.optimizer)]
 
+    def on_train_start(self) -> None:
+        """A resume restores moments; what optimizer= says of betas, eps and decay is this run's."""
+        optimizers = self.optimizers(use_pl_optimizer=False)
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        for optimizer, options in zip(optimizers, self.rates()):
+            for group in optimizer.param_groups:
+                group.update({k: tuple(v) if k == "betas" else v for k, v in options.items() if k in ("betas", "eps")})
+                if group["weight_decay"]:
+                    group["weight_decay"] = options.get("weight_decay", group["weight_decay"])
+
+    def rates(self) -> list[Mapping[str, Any]]:
+        """The options of each optimizer."""
+        return [self.recipe.optimizer]
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Outside autocast: inside, the products of what was computed in float32 would get bf16 gradients."""
+        with torch.autocast(loss.device.type, enabled=False):
+            super().manual_backward(loss, *args, **kwargs)
+
     def on_fit_start(self) -> None:
         self._micro, self._sums, self._skipped, self._bad, self._seen = 0, {}, 0, None, {}
 
@@ -132,25 +152,29 @@ class Lit(L.LightningModule):
         factor = rate(step, self.recipe.steps, **self.recipe.schedule)
         wrapped = self.optimizers()
         wrapped = wrapped[0] if isinstance(wrapped, list) else wrapped
-        norm = self._clip([self.module])
-        self._guard(step, torch.isfinite(norm) & torch.isfinite(self._sums["loss"]))
+        norms = self._norms()
+        self._guard(step, torch.stack([*norms.values(), self._sums["loss"]]).isfinite().all())
         set_rate(wrapped.optimizer, self.recipe.optimizer["lr"] * factor)
         if self.recipe.final_weight_decay is not None:
             set_decay(wrapped.optimizer, self.recipe.decay(step))
         wrapped.step()
         wrapped.zero_grad(set_to_none=True)
-        others = self._update_others(factor)
+        others = self._update_others(step, norms)
         if self.ema is not None:
             average(self.ema, self.module, step + 1, self.recipe.ema)
         sums, self._sums = self._sums, {}
         if (step + 1) % self.recipe.log_every == 0 or step == 0:
             self.check_finite()
             lr = torch.tensor(self.recipe.optimizer["lr"] * factor)
-            found = sums | others | {"grad_norm": norm, "lr": lr}
+            found = sums | others | {"grad_norm": norms["grad_norm"], "lr": lr}
             self.record({f"train/{k}": v for k, v in found.items()}, reduce=True)
 
-    def _update_others(self, factor: float) -> dict[str, Tensor]:
-        """Step further optimizers; returns logs."""
+    def _norms(self) -> dict[str, Tensor]:
+        """Clip the gradients of everything that is about to be stepped, each network's apart; their norms by name."""
+        return {"grad_norm": self._clip([self.module])}
+
+    def _update_others(self, step: int, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Step further optimizers in optimizer step `step`; returns logs."""
         return {}
 
     def _clip(self, modules: list[nn.Module]) -> Tensor:
@@ -160,6 +184,10 @@ class Lit(L.LightningModule):
     def _guard(self, step: int, finite: Tensor) -> None:
         """Stop, or drop the gradient. On a GPU the answer is awaited only every `log_every` steps and before saving."""
         if self.recipe.on_nan == "skip":
+            if dist.is_available() and dist.is_initialized():  # one process's own loss may be the only sign
+                finite = finite.float()
+                dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+                finite = finite > 0
             if bool(finite):
                 self._skipped = 0
                 return
@@ -170,6 +198,9 @@ class Lit(L.LightningModule):
                 for parameter in self.parameters():  # the discriminator's too: it saw the same images
                     parameter.grad = None
                 return
+        self._note(step, finite)
+
+    def _note(self, step: int, finite: Tensor) -> None:
         bad = torch.where(finite, -1, step + 1)
         self._bad = bad if self._bad is None else torch.where(self._bad > 0, self._bad, bad)
         if finite.device.type == "cpu":
@@ -310,17 +341,17 @@ class LitTokenizer(Lit):
         loss, logs = self.objective.discriminator_loss(real, fakes, self.global_step, key=batch["key"])
         self.manual_backward(loss)
         norm = self._clip([self.discriminator])
-        factor = rate(self.global_step, self.recipe.steps, **self.recipe.schedule)
-        if self.recipe.on_nan == "skip" and not bool(torch.isfinite(norm)):
-            self._drop_discriminator_gradient()
-        return logs | self._step_discriminator(factor, norm)
+        if self.recipe.on_nan != "skip":
+            self._note(self.global_step, norm.isfinite())
+        elif not bool(norm.isfinite()):
+            for parameter in self.discriminator.parameters():
+                parameter.grad = None
+        return logs | self._step_discriminator(self.global_step, norm)
 
-    def _drop_discriminator_gradient(self) -> None:
-        for parameter in self.discriminator.parameters():
-            parameter.grad = None
-
-    def _step_discriminator(self, factor: float, norm: Tensor) -> dict[str, Tensor]:
+    def _step_discriminator(self, step: int, norm: Tensor) -> dict[str, Tensor]:
         optimizer = self.optimizers(use_pl_optimizer=False)[1]
+        start = self.objective.gan.start if self.objective.gan.own_schedule else 0
+        factor = rate(step - start, self.recipe.steps - start, **self.recipe.schedule)
         set_rate(optimizer, self.discriminator_rates["lr"] * factor)
         optimizer.step()  # raw: not counted as a global step
         optimizer.zero_grad(set_to_none=True)
@@ -333,16 +364,23 @@ class LitTokenizer(Lit):
         self.manual_backward(loss / self.recipe.accumulate)
         return logs
 
-    def _clip(self, modules: list[nn.Module]) -> Tensor:
-        if modules == [self.module] and len(self.objective.terms):
-            super()._clip([self.objective.terms])  # apart: their rate is another one
-        return super()._clip(modules)
+    def _norms(self) -> dict[str, Tensor]:
+        found = super()._norms()
+        if len(self.objective.terms):
+            found["terms_grad_norm"] = self._clip([self.objective.terms])  # apart: their rate is another one
+        if self._judge_waits():
+            found["discriminator_grad_norm"] = self._clip([self.discriminator])
+        return found
 
-    def _update_others(self, factor: float) -> dict[str, Tensor]:
-        # global_step has moved on by now: the gradients of this step tell whether the discriminator took part in it
-        if self.discriminator is None or all(p.grad is None for p in self.discriminator.parameters()):
-            return {}
-        return self._step_discriminator(factor, self._clip([self.discriminator]))
+    def _judge_waits(self) -> bool:
+        """Whether the discriminator has a gradient to step with; the moving global step does not tell."""
+        return self.discriminator is not None and any(p.grad is not None for p in self.discriminator.parameters())
+
+    def _update_others(self, step: int, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._step_discriminator(step, norms["discriminator_grad_norm"]) if self._judge_waits() else {}
+
+    def rates(self) -> list[Mapping[str, Any]]:
+        return [*super().rates(), *([] if self.discriminator is None else [self.discriminator_rates])]
 
     def validate_module(self, module: nn.Module, batch: Mapping[str, Tensor], suffix: str) -> dict[str, Tensor]:
         images = batch["image"]

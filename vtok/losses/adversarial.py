@@ -37,21 +37,28 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
 
     The gradients are averaged over the processes first, so the weight is that of one process with the whole batch.
     """
-    (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (pushed,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    with torch.autocast(last_layer.device.type, enabled=False):  # as the backward pass itself
+        (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+        (pushed,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     wanted, pushed = all_mean(full(wanted)), all_mean(full(pushed))
     return (wanted.norm() / (pushed.norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+LeCamOf = Literal["logits", "mean"]
 
 
 class LeCam(nn.Module):
     """LeCam regulariser: mean(relu(real - m_fake)^2) + mean(relu(m_real - fake)^2), m running means of the logits.
 
-    The means live in buffers, so a resumed run continues them; they are means over all processes.
+    The means live in buffers, so a resumed run continues them; they are means over all processes. of: what real and
+    fake are, every logit (Open-MAGVIT2, IBQ, DetailFlow), or the mean logit of the batch (1d-tokenizer).
     """
 
-    def __init__(self, *, decay: float = 0.999) -> None:
+    def __init__(self, *, decay: float = 0.999, of: LeCamOf = "logits") -> None:
         super().__init__()
-        self.decay = decay
+        if of not in ("logits", "mean"):
+            raise ValueError(f"gan.lecam_of={of!r}: choose logits or mean")
+        self.decay, self.of = decay, of
         self.register_buffer("real", torch.zeros(()))
         self.register_buffer("fake", torch.zeros(()))
 
@@ -60,4 +67,6 @@ class LeCam(nn.Module):
             now = all_mean(full(logits.detach()).mean())
             # a step that on_nan=skip drops must not stay in the mean for ever
             mean.lerp_(torch.where(now.isfinite(), now, mean), 1 - self.decay)
+        if self.of == "mean":
+            real, fake = real.mean(), fake.mean()
         return F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()

@@ -19,6 +19,7 @@ from vtok.losses.adversarial import (
     GAN_LOSSES,
     GanLoss,
     LeCam,
+    LeCamOf,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
@@ -40,7 +41,9 @@ class GAN(nn.Module):
     the tokenizer's weight rises to `weight` from there. every: the discriminator learns in every so many steps.
     first: which of the two is updated first in a step (IBQ: "discriminator"). adaptive: multiply the weight by the
     ratio of the gradient norms at the decoder's last layer. augment: of all that the discriminator sees. lecam_weight:
-    LeCam regulariser (0.999). consistency_weight: squared difference of the logits under `augment` and under `strong`.
+    LeCam regulariser (0.999), of lecam_of. own_schedule: the discriminator's rate counts its steps from `start` on,
+    with a warm-up of its own, as in 1d-tokenizer; else it is the tokenizer's at the time. consistency_weight: squared
+    difference of the logits under `augment` and under `strong`.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class GAN(nn.Module):
         lecam_weight: float = 0.0,
         consistency_weight: float = 0.0,
         strong: DiffAug | None = None,
+        lecam_of: LeCamOf = "logits",
+        own_schedule: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("loss", loss), ("generator_loss", generator_loss or loss)):
@@ -78,7 +83,8 @@ class GAN(nn.Module):
         self.start, self.ramp, self.every, self.first, self.adaptive = start, ramp, every, first, adaptive
         self.augment, self.strong = augment, strong
         self.lecam_weight, self.consistency_weight = lecam_weight, consistency_weight
-        self.lecam = LeCam() if lecam_weight else None
+        self.lecam = LeCam(of=lecam_of) if lecam_weight else None
+        self.own_schedule = own_schedule
 
     def active(self, step: int) -> bool:
         """Whether the tokenizer is judged in optimizer step `step` (counted from 0)."""
