@@ -31,6 +31,7 @@ GRIDS_AT = ROOT / "docs" / "images" / "generators"
 PAGE = ROOT / "docs" / "generators.md"
 RUNS = Path("outputs/tables/generators")
 BUDGET = 600.0  # seconds on one core: 10 CPU-minutes
+TOKENIZER_BUDGET = 1200.0  # seconds of a tokenizer, which several rows share
 SAMPLES = 1000
 SHARED = ["batch_size=8", "optimizer.lr=1e-3", "ema=0.998"]  # options of train.py that all rows share: many small steps
 MARGIN, ACCURACY = 0.1, 0.2  # what a row must reach: nats below the baseline, class accuracy
@@ -51,6 +52,11 @@ class Family:
 
 
 UNOFFICIAL = "unofficial"
+# Options of the tokenizers beside those of scripts/tokenizer_table.py. The judge sees no more in a generator's samples
+# than in the copies of its tokenizer, so convolutions get few channels and many steps of few images.
+QUICK = ["batch_size=8", "optimizer.lr=1e-3", "ema=0.998"]
+SLIM = [*QUICK, "tokenizer.channels=16", "tokenizer.multipliers=[1,2,4]"]
+TOKENIZER_OPTIONS: dict[str, list[str]] = {"cnn_vq": QUICK, "var": QUICK, "kl": SLIM, "lfq": SLIM, "ifsq": SLIM}
 # What 10 CPU-minutes can teach: of C floating-point operations a model has most when it passes about 20 tokens for each
 # parameter (Hoffmann et al., arXiv 2203.15556), and C is 2e13 to 1e14 here.
 WIDTH = ["model.width=128", "model.heads=4"]
@@ -115,16 +121,16 @@ def main() -> None:
 
 
 def tokens_of(stages: Any, family: str, folder: Path, budget: float) -> tuple[Path, Path]:
-    """(run of the tokenizer, folder of its codes), made where they are not there."""
+    """(run of the tokenizer, folder of its codes), made where they are not there; budget: seconds of training."""
     from scripts.stages import train_for
     from scripts.tokenizer_table import FAMILIES as TOKENIZERS
-    from scripts.tokenizer_table import RUNS as TOKENIZER_RUNS
-    from scripts.tokenizer_table import SHARED as TOKENIZER_OPTIONS
+    from scripts.tokenizer_table import SHARED as TOKENIZER_SHARED
 
-    run, codes = TOKENIZER_RUNS / f"cifar10_{family}", RUNS / "codes" / family
+    run, codes = RUNS / "tokenizers" / family, RUNS / "codes" / family
     data = data_options("cifar10", folder)
     if not (run / "checkpoints" / "last.ckpt").is_file():
-        train_for(stages, run, [*data, *TOKENIZER_OPTIONS, *TOKENIZERS[family]], budget, checked=TESTED)
+        options = [*TOKENIZER_SHARED, *TOKENIZERS[family], *TOKENIZER_OPTIONS.get(family, [])]
+        train_for(stages, run, [*data, *options], budget, checked=TESTED)
     if not (codes / "val" / "manifest.json").is_file():
         stages.run(
             f"{family}: cache its codes", "scripts/cache_codes.py", f"from={run}", *data, f"out={codes}",
@@ -166,7 +172,7 @@ def row(name: str, folder: Path, budget: float) -> None:
     from vgen.models import FAMILIES as CLASSES
 
     stages, run = Stages(10), RUNS / name
-    tokenizer, codes = tokens_of(stages, family.tokenizer, folder, budget)
+    tokenizer, codes = tokens_of(stages, family.tokenizer, folder, budget / BUDGET * TOKENIZER_BUDGET)
     source = ["data=codes", f"data.folder={codes}"]
     if family.teacher:
         source = [*data_options("cifar10", folder), *random_teacher(*family.teacher)]
@@ -257,10 +263,11 @@ def page(found: list[Mapping[str, Any]]) -> str:
         f"time on one CPU core; {SAMPLES} samples. So the rows show that every family works, and what a tiny budget",
         "buys; they say little about the published models. Loss: nats a token, or the family's squared error for",
         "continuous tokens; its baseline knows only how often each code occurs at each step (continuous: a Gaussian",
-        "for each position). FD[cifar] and class accuracy: the judge of docs/evaluation.md. A tokenizer has the same",
-        "time, on the machine of its generators, so its figures are not those of docs/tokenizers.md; its rFD, of 2,000",
-        "held-out images, is about what a perfect generator would reach. `unofficial`: no output of the authors to",
-        "compare with ([what was chosen by us](unofficial.md)). Written by `python scripts/generator_table.py` from",
+        f"for each position). FD[cifar] and class accuracy: the judge of docs/evaluation.md. A tokenizer has "
+        f"{TOKENIZER_BUDGET / 60:.0f}",
+        "minutes, on the machine of its generators, so its figures are not those of docs/tokenizers.md; its rFD, of",
+        "2,000 held-out images, is about what a perfect generator would reach. `unofficial`: no output of the authors",
+        "to compare with ([what was chosen by us](unofficial.md)). Written by `python scripts/generator_table.py` from",
         "docs/tables/generators.",
         "",
         *markdown(COLUMNS, [row for row in ranked if learns(row)]),
