@@ -8,6 +8,8 @@ import itertools
 import math
 import pickle
 import tarfile
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -18,12 +20,13 @@ import torch
 from PIL import Image
 from torch._utils import ExceptionWrapper
 
+from vtok.data import files
 from vtok.data.archive import UnsafeArchive, unpack
 from vtok.data.cifar import CLASSES, Cifar10
 from vtok.data.digits import Digits, enlarge, held_out_digits, read_digits
 from vtok.data.fake import Fake
 from vtok.data.files import BadImage, Names, list_images, read_image
-from vtok.data.imagefolder import ImageFolder, find, read_class_file, split_by_hash
+from vtok.data.imagefolder import ImageFolder, file_source, find, read_class_file, split_by_hash
 from vtok.data.module import EvaluationBatches, StepBatches
 from vtok.data.transforms import (
     Draws,
@@ -633,6 +636,30 @@ def test_cache_is_reused_and_follows_the_folder(tmp_path):
         if "ant/0.png" in names:
             expected = center_crop(Image.open(root / "ant" / "0.png"), 16)
             assert np.array_equal(dataset.source[names.index("ant/0.png")][0], np.asarray(expected))
+
+
+def test_processes_that_come_together_decode_a_folder_once(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "a", ["ant", "dog"], 4)
+    names, _ = find(root)
+    decoded, found, decode = [], [], files._decode
+
+    def slow(*arguments):
+        decoded.append(arguments)
+        time.sleep(0.5)  # the others come meanwhile
+        decode(*arguments)
+
+    monkeypatch.setattr(files, "_decode", slow)
+
+    def one():  # a file's lock holds between threads that opened it each for themselves, as between processes
+        source = file_source(root, names, ["ant", "dog"], "error")
+        found.append(files.cached(source, 16, tmp_path / "cache")[0][0].tobytes())
+
+    threads = [threading.Thread(target=one) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(decoded) == 1 and len(found) == 3 and len(set(found)) == 1
 
 
 # --- cifar ------------------------------------------------------------------------------------------------------------

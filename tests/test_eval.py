@@ -568,6 +568,17 @@ def test_deranged_labels_never_stay_and_keep_their_counts() -> None:
         likelihood.deranged(torch.tensor([0, 0, 0, 1, 1]), 0)
 
 
+def test_without_other_labels_there_is_no_label_test_and_the_rest_stands(capsys) -> None:
+    one_sided = torch.tensor([0, 0, 0, 1])
+    found = likelihood.likelihood(
+        ClassTable(4, 3), torch.zeros(8, 3).long(), torch.zeros(4, 3).long(), one_sided, batch_size=4
+    )
+    assert "labels" not in found and "shuffled" not in found and found["held_out"] > 0
+    assert "no test of right against wrong labels" in capsys.readouterr().out
+    assert likelihood.other_labels(SimpleNamespace(num_classes=1), torch.zeros(4).long(), 0) is None
+    assert capsys.readouterr().out == "", "a model without classes needs no note"
+
+
 def test_paired_test_against_known_values() -> None:
     gain = torch.tensor([0.3, 0.1, -0.2, 0.4, 0.2, 0.1, 0.3, -0.1]).double()
     found = likelihood.paired_test(torch.zeros(8).double(), gain)

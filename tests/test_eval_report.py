@@ -101,6 +101,10 @@ def test_numbers_under_other_protocols_are_marked(tmp_path, capsys) -> None:
     assert runs[0].curves["train/loss"] == [(1, 2.5), (2, 2.0), (3, 1.5)] and runs[0].curves["val/loss"] == [(2, 1.9)]
     assert runs[0].picture.name == "samples_0000020.png"
     assert Image.open(tmp_path / "out" / "grid.png").height == 3 * (32 + 16)
+    likelihood = {"held_out": 4.5, "histogram": 6.5, "metrics": {"loss[held_out]": 4.5, "loss[histogram]": 6.5}}
+    (tmp_path / "likelihood.json").write_text(json.dumps(likelihood))
+    rows, _ = compare.table([compare.read_run(tmp_path / "likelihood.json")])
+    assert rows == [["run", "loss[held_out]", "loss[histogram]"], ["likelihood", "4.5000", "6.5000"]]
     with pytest.raises(ValueError, match="does not exist"):
         compare.read_run(tmp_path / "none")
     (tmp_path / "empty").mkdir()
@@ -169,6 +173,8 @@ def test_distance_of_samples_chooses_the_best_checkpoint(tmp_path) -> None:
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0]), "training must not notice"
     with pytest.raises(ValueError, match="monitor=val/fd: choose one of val/loss"):
         run(*common, "monitor=val/fd", f"run_dir={tmp_path / 'wrong'}")
+    with pytest.raises(ValueError, match="callbacks=fd and rfd need whole weights; pass trainer=ddp"):
+        run(*common, *options, "trainer=fsdp", f"run_dir={tmp_path / 'cut'}")
 
 
 def test_distance_of_reconstructions_during_training(tmp_path) -> None:

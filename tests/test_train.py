@@ -558,6 +558,19 @@ def test_a_sweep_has_two_run_directories(tmp_path):
     assert not (tmp_path / "outputs" / "s").exists()
 
 
+def test_of_many_processes_one_writes_the_id_of_wandb(tmp_path, monkeypatch):
+    from vgen.training import _wandb_id
+
+    kept = _wandb_id(tmp_path, True)
+    assert len(kept) == 8 and _wandb_id(tmp_path, False) == kept, "a resumed run goes on in its plot"
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "1")
+        _wandb_id(tmp_path, True)
+        monkeypatch.delenv(name)
+    assert (tmp_path / "wandb_id.txt").read_text().strip() == kept
+    assert _wandb_id(tmp_path, True) != kept, "a fresh run in the same folder has its own"
+
+
 @pytest.mark.slow
 def test_wandb_offline_keeps_its_run(tmp_path):
     """Also where the process that starts both runs has W&B's service up: it would hold the first one's id."""

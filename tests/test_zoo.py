@@ -113,7 +113,7 @@ def config_of(name, **changes):
     return OmegaConf.merge(config, changes)
 
 
-def test_sampling_by_name_conversion_and_sampling_from_the_folder_agree(tiny, tmp_path, capsys):
+def test_sampling_by_name_conversion_and_sampling_from_the_folder_agree(tiny, tmp_path, capsys, monkeypatch):
     folder, codebook = tiny
     fixed = {"classes": [1, 2], "per_class": 1, "chunk": 2, "device": "cpu"}
     sample(
@@ -130,6 +130,11 @@ def test_sampling_by_name_conversion_and_sampling_from_the_folder_agree(tiny, tm
     assert read_config(out)["converted_from"]["zoo"] == "var-d16"
     sample(config_of("sample", **{"from": str(out), "out": str(tmp_path / "b.npz")}, **fixed))
     assert "guidance=2.5" in capsys.readouterr().out
+    assert json.loads((tmp_path / "b.metadata.json").read_text())["evaluation"]["fid"] == 3.55
+    monkeypatch.setattr("vgen.hub.snapshot_download", lambda name, **options: str(out))
+    sample(config_of("sample", **{"from": "hf:somebody/var", "out": str(tmp_path / "c.npz")}, **fixed))
+    assert "guidance=2.5" in capsys.readouterr().out, "the papers' settings hold for folders on the hub too"
+    assert json.loads((tmp_path / "c.metadata.json").read_text())["evaluation"]["name"] == "var-d16"
     a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
     assert np.array_equal(a, b)
     loaded = load_entry(published.TOKENIZERS["var-vqvae"], folder)
@@ -144,6 +149,11 @@ def test_what_the_user_says_replaces_the_papers_settings(capsys):
     assert "yours: guidance" in capsys.readouterr().out
     plain = resolve({"from": "zoo:rar-b", "schedule": "constant"})
     assert plain["schedule_options"] == {} and plain["guidance"] == 16.0
+    off = resolve({"from": "zoo:rar-b", "guidance": 1.0})  # 1 is off; the paper's schedule would guide all the same
+    assert (off["guidance"], off["schedule"], off["schedule_options"]) == (1.0, "constant", {})
+    power = resolve({"from": "zoo:rar-b", "guidance": 1.0, "schedule_options": {"power": 1.0}})
+    assert power["schedule"] == GENERATORS["rar-b"].sampling["schedule"] and power["schedule_options"] == {"power": 1.0}
+    capsys.readouterr()
     resolve({"from": "zoo:hita-v-b-300"})
     assert "no settings of this model are published" in capsys.readouterr().out
     assert resolve({"from": "outputs/run", "guidance": 2.0}) == PLAIN | {"guidance": 2.0}
