@@ -4,9 +4,10 @@
     python scripts/generator_table.py llamagen var  these families only
 
 A finished row is one JSON file in docs/tables/generators and is skipped; remove it to measure again. The tokenizer of a
-row is that of scripts/tokenizer_table.py (trained now, if it is not there); its codes are cached once. A row learns if
-its held-out loss is 0.1 nats below the histogram of the codes of each step (continuous tokens: the loss of the best
-Gaussian for each position) and the judge gives 0.2 of 1,000 samples their class.
+row is one of scripts/tokenizer_table.py, trained for itself with TOKENIZER_OPTIONS; it is trained, and its codes are
+cached, once for all rows. A row learns if its held-out loss is 0.1 nats below the histogram of the codes of each step
+(continuous tokens: the loss of the best Gaussian for each position) and the judge gives 0.2 of 1,000 samples their
+class.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ GRIDS_AT = ROOT / "docs" / "images" / "generators"
 PAGE = ROOT / "docs" / "generators.md"
 RUNS = Path("outputs/tables/generators")
 BUDGET = 600.0  # seconds on one core: 10 CPU-minutes
-TOKENIZER_BUDGET = 1200.0  # seconds of a tokenizer, which several rows share
+TOKENIZER_TIMES = 2  # a tokenizer, which several rows share, has so many times the seconds of a row
 SAMPLES = 1000
 SHARED = ["batch_size=8", "optimizer.lr=1e-3", "ema=0.998"]  # options of train.py that all rows share: many small steps
 MARGIN, ACCURACY = 0.1, 0.2  # what a row must reach: nats below the baseline, class accuracy
@@ -54,9 +55,8 @@ class Family:
 UNOFFICIAL = "unofficial"
 # Options of the tokenizers beside those of scripts/tokenizer_table.py. The judge sees no more in a generator's samples
 # than in the copies of its tokenizer, so convolutions get few channels and many steps of few images.
-QUICK = ["batch_size=8", "optimizer.lr=1e-3", "ema=0.998"]
-SLIM = [*QUICK, "tokenizer.channels=16", "tokenizer.multipliers=[1,2,4]"]
-TOKENIZER_OPTIONS: dict[str, list[str]] = {"cnn_vq": QUICK, "var": QUICK, "kl": SLIM, "lfq": SLIM, "ifsq": SLIM}
+SLIM = [*SHARED, "tokenizer.channels=16", "tokenizer.multipliers=[1,2,4]"]
+TOKENIZER_OPTIONS: dict[str, list[str]] = {"cnn_vq": SHARED, "var": SHARED, "kl": SLIM, "lfq": SLIM, "ifsq": SLIM}
 # What 10 CPU-minutes can teach: of C floating-point operations a model has most when it passes about 20 tokens for each
 # parameter (Hoffmann et al., arXiv 2203.15556), and C is 2e13 to 1e14 here.
 WIDTH = ["model.width=128", "model.heads=4"]
@@ -123,25 +123,28 @@ def main() -> None:
 def tokens_of(stages: Any, family: str, folder: Path, budget: float) -> tuple[Path, Path]:
     """(run of the tokenizer, folder of its codes), made where they are not there; budget: seconds of training."""
     from scripts.stages import train_for
-    from scripts.tokenizer_table import FAMILIES as TOKENIZERS
-    from scripts.tokenizer_table import SHARED as TOKENIZER_SHARED
+    from scripts.tokenizer_table import measure_copies
 
     run, codes = RUNS / "tokenizers" / family, RUNS / "codes" / family
     data = data_options("cifar10", folder)
     if not (run / "checkpoints" / "last.ckpt").is_file():
-        options = [*TOKENIZER_SHARED, *TOKENIZERS[family], *TOKENIZER_OPTIONS.get(family, [])]
-        train_for(stages, run, [*data, *options], budget, checked=TESTED)
+        train_for(stages, run, [*data, *tokenizer_options(family)], budget, checked=TESTED)
     if not (codes / "val" / "manifest.json").is_file():
         stages.run(
             f"{family}: cache its codes", "scripts/cache_codes.py", f"from={run}", *data, f"out={codes}",
             "batch_size=128",
         )  # fmt: skip
     if not (run / "reconstruction.json").is_file():
-        stages.run(
-            f"{family}: measure its copies", "-m", "eval.reconstruction", f"from={run}", *data, "extractor=cifar",
-            "images=2000", f"out={run / 'reconstruction.json'}", f"grid={run / 'reconstructions.png'}",
-        )  # fmt: skip
+        measure_copies(stages, family, run, "cifar10", folder)
     return run, codes
+
+
+def tokenizer_options(family: str) -> list[str]:
+    """Options of train.py for the tokenizer of a row, but for its data."""
+    from scripts.tokenizer_table import FAMILIES as TOKENIZERS
+    from scripts.tokenizer_table import SHARED as TOKENIZER_SHARED
+
+    return [*TOKENIZER_SHARED, *TOKENIZERS[family], *TOKENIZER_OPTIONS.get(family, [])]
 
 
 def random_teacher(model: str, size: int) -> list[str]:
@@ -172,7 +175,7 @@ def row(name: str, folder: Path, budget: float) -> None:
     from vgen.models import FAMILIES as CLASSES
 
     stages, run = Stages(10), RUNS / name
-    tokenizer, codes = tokens_of(stages, family.tokenizer, folder, budget / BUDGET * TOKENIZER_BUDGET)
+    tokenizer, codes = tokens_of(stages, family.tokenizer, folder, TOKENIZER_TIMES * budget)
     source = ["data=codes", f"data.folder={codes}"]
     if family.teacher:
         source = [*data_options("cifar10", folder), *random_teacher(*family.teacher)]
@@ -263,12 +266,11 @@ def page(found: list[Mapping[str, Any]]) -> str:
         f"time on one CPU core; {SAMPLES} samples. So the rows show that every family works, and what a tiny budget",
         "buys; they say little about the published models. Loss: nats a token, or the family's squared error for",
         "continuous tokens; its baseline knows only how often each code occurs at each step (continuous: a Gaussian",
-        f"for each position). FD[cifar] and class accuracy: the judge of docs/evaluation.md. A tokenizer has "
-        f"{TOKENIZER_BUDGET / 60:.0f}",
-        "minutes, on the machine of its generators, so its figures are not those of docs/tokenizers.md; its rFD, of",
-        "2,000 held-out images, is about what a perfect generator would reach. `unofficial`: no output of the authors",
-        "to compare with ([what was chosen by us](unofficial.md)). Written by `python scripts/generator_table.py` from",
-        "docs/tables/generators.",
+        "for each position). FD[cifar] and class accuracy: the judge of docs/evaluation.md. A tokenizer has",
+        f"{TOKENIZER_TIMES} times that time, on the machine of its generators, so its figures are not those of",
+        "docs/tokenizers.md; its rFD, of 2,000 held-out images, is about what a perfect generator would reach.",
+        "`unofficial`: no output of the authors to compare with ([what was chosen by us](unofficial.md)). Written by",
+        "`python scripts/generator_table.py` from docs/tables/generators.",
         "",
         *markdown(COLUMNS, [row for row in ranked if learns(row)]),
     ]

@@ -160,12 +160,7 @@ def row(kind: str, family: str, folder: Path, budget: float) -> None:
                 f"val_every={steps // 10}", "ema=0.99", "log_every=50", "save_every=100000", "picture_every=null",
             )  # fmt: skip
         trained = time.perf_counter() - began
-        stages.run(
-            f"{family}: measure", "-m", "eval.reconstruction", f"from={run}", *data_options(kind, folder),
-            f"extractor={'cifar' if kind == 'cifar10' else 'none'}", f"images={2000 if kind == 'cifar10' else 'null'}",
-            f"out={run / 'reconstruction.json'}", f"grid={run / 'reconstructions.png'}",
-        )  # fmt: skip
-        metrics = json.loads((run / "reconstruction.json").read_text())
+        metrics = measure_copies(stages, family, run, kind, folder)
         if metrics["metrics"]["psnr_mean"] >= wanted(family):
             break
     _, losses = column(run / "metrics.csv", "val/loss")
@@ -192,6 +187,17 @@ def row(kind: str, family: str, folder: Path, budget: float) -> None:
             "options": options,
         },
     )
+
+
+def measure_copies(stages: Any, family: str, run: Path, kind: str, folder: Path) -> Mapping[str, Any]:
+    """What eval.reconstruction writes of a trained run, also to its reconstruction.json."""
+    out = run / "reconstruction.json"
+    stages.run(
+        f"{family}: measure its copies", "-m", "eval.reconstruction", f"from={run}", *data_options(kind, folder),
+        f"extractor={'cifar' if kind == 'cifar10' else 'none'}", f"images={2000 if kind == 'cifar10' else 'null'}",
+        f"out={out}", f"grid={run / 'reconstructions.png'}",
+    )  # fmt: skip
+    return json.loads(out.read_text())
 
 
 def wanted(family: str) -> float:

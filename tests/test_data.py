@@ -640,7 +640,7 @@ def test_cache_is_reused_and_follows_the_folder(tmp_path):
 
 def test_processes_that_come_together_decode_a_folder_once(tmp_path, monkeypatch):
     root = make_folder(tmp_path / "a", ["ant", "dog"], 4)
-    names, _ = find(root)
+    names, classes = find(root)
     decoded, found, decode = [], [], files._decode
 
     def slow(*arguments):
@@ -651,7 +651,7 @@ def test_processes_that_come_together_decode_a_folder_once(tmp_path, monkeypatch
     monkeypatch.setattr(files, "_decode", slow)
 
     def one():  # a file's lock holds between threads that opened it each for themselves, as between processes
-        source = file_source(root, names, ["ant", "dog"], "error")
+        source = file_source(root, names, classes, "error")
         found.append(files.cached(source, 16, tmp_path / "cache")[0][0].tobytes())
 
     threads = [threading.Thread(target=one) for _ in range(3)]

@@ -16,16 +16,14 @@ from vtok.models import FAMILIES as TOKENIZERS
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.generator_table import FAMILIES, SHARED, TOKENIZER_OPTIONS  # noqa: E402
-from scripts.tokenizer_table import FAMILIES as TOKENIZER_ROWS  # noqa: E402
+from scripts.generator_table import FAMILIES, SHARED, tokenizer_options  # noqa: E402
 
 
 def built(name):
     """The generator of a row."""
     row = FAMILIES[name]
-    own = TOKENIZER_OPTIONS.get(row.tokenizer, [])
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        shown = compose("train", overrides=["data=cifar10", "trainer=cpu", *TOKENIZER_ROWS[row.tokenizer], *own])
+        shown = compose("train", overrides=["data=cifar10", "trainer=cpu", *tokenizer_options(row.tokenizer)])
         config = compose("train", overrides=["data=cifar10", "trainer=cpu", *SHARED, *row.train])
         compose("sample", overrides=["from=run", *row.draw])
     tokenizer = instantiate(shown.tokenizer, _convert_="all")
