@@ -17,6 +17,7 @@ from vgen.models.maskgit import MaskGIT
 from vgen.models.nbp import NBP
 from vgen.models.par import PAR
 from vgen.models.rar import RAR
+from vgen.models.repa import LlamaGenREPA
 from vgen.models.transition import DTM
 from vgen.models.transition_causal import ARTM, FHTM
 from vgen.models.var import VAR
@@ -45,22 +46,22 @@ def llamagen(spec: TokenSpec | None = None, **options) -> LlamaGen:
     return LlamaGen(spec or grid_spec(), CLASSES, depth=2, width=16, heads=2, multiple_of=8, **options)
 
 
-def line_spec(length: int = 16) -> TokenSpec:
-    return TokenSpec(SequenceLayout.line(length), (Part(length, VOCABULARY, CHANNELS),), 32)
+def line_spec(length: int = 16, vocabulary: int = VOCABULARY) -> TokenSpec:
+    return TokenSpec(SequenceLayout.line(length), (Part(length, vocabulary, CHANNELS),), 32)
 
 
-def parts_spec(queries: int = 4, side: int = 3) -> TokenSpec:
+def parts_spec(queries: int = 4, side: int = 3, vocabularies: tuple[int, int] = (VOCABULARY, VOCABULARY)) -> TokenSpec:
     """Queries on a line, then a grid: two vocabularies, as Hita's."""
     coords = tuple((0, 0, i) for i in range(queries)) + tuple((1, r, c) for r in range(side) for c in range(side))
-    parts = Part(queries, VOCABULARY, CHANNELS), Part(side * side, VOCABULARY, CHANNELS)
+    parts = tuple(Part(n, v, CHANNELS) for n, v in zip((queries, side * side), vocabularies))
     return TokenSpec(SequenceLayout((1,) * len(coords), coords), parts, 8 * side)
 
 
-def map_spec(sides: tuple[int, ...] = (1, 2, 3)) -> TokenSpec:
+def map_spec(sides: tuple[int, ...] = (1, 2, 3), vocabulary: int = VOCABULARY) -> TokenSpec:
     """Independent maps of one codebook, as FlexVAR's."""
     layout = SequenceLayout.scales(sides)
-    quantizer = describe(IndependentVQ(vocab_size=VOCABULARY, channels=CHANNELS, sides=sides))
-    return TokenSpec(layout, (Part(layout.length, VOCABULARY, CHANNELS),), 8 * sides[-1], quantizer)
+    quantizer = describe(IndependentVQ(vocab_size=vocabulary, channels=CHANNELS, sides=sides))
+    return TokenSpec(layout, (Part(layout.length, vocabulary, CHANNELS),), 8 * sides[-1], quantizer)
 
 
 def small(cls, spec: TokenSpec, **options) -> Generator:
@@ -68,8 +69,8 @@ def small(cls, spec: TokenSpec, **options) -> Generator:
     return cls(spec, CLASSES, **{"depth": 2, "width": 16, "heads": 2, "multiple_of": 8, **options})
 
 
-def rar(**options) -> RAR:
-    return RAR(grid_spec(), CLASSES, **{"depth": 2, "width": 16, "heads": 2, "anneal": (0.0, 0.0), **options})
+def rar(spec: TokenSpec | None = None, **options) -> RAR:
+    return RAR(spec or grid_spec(), CLASSES, **{"depth": 2, "width": 16, "heads": 2, "anneal": (0.0, 0.0), **options})
 
 
 def flexvar(spec: TokenSpec | None = None, **options) -> FlexVAR:
@@ -134,6 +135,7 @@ MASKED = ("mar", "mar_flow", "maskgit", "maskgit_uvit")
 FAMILIES = {
     **CONTINUOUS,
     "llamagen": llamagen,
+    "llamagen_repa": lambda **o: small(LlamaGenREPA, grid_spec(), block=1, channels=10, hidden=12, **o),
     "llamagen_wide_grid": lambda **o: llamagen(grid_spec(2, 6), **o),
     "var": var,
     "var_shared_modulation": lambda **o: var(modulation="shared", **o),
@@ -167,7 +169,11 @@ FAMILIES = {
 def make(name: str, *, seed: int = 0, **options) -> Generator:
     """A generator of that family in eval mode, with every parameter drawn so that no path is zero at the start."""
     torch.manual_seed(seed)
-    model = FAMILIES[name](**options)
+    return drawn(FAMILIES[name](**options))
+
+
+def drawn(model: Generator) -> Generator:
+    """The model in eval mode with every parameter drawn, as `make` does."""
     with torch.no_grad():
         for key, parameter in sorted(model.named_parameters()):
             # a strong velocity would make the flow chaotic, and rounding visible
@@ -182,3 +188,10 @@ def tokens_of(model: Generator, rows: int, *, seed: int = 1) -> torch.Tensor:
         return torch.randn(rows, model.spec.layout.length, model.spec.parts[0].channels, generator=drawer)
     vocabulary = model.spec.parts[0].vocab_size
     return torch.randint(vocabulary, (rows, model.layout.length), generator=drawer)
+
+
+def also_read(model: Generator, rows: int) -> dict[str, torch.Tensor]:
+    """What training of the family reads beside tokens, labels and keys: a teacher's patches, here all alike."""
+    if "patches" not in model.reads_also:
+        return {}
+    return {"patches": torch.linspace(-1, 1, model.channels).expand(rows, model.layout.length, -1)}

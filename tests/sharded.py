@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
-from generators import FAMILIES, make, tokens_of  # noqa: E402
+from generators import FAMILIES, also_read, make, tokens_of  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 
@@ -30,6 +30,7 @@ def main() -> int:
         cut = copy.deepcopy(plain)
         shard([cut], mesh)
         batch = {"tokens": tokens_of(plain, 4), "label": torch.arange(4) % 5, "key": torch.arange(4)}
+        batch |= also_read(plain, 4)
         for model in (plain, cut, plain, cut):  # twice each: gradients add up
             torch.manual_seed(1)
             model.loss(batch, progress=0.3)["loss"].backward()

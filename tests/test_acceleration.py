@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from generators import FAMILIES, make, scale_spec, tokens_of
+from generators import FAMILIES, also_read, make, scale_spec, tokens_of
 from runs import LLAMAGEN, losses, run, tokenizer_folder
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +24,8 @@ from vtok.noise import sample_seeds
 
 
 def batch_of(model):
-    return {"tokens": tokens_of(model, 3), "label": torch.tensor([0, 1, 2]), "key": sample_seeds(0, 0, 3)}
+    batch = {"tokens": tokens_of(model, 3), "label": torch.tensor([0, 1, 2]), "key": sample_seeds(0, 0, 3)}
+    return batch | also_read(model, 3)
 
 
 def gradients(model, batch):

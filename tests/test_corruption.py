@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from generators import latent_spec, make, map_spec, parts_spec, tokens_of
+from generators import CLASSES, FAMILIES, latent_spec, make, map_spec, parts_spec, tokens_of
 
 from vgen.corruption import Corruption
-from vtok.noise import sample_seeds
+from vgen.models import FAMILIES as TABLE
+from vtok.models import FAMILIES as TOKENIZERS
+from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.parts import PartsQuantizer
 from vtok.quantize.vq import VQ
 from vtok.tokenizer import TokenSpec
@@ -81,6 +83,64 @@ def test_the_loss_reads_the_context_and_keeps_the_targets(name):
         model.arrange(batch["tokens"]), model.conditioner(batch["label"]), context=model.arrange(wrong["context"])
     )
     torch.testing.assert_close(model.loss(wrong)["nats"], -logs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_reads_the_context_and_keeps_the_targets(name):
+    """The right tokens as context change nothing; wrong ones do. A head that does not listen, its last weights zero,
+    shows the targets alone: they are the same."""
+    model, rows = make(name), 8
+    labels = torch.arange(rows) % CLASSES
+    batch = {"tokens": tokens_of(model, rows), "label": labels, "key": sample_seeds(0, 0, rows)}
+    clean = model.loss(batch)["nats"]
+    assert torch.equal(model.loss(batch | {"context": batch["tokens"]})["nats"], clean)
+    wrong = Corruption(model.spec, None, kind="random", rate=0.5)(batch)
+    assert not torch.allclose(model.loss(wrong)["nats"], clean, atol=1e-3)
+    deaf = [
+        p for key, p in model.head.named_parameters() if key in ("linear.weight", "output.weight", "mlp.output.weight")
+    ]
+    assert len(deaf) == 1
+    torch.nn.init.zeros_(deaf[0])
+    torch.testing.assert_close(model.loss(wrong)["nats"], model.loss(batch)["nats"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_loop_covers_every_family():
+    assert {type(FAMILIES[name]()).__name__ for name in FAMILIES} == set(TABLE) - set(TOKENIZERS)
+
+
+def test_xar_noises_the_context_on_its_way_to_the_right_tokens():
+    model, keys = make("xar_cell"), sample_seeds(0, 0, 3)
+    canvas, wrong = (model.arrange(tokens_of(model, 3, seed=seed)) for seed in (1, 5))
+    plain, velocity = model.corrupt(canvas, keys)
+    noised, same = model.corrupt(canvas, keys, wrong)
+    t = noised.time[:, model.entities, None]
+    assert torch.equal(same, velocity) and torch.equal(noised.time, plain.time)
+    torch.testing.assert_close(noised.tokens - plain.tokens, (1 - t) * (wrong.tokens - canvas.tokens))
+
+
+@pytest.mark.parametrize("name", ["ecar", "artm", "fhtm"])
+def test_noisy_chains_of_the_context_have_the_noise_of_the_tokens(name, monkeypatch):
+    """What the trunk reads is linear in the tokens: the part of the noise is the same with and without a context."""
+    model, seen = make(name), []
+    monkeypatch.setattr(
+        model, "inputs", lambda canvas, *rest: seen.append(canvas) or type(model).inputs(model, canvas, *rest)
+    )
+    keys, labels = sample_seeds(0, 0, 3), torch.zeros(3, dtype=torch.int64)
+    tokens, context = tokens_of(model, 3), tokens_of(model, 3, seed=5)
+    for given in ({}, {"context": context}, {"context": 2 * context - tokens}):
+        model.loss({"tokens": tokens, "label": labels, "key": keys, **given})
+    plain, middle, far = (canvas.tokens for canvas in seen)
+    assert not torch.allclose(plain, middle, atol=0.1)
+    torch.testing.assert_close(far - middle, middle - plain, rtol=1e-4, atol=1e-4)
+
+
+def test_which_tokens_are_wrong_says_nothing_of_what_a_family_draws():
+    """The coin of a sample's first token and Transition Matching's level, both keyed by the sample, are independent."""
+    model, rows = make("dtm"), 4000
+    batch = {"tokens": torch.zeros(rows, 16, 6), "key": sample_seeds(0, 0, rows)}
+    wrong = Corruption(model.spec, None, kind="random", rate=0.5)(batch)["context"][:, 0].abs().sum(-1) > 0
+    _, time = model.level_of(batch["tokens"], SampleNoise(batch["key"]))
+    assert abs(float(time[wrong].mean() - time[~wrong].mean())) < 0.04  # 4 sigma of 0.28 / sqrt(1000)
 
 
 def test_mistakes_name_the_key():

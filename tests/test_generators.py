@@ -11,10 +11,18 @@ from generators import (
     FAMILIES,
     MASKED,
     OWN_INPUT,
+    also_read,
+    drawn,
+    flexvar,
     grid_spec,
+    line_spec,
     llamagen,
     make,
+    map_spec,
+    parts_spec,
+    rar,
     scale_spec,
+    small,
     tokens_of,
     var,
 )
@@ -24,10 +32,17 @@ from vgen.guidance import Progress, Unguided, guidance
 from vgen.heads import DrawRule
 from vgen.heads_factorised import FactorisedHead
 from vgen.models import FAMILIES as TABLE
+from vgen.models.detailflow import DetailFlow
+from vgen.models.har import HAR
+from vgen.models.hita import HitaGPT
 from vgen.models.llamagen import LlamaGen
+from vgen.models.nbp import NBP
+from vgen.models.par import PAR
+from vgen.models.repa import LlamaGenREPA
 from vgen.models.var import VAR
 from vtok.config import build, describe
 from vtok.layout import SequenceLayout
+from vtok.models import FAMILIES as TOKENIZERS
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.factors import split
 from vtok.tokenizer import Part, TokenSpec
@@ -200,15 +215,47 @@ def test_known_tokens_are_kept_and_stop_leaves_the_rest(name):
     assert torch.equal(part.tokens[:, :b], free.tokens[:, :b]) and (part.tokens[:, b:] == 0).all()
 
 
-@pytest.mark.parametrize("family", ["llamagen", "var"])
+# families with a likelihood, so small that all of their sequences can be listed
+TINY = {
+    "llamagen": lambda: llamagen(grid_spec(2, 2, 3)),
+    "llamagen_factorised": lambda: llamagen(grid_spec(1, 3, 6), factors=[2, 3], position="rope_1d"),
+    "llamagen_factorised_depth": lambda: llamagen(
+        grid_spec(1, 3, 6), factors=[2, 3], factor_depth=1, position="rope_1d"
+    ),
+    "llamagen_factorised_tied": lambda: llamagen(grid_spec(2, 2, 4), factors=[2, 2], factor_depth=1, factor_tied=True),
+    "llamagen_repa": lambda: small(LlamaGenREPA, grid_spec(2, 2, 3), block=1, channels=10, hidden=12),
+    "gigatok": lambda: llamagen(line_spec(4, 3), position="learned", modulation="own", qk_norm="layer"),
+    "dar": lambda: llamagen(line_spec(4, 3), position="rope_1d"),
+    "hita": lambda: small(HitaGPT, parts_spec(2, 2, (3, 2))),
+    "rar": lambda: rar(grid_spec(2, 2, 3)),
+    "har": lambda: small(HAR, line_spec(4, 3), first=2),
+    "detailflow": lambda: small(DetailFlow, line_spec(4, 3), group=2),
+    "nbp": lambda: small(NBP, grid_spec(2, 2, 3)),
+    "nbp_shifted": lambda: small(NBP, grid_spec(2, 2, 3), start="shifted"),
+    "par": lambda: small(PAR, grid_spec(2, 4, 2)),
+    "var": lambda: var(scale_spec((1, 2), 3)),
+    "flexvar": lambda: flexvar(map_spec((1, 2), 3)),
+}
+
+
+def test_the_loops_cover_every_family():
+    """Of the table, of those with a likelihood; and no family but these is let off the tests of the cache."""
+    models = {name: FAMILIES[name]() for name in FAMILIES}
+    assert {type(model).__name__ for model in models.values()} >= set(TABLE) - set(TOKENIZERS)
+    closed = {type(model) for model in models.values() if model.closed and model.spec.discrete}
+    assert {type(build_tiny()) for build_tiny in TINY.values()} >= closed
+    assert {name for name, model in models.items() if not model.caches} == {*MASKED, "dtm"}
+    assert {name for name, model in models.items() if not model.closed} == {"maskgit", "maskgit_uvit"}
+
+
+@pytest.mark.parametrize("family", TINY)
 def test_likelihood_sums_to_one_over_every_sequence(family):
-    """V = 3, L = 4 (VAR: one scale of 1 and one of 3 cells does not exist, so 1 + 4 = 5 tokens)."""
-    spec = grid_spec(2, 2, 3) if family == "llamagen" else scale_spec((1, 2), 3)
+    """Every sequence of every part's vocabulary: 3^4 and the like (VAR: scales of 1 and 4 tokens, 3^5)."""
     torch.manual_seed(0)
-    model = (llamagen if family == "llamagen" else var)(spec).eval()
+    model = drawn(TINY[family]())
     torch.nn.init.normal_(model.head.linear.weight, std=2.0)
-    length = spec.layout.length
-    tokens = torch.tensor(list(itertools.product(range(3), repeat=length)))
+    ranges = [range(part.vocab_size) for part in model.spec.parts for _ in range(part.count)]
+    tokens = torch.tensor(list(itertools.product(*ranges)))
     with torch.no_grad():
         logs = model.log_prob(model.arrange(tokens), model.conditioner(torch.full((len(tokens),), 2)))
     assert logs.std() > 0.1
@@ -243,7 +290,7 @@ def test_one_batch_is_overfitted(name):
     torch.manual_seed(0)
     model = FAMILIES[name]().train()
     tokens = tokens_of(model, 4)
-    batch = {"tokens": tokens, "label": torch.arange(4), "key": sample_seeds(0, 0, 4)}
+    batch = {"tokens": tokens, "label": torch.arange(4), "key": sample_seeds(0, 0, 4)} | also_read(model, 4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     first = model.loss(batch)["loss"].item()
     for _ in range(150):

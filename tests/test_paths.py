@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generators import FAMILIES, make, tokens_of
+from generators import FAMILIES, also_read, make, tokens_of
 from test_generators import LABELS, draw
 
 from eval import paths
@@ -26,7 +26,7 @@ def sampled(model, scale, **options):
 
 
 def trained(model):
-    batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": sample_seeds(0, 0, 3)}
+    batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": sample_seeds(0, 0, 3)} | also_read(model, 3)
     return counted(lambda: model.train().loss(batch, progress=0.5))
 
 

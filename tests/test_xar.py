@@ -152,9 +152,6 @@ def test_mistakes_are_named():
         ancestral(
             model, model.conditioner(LABELS), noise=SampleNoise(sample_seeds(0, 0, 3)), rule=DrawRule(solver_steps=3)
         )
-    model = make("xar_cell")
-    with pytest.raises(ValueError, match="context"):
-        model.loss({"tokens": tokens_of(model, 1), "context": tokens_of(model, 1), "label": LABELS[:1]})
 
 
 def test_a_bf16_trunk_beside_float32_embeddings():

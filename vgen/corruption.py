@@ -4,8 +4,9 @@ go on from them.
 Three kinds, one interface, for every family (`Generator.loss` takes them as batch["context"]): random codes with a
 fixed rate (VA-pi; an option of NBP, arXiv 2502.07737), one of the nearest codes (DetailFlow's first step, arXiv
 2505.21473), and noise on the code vectors, taken to the nearest code again; continuous tokens take the noise as it is,
-as in xAR's noisy context (arXiv 2502.20388). Draws are keyed by the sample. The rates are ours: none is published for
-all of this.
+as in xAR's noisy context (arXiv 2502.20388). Families that noise their own inputs (xAR, E-CAR, Transition Matching)
+noise the wrong tokens in the place of the right ones. Draws are keyed by the sample. The rates are ours: none is
+published for all of this.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vtok.quantize.codebook import nearest
 from vtok.quantize.parts import PartsQuantizer
 from vtok.tokenizer import Quantizer, TokenSpec
 
-COIN_STREAM, CODE_STREAM, NOISE_STREAM = 7401, 7402, 7403
+COIN_STREAM, CODE_STREAM, NOISE_STREAM = 7601, 7602, 7603  # no family draws from these
 LARGEST = 2**16  # codes whose distances are worth a table
 
 

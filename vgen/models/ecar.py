@@ -125,12 +125,13 @@ class ECAR(FlowAR):
         return Canvas(self.stages(self.arrange(tokens), noise)[1], self.layout)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
-        """FlowAR's loss on the straight paths of the stages."""
-        if "context" in batch:
-            raise ValueError("E-CAR's context is noisy already: train it without another context")
+        """FlowAR's loss on the straight paths of the stages; the trunk reads those of a context, of the same noise."""
         canvas, noise = self.arrange_batch(batch["tokens"], batch, progress), SampleNoise(batch["key"])
         starts, ends = self.stages(canvas, noise)
-        h = self(Canvas(ends, self.layout), self.conditioner(batch["label"], self.dropped(batch)))
+        given = ends
+        if "context" in batch:
+            given = self.stages(self.arrange_batch(batch["context"], batch, progress), noise)[1]
+        h = self(Canvas(given, self.layout), self.conditioner(batch["label"], self.dropped(batch)))
         share, each = self.shares(noise)
         x = interpolate(ends, starts, each)
         low, high = (torch.tensor(times, device=h.device) for times in (self.ends, self.starts))

@@ -101,10 +101,12 @@ class Transition(Generator):
     def moments(self, tokens: Tensor) -> Moments:
         return Moments.of(tokens)
 
-    def uncorrupted(self, batch: Mapping[str, Any], progress: float) -> Tensor:
-        if "context" in batch:
-            raise ValueError(f"{type(self).__name__}'s context is noisy already: train it without another context")
-        return self.restore(self.arrange_batch(batch["tokens"], batch, progress))
+    def given(self, batch: Mapping[str, Any], progress: float) -> tuple[Tensor, Tensor]:
+        """Clean tokens [B, N, C], the targets, and those whose noised levels are read: the context, if any."""
+        data = self.restore(self.arrange_batch(batch["tokens"], batch, progress))
+        if "context" not in batch:
+            return data, data
+        return data, self.restore(self.arrange_batch(batch["context"], batch, progress))
 
 
 class DTM(Transition):
@@ -219,10 +221,10 @@ class DTM(Transition):
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """Error of the head's velocity at one level a sample; "nats" [B, N] is that of every token (no likelihood)."""
-        data, noise = self.uncorrupted(batch, progress), SampleNoise(batch["key"])
+        (data, context), noise = self.given(batch, progress), SampleNoise(batch["key"])
         start, time = self.level_of(data, noise)
         cond = self.conditioner(batch["label"], self.dropped(batch))
-        h = self.run(self.read(interpolate(data, start, time), time, cond))
+        h = self.run(self.read(interpolate(context, start, time), time, cond))
         error = self.head.loss(h, data - start, (data.shape[1],), noise=noise)
         return {"loss": error.mean(), "nats": error.detach()}
 

@@ -110,9 +110,10 @@ class CausalTransition(Transition):
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """Error of the head's velocity over all levels but the noise; "nats" [B, T N] is that of every token."""
-        data, noise = self.uncorrupted(batch, progress), SampleNoise(batch["key"])
+        (data, context), noise = self.given(batch, progress), SampleNoise(batch["key"])
         levels, count = self.chain(data, noise), data.shape[1]
-        h = self(Canvas(levels, self.layout), self.conditioner(batch["label"], self.dropped(batch)))
+        read = levels if context is data else self.chain(context, noise)
+        h = self(Canvas(read, self.layout), self.conditioner(batch["label"], self.dropped(batch)))
         error = self.head.loss(h[:, count:], levels[:, count:], self.layout.sizes[1:], noise=noise)
         return {"loss": error.mean(), "nats": error.detach()}
 

@@ -162,20 +162,23 @@ class XAR(Generator):
             progress=Progress.of(layout, k),
         )
 
-    def corrupt(self, canvas: Canvas, key: Tensor) -> tuple[Canvas, Tensor]:
-        """The canvas with every entity at a time of its own, sigmoid(N(0, 1)), and the velocities e - x [B, L, C]."""
+    def corrupt(self, canvas: Canvas, key: Tensor, context: Canvas | None = None) -> tuple[Canvas, Tensor]:
+        """The canvas with every entity at a time of its own, sigmoid(N(0, 1)), and the velocities e - x [B, L, C].
+
+        context: what is noised in the place of the canvas; x of the velocities stays the canvas's.
+        """
         noise, length = SampleNoise(key), canvas.layout.length
         steps = torch.arange(canvas.layout.steps, device=key.device)
         time = logit_normal(noise.normal(steps, 1, TIME_STREAM)[..., 0])
         error = noise.normal(torch.arange(length, device=key.device), self.channels, NOISE_STREAM)
-        noised = interpolate(canvas.tokens, error, time[:, self.entities])
+        noised = interpolate((context or canvas).tokens, error, time[:, self.entities])
         return replace(canvas, tokens=noised, time=time), error - canvas.tokens
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """Mean squared error of the velocity; "nats" [B, L] is that of every token (no likelihood)."""
-        if "context" in batch:
-            raise ValueError("xAR's context is noisy already, and is its input too: train it without another context")
-        noised, velocity = self.corrupt(self.arrange_batch(batch["tokens"], batch, progress), batch["key"])
+        canvas = self.arrange_batch(batch["tokens"], batch, progress)
+        context = self.arrange_batch(batch["context"], batch, progress) if "context" in batch else None
+        noised, velocity = self.corrupt(canvas, batch["key"], context)
         h = self(noised, self.conditioner(batch["label"], self.dropped(batch)))
         error = self.head.loss(h, velocity, self.layout.sizes)
         return {"loss": error.mean(), "nats": error.detach()}
