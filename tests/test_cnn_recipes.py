@@ -45,6 +45,7 @@ def test_published_recipes(name):
     assert sum(p.numel() for p in tokenizer.parameters()) == parameters
     assert tokenizer.spec.image_size == config.data.image_size == 256
     assert tokenizer.spec.layout.length == (680 if name == "flexvar" else 256)
+    assert getattr(tokenizer, "draw_sides", False) == (name == "flexvar")
 
 
 def test_the_f8_models_recipe():
