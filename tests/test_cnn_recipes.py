@@ -14,6 +14,7 @@ from vtok.config import instantiate
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 IMAGES = 1_281_167
 # epochs, batch, parameters, epochs of the drops, pixel loss, (weight, start, adaptive, LeCam) of the GAN
+LIMITS = {"ifsq": (1e-6, 1e6)}  # of the adaptive weight; VQGAN's are 1e-4 and 1e4
 RECIPES = {
     "kl16": (50, 256, 66_456_019, (), "l1", (0.5, 50_001, True, 0.0)),
     "flexvar": (40, 128, 72_049_827, (), "l2", (0.5, 20_000, False, 0.0)),
@@ -39,6 +40,7 @@ def test_published_recipes(name):
     assert (config.objective.pixel, config.objective.perceptual_weight) == (pixel, 1.0)
     gan = instantiate(config.objective.gan, _convert_="all")
     assert (gan.weight, gan.start, gan.adaptive, gan.lecam_weight) == wanted
+    assert (gan.adaptive_eps, gan.adaptive_max) == LIMITS.get(name, (1e-4, 1e4))
     assert gan.loss == "hinge" and gan.fooling == ("non_saturating" if drops else "hinge")
     with torch.device("meta"):
         tokenizer = instantiate(config.tokenizer, _convert_="all")
