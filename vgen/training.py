@@ -85,6 +85,8 @@ def train(config: DictConfig) -> float | None:
         if lit.ema is not None:
             lit.ema.load_state_dict(lit.module.state_dict())
         say(warm.table())
+    elif resumed is None and isinstance(lit, LitTokenizer) and (told := lit.module.fresh_start()):
+        say(f"note: {told}")
     trainer = build_trainer(config, folder, lit, trust, fresh=resumed is None)
     batch = micro_batch_size(config.batch_size, config.accumulate, trainer.world_size)
     plain = OmegaConf.to_container(config, resolve=True)
