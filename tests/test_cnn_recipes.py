@@ -50,6 +50,25 @@ def test_published_recipes(name):
     assert getattr(tokenizer, "draw_sides", False) == (name == "flexvar")
 
 
+def header(path: str) -> str:
+    """The comment that a configuration starts with, as one line."""
+    lines = (CONFIGS / path).read_text().splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines[: [*(x[:1] for x in lines), ""].index("_")])
+
+
+def test_what_has_no_published_recipe_says_so():
+    """And why; no experiment trains it. KL's training has no reference, which its code, recipe and tests say."""
+    names = ["bsq_small", "cnn_fsq_small", *(p.stem for p in sorted((CONFIGS / "tokenizer").glob("tatitok_*.yaml")))]
+    experiments = {p: p.read_text() for p in (CONFIGS / "experiment").glob("*_imagenet256.yaml")}
+    assert len(names) == 8
+    for name in names:
+        assert "No experiment of ImageNet at 256 px: " in header(f"tokenizer/{name}.yaml"), name
+        assert not [p.name for p, text in experiments.items() if f"/tokenizer: {name}\n" in text], name
+    for path in ("vtok/quantize/kl.py", "configs/experiment/kl16_imagenet256.yaml", "tests/test_kl.py"):
+        text = " ".join((CONFIGS.parent / path).read_text().replace("\n#", "\n").split())
+        assert "No reference available" in text, path
+
+
 def test_the_f8_models_recipe():
     overrides = ["experiment=magvit2_imagenet256", "tokenizer=magvit2_f8", "data.image_size=128"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
