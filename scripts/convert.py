@@ -3,8 +3,13 @@
     python scripts/convert.py from=zoo:var-d16 out=outputs/var_d16
     python scripts/convert.py from=mine.pt family=llamagen kind=generator config=mine.json out=outputs/mine
     python scripts/convert.py from=outputs/my_run out=outputs/mine
+    python scripts/convert.py from=model.safetensors family=siglip2 start=detailflow_128 out=outputs/start
 
-The folder holds one set of weights, in float32, and can be moved, shared and loaded without this table or the original.
+The last one writes what a training starts from (init_from=<folder>): an untrained tokenizer of configs/tokenizer whose
+encoder (family=siglip2, for detailflow_*) or frozen VAE (family=flextok_vae, for flextok_*, with the config.json that
+lies beside the VAE's file) is the file's.
+
+A folder holds one set of weights, in float32, and can be moved, shared and loaded without this table or the original.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.export import export, free  # noqa: E402
 from vtok.cli import entry  # noqa: E402
+
+STARTS = {"flextok_vae": "FlexTokTokenizer", "siglip2": "DetailFlowTokenizer"}  # family: what it is a part of
 
 
 @entry("convert", ROOT / "configs")
@@ -53,10 +60,37 @@ def convert(config: Any) -> Path:
             raise ValueError("a file needs family=<converter> and kind=tokenizer or generator; or give from=zoo:<name>")
         arguments = json.loads(Path(config["config"]).read_text()) if config["config"] else {}
         state = read_weights(source, config["inside"] or "auto")
-        module = convert_file(config["kind"], config["family"], state, arguments, Path(source))
+        if config["family"] in STARTS:
+            module = started(config, state, arguments)
+        else:
+            module = convert_file(config["kind"], config["family"], state, arguments, Path(source))
         save_folder(module, out, converted_from={"file": Path(source).name, "sha256": file_hash(source)})
     print(f"wrote {out}")
     return out
+
+
+def started(config: Any, state: Any, arguments: Any) -> Any:
+    """An untrained tokenizer of configs/tokenizer whose pretrained part is the file's."""
+    from omegaconf import OmegaConf
+
+    from vtok.config import instantiate
+    from vtok.convert.detailflow import start_from_siglip2
+    from vtok.convert.flextok import convert_vae
+
+    family, size = config["family"], config["image_size"]
+    path = ROOT / "configs" / "tokenizer" / f"{config['start']}.yaml"
+    if not path.is_file() or STARTS[family] not in path.read_text():
+        named = f"one of configs/tokenizer/{'flextok' if family == 'flextok_vae' else 'detailflow'}_*"
+        raise ValueError(f"family={family} needs start=<{named}>, got {config['start']}")
+    section = OmegaConf.create({"data": {"image_size": size}, "tokenizer": OmegaConf.load(path)}).tokenizer
+    if family == "siglip2":
+        return start_from_siglip2(instantiate(section, _convert_="all"), state)
+    if "scaling_factor" not in arguments:
+        raise ValueError("family=flextok_vae needs config=<the config.json of the VAE>, for its scaling_factor")
+    scale = arguments["scaling_factor"]
+    print(f"train on it with init_from={config['out']} tokenizer.vae.quantizer.scale={scale}")
+    section.vae = None
+    return instantiate(section, _partial_=True, _convert_="all")(vae=convert_vae(state, scale=scale, image_size=size))
 
 
 def _save(loaded: Any, folder: Path, **extra: Any) -> None:

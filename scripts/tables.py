@@ -68,10 +68,16 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
+def cell(member: Mapping[str, Any], key: str, shape: str) -> str:
+    """A row's value; the values of all parts of the tokens, <key>_part0 and so on, where it has these; else empty."""
+    names = [key] if key in member else sorted(name for name in member if name.startswith(f"{key}_part"))
+    return " / ".join(shape.format(member[name]) for name in names if member[name] is not None)
+
+
 def markdown(columns: Sequence[Column], members: Iterable[Mapping[str, Any]]) -> list[str]:
     """Lines of a table; a cell whose key a row lacks is empty."""
     lines = ["| " + " | ".join(title for title, _, _ in columns) + " |", "|" + "---|" * len(columns)]
     for member in members:
-        cells = [shape.format(member[key]) if member.get(key) is not None else "" for _, key, shape in columns]
+        cells = [cell(member, key, shape) for _, key, shape in columns]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -269,7 +269,7 @@ COLUMNS: tuple[Column, ...] = (
     ("usage", "codebook_usage", "{:.2f}"), ("perplexity", "codebook_perplexity", "{:.0f}"),
     ("encode img/s", "encode_images_per_second", "{:.0f}"), ("decode img/s", "decode_images_per_second", "{:.0f}"),
     ("loss", "loss", "{:.4f}"), ("steps", "steps", "{}"), ("seconds", "seconds", "{:.0f}"), ("seed", "seed", "{}"),
-    ("commit", "commit", "{}"),
+    ("commit", "commit", "{}"), ("command", "command", "`{}`"),
 )  # fmt: skip
 TITLES = {
     "cifar10": "CIFAR-10, 32 px (2,000 test images)",
@@ -288,8 +288,8 @@ def page(found: list[Mapping[str, Any]], studies: list[Mapping[str, Any]]) -> st
         "quantizers at a tiny budget, and say little about the published models. Families that end in a flow draw one",
         "sample with a fixed seed. Time ends a row, other jobs ran on the machine, and processors differ (BSQ,",
         "DetailFlow and FlexTok were trained without AVX-512, at about a third of the speed): compare the steps too,",
-        "and take images a second as a lower bound. Written by `python scripts/tokenizer_table.py` from",
-        "docs/tables/tokenizers.",
+        "and take images a second as a lower bound. Usage and perplexity of tokens with two vocabularies are those of",
+        "the first / of the second. Written by `python scripts/tokenizer_table.py` from docs/tables/tokenizers.",
     ]
     for kind, title in TITLES.items():
         members = [row for row in found if row["kind"] == kind]

@@ -14,6 +14,7 @@ from vtok.config import instantiate
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 IMAGES = 1_281_167
 # epochs, batch, parameters, epochs of the drops, pixel loss, (weight, start, adaptive, LeCam) of the GAN
+LIMITS = {"ifsq": (1e-6, 1e6)}  # of the adaptive weight; VQGAN's are 1e-4 and 1e4
 RECIPES = {
     "kl16": (50, 256, 66_456_019, (), "l1", (0.5, 50_001, True, 0.0)),
     "flexvar": (40, 128, 72_049_827, (), "l2", (0.5, 20_000, False, 0.0)),
@@ -39,12 +40,33 @@ def test_published_recipes(name):
     assert (config.objective.pixel, config.objective.perceptual_weight) == (pixel, 1.0)
     gan = instantiate(config.objective.gan, _convert_="all")
     assert (gan.weight, gan.start, gan.adaptive, gan.lecam_weight) == wanted
+    assert (gan.adaptive_eps, gan.adaptive_max) == LIMITS.get(name, (1e-4, 1e4))
     assert gan.loss == "hinge" and gan.fooling == ("non_saturating" if drops else "hinge")
     with torch.device("meta"):
         tokenizer = instantiate(config.tokenizer, _convert_="all")
     assert sum(p.numel() for p in tokenizer.parameters()) == parameters
     assert tokenizer.spec.image_size == config.data.image_size == 256
     assert tokenizer.spec.layout.length == (680 if name == "flexvar" else 256)
+    assert getattr(tokenizer, "draw_sides", False) == (name == "flexvar")
+
+
+def header(path: str) -> str:
+    """The comment that a configuration starts with, as one line."""
+    lines = (CONFIGS / path).read_text().splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines[: [*(x[:1] for x in lines), ""].index("_")])
+
+
+def test_what_has_no_published_recipe_says_so():
+    """And why; no experiment trains it. KL's training has no reference, which its code, recipe and tests say."""
+    names = ["bsq_small", "cnn_fsq_small", *(p.stem for p in sorted((CONFIGS / "tokenizer").glob("tatitok_*.yaml")))]
+    experiments = {p: p.read_text() for p in (CONFIGS / "experiment").glob("*_imagenet256.yaml")}
+    assert len(names) == 8
+    for name in names:
+        assert "No experiment of ImageNet at 256 px: " in header(f"tokenizer/{name}.yaml"), name
+        assert not [p.name for p, text in experiments.items() if f"/tokenizer: {name}\n" in text], name
+    for path in ("vtok/quantize/kl.py", "configs/experiment/kl16_imagenet256.yaml", "tests/test_kl.py"):
+        text = " ".join((CONFIGS.parent / path).read_text().replace("\n#", "\n").split())
+        assert "No reference available" in text, path
 
 
 def test_the_f8_models_recipe():

@@ -1,13 +1,26 @@
 """FlexTok's files, in keys and shapes as its code implies: no reference available for whole models."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from runs import run, state
+from safetensors.torch import save_file
 
-from vtok.convert import convert
-from vtok.convert.flextok import convert_vae
-from vtok.layers.attention import attend_naive
-from vtok.layers.flex import sincos
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.convert import convert as convert_command  # noqa: E402
+from vtok.checkpoint import load_folder  # noqa: E402
+from vtok.convert import convert  # noqa: E402
+from vtok.convert.flextok import convert_vae  # noqa: E402
+from vtok.layers.attention import attend_naive  # noqa: E402
+from vtok.layers.flex import sincos  # noqa: E402
+from vtok.models import FAMILIES  # noqa: E402
 
 WIDTH, HEAD, TOKENS, LATENT, PATCH = 16, 8, 4, 3, 2
 ENC, DEC = "encoder.module_dict.", "decoder.module_dict."
@@ -182,3 +195,45 @@ def test_the_published_vae_has_the_stated_size():
     with torch.device("meta"):
         state = vae_state((128, 256, 512, 512), 16)
     assert sum(v.numel() for v in state.values()) == 83_821_011
+
+
+VAE = (
+    "{_target_: vtok.models.cnn.CNNTokenizer, image_size: 32, channels: 8, multipliers: [1, 2], blocks: 2, "
+    "z_channels: null, attention: false, groups: 8, "
+    "quantizer: {_target_: vtok.quantize.kl.KL, channels: 4, scale: 0.5}}"
+)
+TRAINING = ("data=fake", "data.image_size=32", "data.train_images=8", "data.val_images=4", "tokenizer=flextok_small")
+TRAINING += ("batch_size=4", "steps=1", "ema=null", "picture_every=null", "bar=false", "trainer=cpu")
+
+
+def converted(folder: Path, **options: object) -> Path:
+    """scripts/convert.py on the VAE's file."""
+    given = {"from": folder / "vae.safetensors", "family": "flextok_vae", "out": folder / "start"} | options
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("convert", overrides=["image_size=32", *(f"{k}={v}" for k, v in given.items())])
+    return convert_command(config)
+
+
+def test_a_training_starts_from_a_trained_vae_or_not_at_all(tmp_path, capsys):
+    torch.manual_seed(1)
+    file = vae_state((8, 16), 4)
+    save_file(file, tmp_path / "vae.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "scaling_factor": 0.5}))
+    with pytest.raises(ValueError, match=r"start=<one of configs/tokenizer/flextok_\*>, got cnn_vq_small"):
+        converted(tmp_path, start="cnn_vq_small", config=tmp_path / "config.json")
+    with pytest.raises(ValueError, match="scaling_factor"):
+        converted(tmp_path, start="flextok_small")
+    folder = converted(tmp_path, start="flextok_small", config=tmp_path / "config.json")
+    assert f"init_from={folder} tokenizer.vae.quantizer.scale=0.5" in capsys.readouterr().out
+    module, vae = load_folder(folder, FAMILIES), convert_vae(file, scale=0.5, image_size=32)
+    assert module.vae.quantizer.scale == 0.5 and module.stride == 8
+    assert all(torch.equal(module.vae.state_dict()[k], v) for k, v in vae.state_dict().items())
+
+    with pytest.raises(ValueError, match=r"untrained.*flextok_vae_c4.*scripts/convert\.py"):
+        run(*TRAINING, f"tokenizer.vae={VAE}", f"run_dir={tmp_path / 'none'}")
+    assert not (tmp_path / "none").exists()
+    run(*TRAINING, f"tokenizer.vae={VAE}", f"run_dir={tmp_path / 'run'}", f"init_from={folder}")
+    kept = state(tmp_path / "run")["state_dict"]
+    assert all(torch.equal(kept[f"module.vae.{k}"], v) for k, v in vae.state_dict().items())
+    run(*TRAINING, f"tokenizer.vae={VAE}", f"run_dir={tmp_path / 'run'}", "resume=last")  # a run has its own
+    run(*TRAINING, f"run_dir={tmp_path / 'pixels'}")  # without a VAE there is nothing to train before

@@ -1,21 +1,30 @@
 """DetailFlow: resolutions of prefixes, who sees whom, corruption and repair, and the published sizes."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from runs import run
+from safetensors.torch import save_file
 from tokenizers import detailflow, images, make
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.convert import convert
+from vtok.checkpoint import load_folder
 from vtok.convert.detailflow import start_from_siglip2
 from vtok.layers.resolution import decode_side, degrade, prefix_side, resize_table
+from vtok.models import FAMILIES
 from vtok.noise import SampleNoise
 from vtok.quantize.fsq import FSQ
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "tokenizer"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "tokenizer"
 KEYS = SampleNoise(torch.tensor([5, 6, 7]))
 # R(t) at 256 px and p = 1.5, computed with the original
 PUBLISHED = {
@@ -151,22 +160,26 @@ def test_mistakes_are_named():
         model.decode(torch.zeros(1, 8).long(), keep=9)
 
 
-def test_the_encoder_starts_from_siglip2():
+def siglip2_state(width: int, patch: int, hidden: int, places: int, layers: int) -> dict[str, torch.Tensor]:
+    """A SigLIP2 file of these sizes."""
     torch.manual_seed(0)
-    width, patch = 16, 4
     state = {"vision_model.embeddings.patch_embedding.weight": torch.randn(width, patch * patch * 3)}
     state |= {"vision_model.embeddings.patch_embedding.bias": torch.randn(width)}
-    state |= {"vision_model.embeddings.position_embedding.weight": torch.randn(16, width)}
-    for name in ("post_layernorm", *(f"encoder.layers.{i}.layer_norm{j}" for i in range(3) for j in (1, 2))):
+    state |= {"vision_model.embeddings.position_embedding.weight": torch.randn(places, width)}
+    for name in ("post_layernorm", *(f"encoder.layers.{i}.layer_norm{j}" for i in range(layers) for j in (1, 2))):
         state |= {f"vision_model.{name}.{k}": torch.randn(width) for k in ("weight", "bias")}
-    for i in range(3):  # one more than the encoder has
+    for i in range(layers):
         at = f"vision_model.encoder.layers.{i}"
-        for name, (rows, columns) in {"fc1": (24, width), "fc2": (width, 24)}.items():
+        for name, (rows, columns) in {"fc1": (hidden, width), "fc2": (width, hidden)}.items():
             state |= {f"{at}.mlp.{name}.weight": torch.randn(rows, columns), f"{at}.mlp.{name}.bias": torch.randn(rows)}
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             state |= {f"{at}.self_attn.{name}.weight": torch.randn(width, width)}
             state |= {f"{at}.self_attn.{name}.bias": torch.randn(width)}
-    state |= {"vision_model.head.probe": torch.randn(1, 1, width), "text_model.final": torch.randn(3)}
+    return state | {"vision_model.head.probe": torch.randn(1, 1, width), "text_model.final": torch.randn(3)}
+
+
+def test_the_encoder_starts_from_siglip2():
+    state = siglip2_state(16, 4, 24, 16, 3)  # one layer more than the encoder has
     model = start_from_siglip2(detailflow(), state)
     kernel = state["vision_model.embeddings.patch_embedding.weight"]
     pixels = images()[:, :, :4, :4].permute(0, 2, 3, 1).flatten(1)  # rows, columns, colours
@@ -177,6 +190,35 @@ def test_the_encoder_starts_from_siglip2():
     del state["vision_model.encoder.layers.1.mlp.fc1.bias"]
     with pytest.raises(ValueError, match="do not fit"):
         start_from_siglip2(detailflow(), state)
+
+
+def test_its_folder_is_written_by_a_command_and_its_absence_said(tmp_path, monkeypatch, capsys):
+    state = siglip2_state(128, 8, 512, 16, 5)
+    save_file(state, tmp_path / "model.safetensors")
+    given = {"from": tmp_path / "model.safetensors", "family": "siglip2", "start": "detailflow_small"}
+    with initialize_config_dir(str(CONFIGS.parent), version_base="1.3"):
+        options = [*(f"{k}={v}" for k, v in given.items()), "image_size=32", f"out={tmp_path / 'start'}"]
+        folder = convert(compose("convert", overrides=options))
+    module = load_folder(folder, FAMILIES)
+    norm = module.encoder.trunk.blocks[3].norm1.bias
+    assert torch.equal(norm, state["vision_model.encoder.layers.3.layer_norm1.bias"])
+
+    training = [
+        "data=fake",
+        "data.image_size=32",
+        "data.train_images=8",
+        "data.val_images=4",
+        "batch_size=4",
+        "steps=1",
+    ]
+    training += ["tokenizer=detailflow_small", "ema=null", "picture_every=null", "bar=false", "trainer=cpu"]
+    run(*training, f"run_dir={tmp_path / 'a'}")
+    assert "SigLIP2" not in capsys.readouterr().out  # a small one is not meant to have them
+    monkeypatch.setattr("vtok.models.detailflow.SIGLIP2", 128)
+    run(*training, f"run_dir={tmp_path / 'b'}")
+    assert capsys.readouterr().out.count("note: DetailFlow's encoder starts without SigLIP2's weights") == 1
+    run(*training, f"run_dir={tmp_path / 'c'}", f"init_from={folder}")
+    assert "note: DetailFlow" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ("128", "256", "512", "small"))
@@ -193,5 +235,6 @@ def test_published_and_small_sizes(name):
         assert 1e6 < count < 8e6
         return
     more = int(name) - 128
+    assert "SigLIP2" in model.fresh_start()
     assert (encoder, decoder) == (184_499_520 + 3 * 1152 * more, 85_942_272 + 768 * more)
     assert model.spec.layout.sizes == (1,) * 8 + (8,) * (int(name) // 8 - 1)

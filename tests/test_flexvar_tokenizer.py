@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vtok.layout import SequenceLayout
+from vtok.losses.objective import TokenizerObjective
 from vtok.models.flexvar import FlexVARTokenizer
 from vtok.quantize.independent import IndependentVQ
 from vtok.quantize.vq import VQ
@@ -109,6 +110,54 @@ def test_smaller_scales_are_compared_with_smaller_images():
     assert set(tokenizer(scale_weight=0.0)(images()).losses) == {"commitment", "codebook"}
     with pytest.raises(ValueError, match="scale_weight"):
         tokenizer(scale_weight=-1.0)
+
+
+def large(**options) -> FlexVARTokenizer:
+    """The published list of sides, on narrow networks."""
+    torch.manual_seed(0)
+    quantizer = IndependentVQ(vocab_size=40, channels=4, sides=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+    shape = dict(channels=4, multipliers=[1, 1], blocks=1, groups=2, z_channels=4, attention=False)
+    return FlexVARTokenizer(image_size=32, quantizer=quantizer, mid_attention=False, **shape, **options)
+
+
+def test_drawn_lists_follow_the_law_and_cover_all_sides():
+    module, steps = large(draw_sides=True), 4000
+    lists = [module.sides_at(step / steps) for step in range(steps)]
+    assert lists == [module.sides_at(step / steps) for step in range(steps)]
+    assert all(s == tuple(sorted(set(s))) and s[0] == 1 and s[-1] == 16 for s in lists)
+    assert all(sum(side**2 for side in s) <= 680 for s in lists)
+    assert {side for s in lists for side in s} == set(range(1, 17))
+    own = sum(s == module.quantizer.sides for s in lists) / steps
+    assert abs(own - 0.05 * 0.9) < 5 * (0.05 / steps) ** 0.5  # 5 % draw it, a tenth of them loses a side or more
+    assert max(lists.count(s) for s in set(lists)) == lists.count(module.quantizer.sides)  # the rest is spread
+
+
+def test_a_drawn_step_is_one_with_these_sides():
+    """Training at a share of progress equals a tokenizer whose fixed list it is; another share has another list."""
+    module = large(draw_sides=True).train()
+    picture, steps = images(32), 50
+    chosen = [module.sides_at(step / steps) for step in range(steps)]
+    assert len(set(chosen)) > 25
+    for step in (3, 17):
+        sides = chosen[step]
+        fixed = large().train()
+        fixed.load_state_dict(module.state_dict())
+        fixed.quantizer.sides = sides
+        got, want = module(picture, progress=step / steps), fixed(picture, progress=step / steps)
+        assert got.tokens.shape == (2, sum(side**2 for side in sides)) and torch.equal(got.tokens, want.tokens)
+        assert got.images.shape == picture.shape and torch.equal(got.images, want.images)
+        assert all(torch.equal(got.losses[name], want.losses[name]) for name in want.losses)
+        alone = module(picture[1:], progress=step / steps, key=torch.tensor([5]))  # nor do the samples matter
+        assert torch.equal(alone.tokens, got.tokens[1:])
+
+
+def test_evaluation_and_off_keep_the_fixed_list():
+    drawing, fixed = large(draw_sides=True), large()
+    for mode, one in ((False, drawing), (True, fixed), (False, fixed)):
+        assert one.train(mode)(images(32), progress=0.3).tokens.shape == (2, 680)
+    assert drawing.eval().encode(images(32)).shape == (2, 680)
+    recon = TokenizerObjective(perceptual_weight=0.0).reconstruct(drawing.train(), images(32), progress=0.02)
+    assert recon.tokens.shape[1] == sum(side**2 for side in drawing.sides_at(0.02))
 
 
 def test_published_size():

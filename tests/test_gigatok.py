@@ -12,7 +12,7 @@ from torch import nn
 from vtok.config import instantiate
 from vtok.layers.nested import keep_counts
 from vtok.layers.qformer import PositionedAttention, QFormerDecoder, QFormerEncoder, QFormerLayer, pooled, pyramid
-from vtok.models.retok import KEEP
+from vtok.models.retok import KEEP, ReToK
 from vtok.noise import SampleNoise
 from vtok.quantize.rotation import rotated
 from vtok.quantize.vq import VQ
@@ -43,15 +43,20 @@ def test_published_sizes(name):
     assert f"{count:,} parameters" in (CONFIGS / "tokenizer" / f"{name}.yaml").read_text()
 
 
-@pytest.mark.parametrize("name, epochs", (("gigatok", 100), ("retok", 250)))
-def test_recipes_compose(name, epochs):
+@pytest.mark.parametrize(
+    "name, epochs, start", (("gigatok", 100, 20_000), ("retok", 250, 20_000), ("retok_stage2", 50, 0))
+)
+def test_recipes_compose(name, epochs, start):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=[f"experiment={name}_imagenet256"])
     with torch.device("meta"):
         model = instantiate(config.tokenizer, _convert_="all")
     assert config.name == f"{name}_imagenet256" and model.spec.image_size == config.data.image_size == 256
     assert config.steps == 1_281_167 // config.batch_size * epochs
+    assert (config.objective.gan.start, config.objective.gan.weight) == (start, 0.5)
     network = getattr(model, "network", model)
+    frozen = {k.split(".")[0] for k, p in network.named_parameters() if not p.requires_grad}
+    assert frozen == ({"encoder", "to_tokens", "project_in", "quantizer"} if name == "retok_stage2" else set())
     assert network.alignment[-1].out_features == 768 and "alignment" in config.objective.terms.alignment.features
 
 
@@ -202,3 +207,28 @@ def test_nested_dropout_can_be_chosen():
     for wrong in ({"nested": {15: 1.0}}, {"alignment_power": -1.0}):
         with pytest.raises(ValueError):
             retok(**wrong)
+
+
+def test_the_decoders_stage_changes_the_decoder_alone():
+    """Tokens, images and prefixes are those of the joint tokenizer; a codebook of moving averages stays as well."""
+    moving = VQ(vocab_size=32, channels=6, rotation=True, ema_decay=0.9, restart=0.5)
+    joint = ReToK(network=gigatok(redundant=6, quantizer=moving))
+    moving = VQ(vocab_size=32, channels=6, rotation=True, ema_decay=0.9, restart=0.5)
+    model = ReToK(network=gigatok(redundant=6, quantizer=moving), stage="decoder")
+    model.load_state_dict(joint.state_dict())
+    for mode in (False, True):
+        before = {k: v.clone() for k, v in joint.state_dict().items()}
+        want = joint.train(mode)(images(), key=KEYS, progress=0.9)
+        joint.load_state_dict(before)  # training has moved its codebook
+        got = model.train(mode)(images(), key=KEYS, progress=0.9)
+        assert torch.equal(got.tokens, want.tokens) and torch.equal(got.images, want.images)
+        assert not got.losses and want.losses and set(got.features) == set(want.features)
+        assert torch.equal(got.features["alignment_weight"], want.features["alignment_weight"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    (got.images.square().mean() + got.features["alignment"].square().mean()).backward()
+    optimizer.step()
+    moved = {k.split(".")[1] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"to_grid", "project_out", "decoder", "alignment"}
+    with pytest.raises(ValueError, match="stage='second'"):
+        retok(stage="second")

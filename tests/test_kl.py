@@ -1,4 +1,7 @@
-"""The diagonal Gaussian bottleneck: against torch.distributions, and its keyed draws."""
+"""The diagonal Gaussian bottleneck: against torch.distributions, and its keyed draws.
+
+No reference available for KL training: the published autoencoder's class has no training step to record.
+"""
 
 from __future__ import annotations
 

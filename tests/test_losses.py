@@ -125,6 +125,11 @@ def test_adaptive_weight_is_the_ratio_of_gradients():
     assert adaptive_weight((3 * weight).sum(), (0.5 * weight).sum(), weight).item() == pytest.approx(6, rel=1e-3)
     assert adaptive_weight((3 * weight).sum(), (0 * weight).sum(), weight).item() == 1e4
     assert not adaptive_weight((3 * weight).sum(), weight.sum(), weight).requires_grad
+    # |3 * ones(n)| / (|d * ones(n)| + eps), the norms sqrt(n) times the factors
+    root = weight.numel() ** 0.5
+    for eps, most, d in ((1e-6, 1e6, 1e-5), (1e-4, 1e4, 1e-5), (1e-6, 1e6, 0.0), (1e-4, 50.0, 1e-5)):
+        found = adaptive_weight((3 * weight).sum(), (d * weight).sum(), weight, eps=eps, most=most).item()
+        assert found == pytest.approx(min(3 * root / (d * root + eps), most), rel=1e-4)
 
 
 def test_lecam_by_hand():
@@ -188,6 +193,18 @@ def test_the_generators_loss_is_the_weighted_sum(adaptive):
     objective.zero_grad()
     loss.backward()
     assert toy.last.weight.grad.any() and all(p.grad is None for p in objective.discriminator.parameters())
+
+
+def test_the_limits_of_the_adaptive_weight_are_the_gans():
+    free, *cut = (
+        setting(adversary={"weight": 0.7, "adaptive": True} | limits)
+        for limits in ({}, {"adaptive_max": 1e-3}, {"adaptive_eps": 1e6})
+    )
+    found = []
+    for toy, objective, images in (free, *cut):
+        objective.discriminator.eval()
+        found.append(objective.generator_loss(toy(images), images, toy.last.weight, 2)[1]["adversarial_weight"].item())
+    assert found[0] > 1e-2 and found[1] == pytest.approx(0.7e-3) and found[2] < 1e-4
 
 
 @pytest.mark.parametrize("kind", ("hinge", "non_saturating"))
@@ -257,6 +274,8 @@ def test_mistakes_are_named(tmp_path):
         ({"adversary": {"weight": -1.0}}, r"gan\.weight"),
         ({"adversary": {"first": "both"}}, r"gan\.first"),
         ({"adversary": {"every": 0}}, r"gan\.every"),
+        ({"adversary": {"adaptive_eps": 0.0}}, r"gan\.adaptive_eps"),
+        ({"adversary": {"adaptive_max": -1.0}}, r"gan\.adaptive_max"),
         ({"adversary": {"consistency_weight": 1.0}}, r"gan\.strong"),
     ):
         with pytest.raises(ValueError, match=word):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from vgen.training import build_module
 from vtok.config import instantiate
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -83,6 +85,59 @@ def test_the_dino_discriminator_gets_its_views():
             for augment in (gan["augment"], gan["strong"]):
                 assert augment is None or (augment["size"], augment["crop"]) == (224, 0.5), name
             assert gan["augment"] is not None
+
+
+# --- LARP's on every discrete tokenizer -----------------------------------------------------------------------------
+
+CONTINUOUS = {"kl_small"}
+TOKENIZERS = sorted(p.stem for p in (CONFIGS / "tokenizer").glob("*_small.yaml"))
+# without LPIPS's files, and with networks of a test's size
+LARP = ("data=fake", "data.image_size=32", "objective=larp", "objective.perceptual_weight=0", "trainer=cpu")
+LARP += tuple(f"objective.gan.discriminator.{k}" for k in ("width=16", "depth=1", "heads=2"))
+LARP += tuple(f"objective.terms.prior.{k}" for k in ("width=16", "depth=1", "heads=2"))
+
+
+def trained_with_larp(name: str, *options: str):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=[f"tokenizer={name}", *LARP, *options])
+    torch.manual_seed(0)
+    return build_module(config, SimpleNamespace(image_size=32), ())
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in CONTINUOUS])
+def test_larps_objective_trains_every_discrete_tokenizer(name):
+    """Built for the tokens at hand; the first step's loss is finite and reaches the tokenizer, the prior's included."""
+    lit = trained_with_larp(name)
+    model, objective = lit.module.train(), lit.objective
+    parts, prior = model.spec.parts, objective.terms["prior"]
+    assert prior.part == (None if len(parts) == 1 else 1)  # Hita's grid, longer than its holistic tokens
+    chosen = parts[prior.part or 0]
+    assert (prior.channels, prior.length) == (chosen.channels, chosen.count)
+    images, key = torch.rand(2, 3, 32, 32) * 2 - 1, torch.tensor([3, 4])
+    recon = objective.reconstruct(model, images, key=key)
+    loss, logs = objective.generator_loss(recon, images, model.last_layer, 0, key=key, tokenizer=model)
+    assert loss.isfinite() and logs["prior"] > 0 and logs["adversarial"] > 0
+    for loss_name, value in recon.losses.items():
+        factor = 0.1 if loss_name in ("commitment", "codebook", "quantization") else 1.0
+        torch.testing.assert_close(logs[loss_name], factor * value.detach())
+    loss.backward()
+    for module in (model, prior):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_larps_prior_can_be_told_and_refuses_what_it_cannot_predict():
+    prior = trained_with_larp("hita_small", "objective.terms.prior.part=0").objective.terms["prior"]
+    assert (prior.part, prior.length, prior.channels) == (0, 16, 12)
+    assert trained_with_larp("cnn_vq_small", "objective.terms.prior.length=99").objective.terms["prior"].length == 99
+    with pytest.raises(ValueError, match=r"terms\.prior predicts discrete"):
+        trained_with_larp("kl_small")
+    with pytest.raises(ValueError, match=r"prior\.part=1: the tokens have 1"):
+        trained_with_larp("cnn_vq_small", "objective.terms.prior.part=1")
+    with pytest.raises(ValueError, match=r"own_weights.*codebook"):  # every other objective says what is absent
+        lit = trained_with_larp("cnn_fsq_small", "objective.own_strict=true")
+        images = torch.zeros(1, 3, 32, 32)
+        recon = lit.objective.reconstruct(lit.module, images)
+        lit.objective.generator_loss(recon, images, None, 0, tokenizer=lit.module)
 
 
 # --- experiments ----------------------------------------------------------------------------------------------------

@@ -104,6 +104,30 @@ def test_verdicts_on_prefixes():
     assert studies.judged(row([10.0, 12.0, 11.0, 15.0, 16.0], 9.0))[0] == "strictly rises"  # N / 4 is not on the path
 
 
+def test_a_row_of_two_vocabularies_shows_both_and_its_command():
+    shared = {"kind": "cifar10", "psnr_mean": 20.0, "tokens": 80}
+    two = {"codebook_usage_part0": 0.906, "codebook_usage_part1": 0.354, "codebook_perplexity_part0": 556.7}
+    two |= {"codebook_perplexity_part1": 789.1, "command": "python scripts/tokenizer_table.py hita"}
+    one = {"codebook_usage": 1.0, "codebook_perplexity": 997.2, "command": "python scripts/tokenizer_table.py var"}
+    kinds = [("hita", two), ("var", one), ("block_mean", {"codebook_usage": None})]
+    lines = tokenizer_table.page([shared | more | {"family": name} for name, more in kinds], []).splitlines()
+    titles = next(line for line in lines if line.startswith("| family")).split(" | ")
+    found = {}
+    for line in lines:
+        if line.startswith(("| hita", "| var", "| block_mean")):
+            values = dict(zip(titles, line.removesuffix(" |").split(" | ")))
+            found[values["| family"].removeprefix("| ")] = [values[t] for t in ("usage", "perplexity")]
+            command = f"`python scripts/tokenizer_table.py {line.split()[1]}` |"
+            assert line.endswith(command) == (not line.startswith("| block_mean"))
+    assert found == {"hita": ["0.91 / 0.35", "557 / 789"], "var": ["1.00", "997"], "block_mean": ["", ""]}
+
+
+def test_the_page_is_that_of_the_rows():
+    """As written by `--page`; whoever adds a row writes the page anew."""
+    found = tokenizer_table.rows(tokenizer_table.ROWS_AT), tokenizer_table.rows(tokenizer_table.STUDIES_AT)
+    assert tokenizer_table.PAGE.read_text() == tokenizer_table.page(*found)
+
+
 def test_the_page_has_a_section_for_each_study():
     page = tokenizer_table.page([], [row([10.0, 12.0, 13.0, 15.0, 16.0], 9.0)])
     assert "| restok | with nested dropout | 32 | 7 | 1: 10.00, 4: 12.00, 8: 13.00, 16: 15.00, 32: 16.00 |" in page

@@ -91,8 +91,8 @@ def cnn_kl(**options) -> CNNTokenizer:
 def gigatok(**options) -> GigaTok:
     shape = dict(encoder=(32, 2, 4), decoder=(64, 3, 4), channels=8, multipliers=(1, 1, 2), blocks=1, groups=4)
     shape |= dict(tokens=8, z_channels=24, alignment_depth=1, alignment_channels=10, auxiliary_until=0.6)
-    quantizer = VQ(vocab_size=32, channels=6, rotation=True)
-    return GigaTok(image_size=SIZE, quantizer=quantizer, **(shape | options))
+    shape["quantizer"] = VQ(vocab_size=32, channels=6, rotation=True)
+    return GigaTok(image_size=SIZE, **(shape | options))
 
 
 def retok(**options) -> ReToK:

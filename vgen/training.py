@@ -6,6 +6,7 @@ tokenizer. All mistakes in the configuration come up here, before the first step
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vgen.callbacks import Samples
 from vgen.corruption import Corruption
@@ -31,10 +32,12 @@ from vtok.config import Families, describe, instantiate
 from vtok.data.codes import OnlineTokens
 from vtok.data.module import ImageData, micro_batch_size
 from vtok.lit import Lit, LitTokenizer
+from vtok.losses.prior import ARPrior
 from vtok.noise import key
 from vtok.optim import Recipe, memory
 from vtok.resume import EXIT_PREEMPTED, Checkpoints, Preempted, ResumeState
 from vtok.rng import seed_all
+from vtok.tokenizer import TokenSpec
 from vtok.warmstart import warm_start
 from vtok.watch import DataWatch, PeerWatch, check_restarts
 
@@ -82,6 +85,8 @@ def train(config: DictConfig) -> float | None:
         if lit.ema is not None:
             lit.ema.load_state_dict(lit.module.state_dict())
         say(warm.table())
+    elif resumed is None and isinstance(lit, LitTokenizer) and (told := lit.module.fresh_start()):
+        say(f"note: {told}")
     trainer = build_trainer(config, folder, lit, trust, fresh=resumed is None)
     batch = micro_batch_size(config.batch_size, config.accumulate, trainer.world_size)
     plain = OmegaConf.to_container(config, resolve=True)
@@ -205,7 +210,7 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
                 f"the tokenizer is built for {module.spec.image_size} px, the data have {data.image_size} px; "
                 "change tokenizer.image_size or data.image_size"
             )
-        objective = instantiate(config.objective, trust=trust, _convert_="all")
+        objective = instantiate(fitted(config.objective, module.spec), trust=trust, _convert_="all")
         adversary = OmegaConf.to_container(config.discriminator_optimizer, resolve=True)
         return LitTokenizer(module, objective, recipe, discriminator_optimizer=adversary)
     make = instantiate(config.model, trust=trust, _convert_="all", _partial_=True)
@@ -237,6 +242,30 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
             raise ValueError(f"teacher={config.teacher}: give {{model: <timm name>, size: <pixels>}}, and weights_path")
         teacher = Frozen(Backbone(**given, remedy="train another model, with teacher=null"))
     return LitGenerator(module, recipe, class_names=data.class_names, corruption=corruption, teacher=teacher)
+
+
+def fitted(objective: DictConfig, spec: TokenSpec) -> DictConfig:
+    """The objective's configuration where priors without `channels`, `length` or `part` take them from the tokens.
+
+    Of several vocabularies the prior predicts the one of most tokens. Raises ValueError for continuous tokens.
+    """
+    objective = copy.deepcopy(objective)
+    for name, term in (objective.get("terms") or {}).items():
+        if term is None or term.get("_target_") != f"{ARPrior.__module__}.{ARPrior.__name__}":
+            continue
+        if not spec.discrete:
+            raise ValueError(f"objective.terms.{name} predicts discrete tokens, these are continuous: set it to null")
+        part = term.get("part")
+        if part is None and len(spec.parts) > 1:
+            part = max(range(len(spec.parts)), key=lambda i: spec.parts[i].count)
+        if (part or 0) not in range(len(spec.parts)):
+            raise ValueError(f"objective.terms.{name}.part={part}: the tokens have {len(spec.parts)} vocabularies")
+        chosen = spec.parts[part or 0]
+        with open_dict(term):
+            term.part = part
+            term.channels = chosen.channels if term.get("channels") is None else term.channels
+            term.length = chosen.count if term.get("length") is None else term.length
+    return objective
 
 
 def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, ...], *, fresh: bool) -> L.Trainer:

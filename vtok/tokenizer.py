@@ -280,6 +280,10 @@ class Tokenizer(Configured, nn.Module):
         """Weight of the last decoder layer: the adaptive GAN weight compares gradients there."""
         raise NotImplementedError
 
+    def fresh_start(self) -> str | None:
+        """What to tell a user who trains it from random weights, if anything; ValueError where that is of no use."""
+        return None
+
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless images are float [B, 3, H, W] with sides that the stride divides."""
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():

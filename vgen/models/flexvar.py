@@ -25,6 +25,7 @@ from vtok.layers.packed import float32_linear
 from vtok.layers.trunk import Inputs
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
+from vtok.quantize.independent import drawn_sides
 from vtok.tokenizer import TokenSpec
 
 TABLE = 32  # side of the position table
@@ -123,31 +124,9 @@ class FlexVAR(VAR):
         return self.arrange(tokens, self.layout_of(self.draw_sides(batch["key"])))
 
     def draw_sides(self, key: Tensor) -> tuple[int, ...]:
-        """The list of one training step, from the key of its first sample (a batch shares its shapes).
-
-        Section 3.3 and the original's trainer, with 16 and 680 replaced by the spec's largest side and the tokens of
-        the model's own list: in 5 % that list; else the first two sides, 5 up to 10/16 of the largest, 2 above it, and
-        the largest. Up to four inner ones are dropped (10, 5, 2, 1 %), then one of the last four while it is too long.
-        """
-        place = torch.arange(64, device=key.device)
-        draws = iter(SampleNoise(key[:1]).uniform(place, SCALES_STREAM)[0].clamp(max=1 - 1e-7).tolist())
-        own, known, largest = [s for s, _ in self.layout.sides], self.known_sides, self.known_sides[-1]
-        chosen = list(own)
-        if next(draws) >= 0.05:
-            low = [s for s in known[2:-1] if s <= largest * 10 / 16]
-            high = [s for s in known[2:-1] if s > largest * 10 / 16]
-            picked = [
-                pool.pop(int(next(draws) * len(pool))) for pool, n in ((low, 5), (high, 2)) for _ in range(n) if pool
-            ]
-            chosen = sorted({*known[:2], *picked, largest})
-        level = next(draws)
-        for threshold in (0.9, 0.95, 0.98, 0.99):
-            if level > threshold and len(chosen) > 3:
-                chosen.pop(2 + int(next(draws) * (len(chosen) - 3)))
-        while sum(s * s for s in chosen) > self.layout.length and len(chosen) > 2:
-            last = min(4, len(chosen) - 1)  # the first side always stays
-            chosen.pop(len(chosen) - last + int(next(draws) * last))
-        return tuple(chosen)
+        """The list of one training step, some of the spec's sides, from the key of its first sample (a batch shares its
+        shapes)."""
+        return drawn_sides(SampleNoise(key), SCALES_STREAM, [s for s, _ in self.layout.sides], self.known_sides)
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 

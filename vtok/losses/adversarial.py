@@ -32,8 +32,10 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: GanLoss) -> Tensor:
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """|grad of reconstruction| / (|grad of adversarial| + 1e-4) at `last_layer`, within [0, 1e4], detached.
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, eps: float = 1e-4, most: float = 1e4
+) -> Tensor:
+    """|grad of reconstruction| / (|grad of adversarial| + eps) at `last_layer`, within [0, most], detached.
 
     The gradients are averaged over the processes first, so the weight is that of one process with the whole batch.
     """
@@ -41,7 +43,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
         (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
         (pushed,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     wanted, pushed = all_mean(full(wanted)), all_mean(full(pushed))
-    return (wanted.norm() / (pushed.norm() + 1e-4)).clamp(0, 1e4).detach()
+    return (wanted.norm() / (pushed.norm() + eps)).clamp(0, most).detach()
 
 
 LeCamOf = Literal["logits", "mean"]

@@ -40,10 +40,11 @@ class GAN(nn.Module):
     generator_loss: of the tokenizer, None = the same. start: first optimizer step with a GAN; ramp: steps over which
     the tokenizer's weight rises to `weight` from there. every: the discriminator learns in every so many steps.
     first: which of the two is updated first in a step (IBQ: "discriminator"). adaptive: multiply the weight by the
-    ratio of the gradient norms at the decoder's last layer. augment: of all that the discriminator sees. lecam_weight:
-    LeCam regulariser (0.999), of lecam_of. own_schedule: the discriminator's rate counts its steps from `start` on,
-    with a warm-up of its own, as in 1d-tokenizer; else it is the tokenizer's at the time. consistency_weight: squared
-    difference of the logits under `augment` and under `strong`.
+    ratio of the gradient norms at the decoder's last layer; adaptive_eps: added to its denominator; adaptive_max: its
+    largest value. augment: of all that the discriminator sees. lecam_weight: LeCam regulariser (0.999), of lecam_of.
+    own_schedule: the discriminator's rate counts its steps from `start` on, with a warm-up of its own, as in
+    1d-tokenizer; else it is the tokenizer's at the time. consistency_weight: squared difference of the logits under
+    `augment` and under `strong`.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class GAN(nn.Module):
         every: int = 1,
         first: Literal["generator", "discriminator"] = "generator",
         adaptive: bool = False,
+        adaptive_eps: float = 1e-4,
+        adaptive_max: float = 1e4,
         augment: DiffAug | None = None,
         lecam_weight: float = 0.0,
         consistency_weight: float = 0.0,
@@ -74,6 +77,8 @@ class GAN(nn.Module):
         for name, value in (("weight", weight), ("start", start), ("ramp", ramp), ("lecam_weight", lecam_weight)):
             if value < 0:
                 raise ValueError(f"gan.{name} must not be negative, got {value}")
+        if adaptive_eps <= 0 or adaptive_max <= 0:
+            raise ValueError(f"gan.adaptive_eps={adaptive_eps} and gan.adaptive_max={adaptive_max} must be positive")
         if every < 1:
             raise ValueError(f"gan.every={every}: the discriminator learns in every so many steps, at least 1")
         if bool(consistency_weight) != (strong is not None):
@@ -81,6 +86,7 @@ class GAN(nn.Module):
         self.discriminator = discriminator
         self.weight, self.loss, self.fooling = weight, loss, generator_loss or loss
         self.start, self.ramp, self.every, self.first, self.adaptive = start, ramp, every, first, adaptive
+        self.adaptive_eps, self.adaptive_max = adaptive_eps, adaptive_max
         self.augment, self.strong = augment, strong
         self.lecam_weight, self.consistency_weight = lecam_weight, consistency_weight
         self.lecam = LeCam(of=lecam_of) if lecam_weight else None
@@ -114,7 +120,8 @@ class GAN(nn.Module):
         if self.adaptive:
             if last_layer is None:
                 raise ValueError("gan.adaptive=true needs the tokenizer's last_layer; set adaptive=false")
-            weight = weight * adaptive_weight(reconstruction, adversarial, last_layer)
+            limits = {"eps": self.adaptive_eps, "most": self.adaptive_max}
+            weight = weight * adaptive_weight(reconstruction, adversarial, last_layer, **limits)
         loss = weight * adversarial
         return loss, {"adversarial": loss.detach(), "adversarial_weight": weight}
 

@@ -31,7 +31,8 @@ class TokenizerObjective(nn.Module):
     pixel, pixel_weight: "l1" or "l2" between images in [-1, 1] (papers that measure in [0, 1] have a quarter of the l2
     and half of the l1). perceptual_weight: of LPIPS; 0 builds none and needs no weights file; perceptual_warmup: steps
     over which it rises linearly from 0. weights_path: folder of the LPIPS files. own_weights: factors of losses of the
-    family by name (1 where not named; 0 drops one). terms: plug-ins by name, null drops one. gan: the GAN.
+    family by name (1 where not named; 0 drops one). own_strict: a name that the family does not have is a mistake.
+    terms: plug-ins by name, null drops one. gan: the GAN.
 
     The training loop calls `generator_loss` at every step, and `discriminator_loss` where `discriminator_learns(step)`.
     """
@@ -45,6 +46,7 @@ class TokenizerObjective(nn.Module):
         perceptual_warmup: int = 0,
         weights_path: str | Path | None = None,
         own_weights: Mapping[str, float] | None = None,
+        own_strict: bool = True,
         terms: Mapping[str, nn.Module] | None = None,
         gan: GAN | None = None,
     ) -> None:
@@ -57,7 +59,7 @@ class TokenizerObjective(nn.Module):
                 raise ValueError(f"{name} must not be negative, got {value}")
         self.pixel, self.pixel_weight = pixel, pixel_weight
         self.perceptual_weight, self.perceptual_warmup = perceptual_weight, perceptual_warmup
-        self.own_weights = dict(own_weights or {})
+        self.own_weights, self.own_strict = dict(own_weights or {}), own_strict
         self.perceptual = LPIPS(weights_path=weights_path) if perceptual_weight else None
         self.terms = nn.ModuleDict({name: term for name, term in (terms or {}).items() if term is not None})
         self.gan = gan
@@ -158,7 +160,7 @@ class TokenizerObjective(nn.Module):
                 direct = self.perceptual(recon.features["direct_images"].float(), images.float()).mean()
                 losses["perceptual_direct"] = rise * self.perceptual_weight * direct
         unknown = set(self.own_weights) - set(recon.losses)
-        if unknown and step == 0:  # later some may have ended
+        if unknown and self.own_strict and step == 0:  # later some may have ended
             raise ValueError(f"own_weights: the tokenizer has the losses {sorted(recon.losses)}, not {sorted(unknown)}")
         _add(losses, {name: self.own_weights.get(name, 1.0) * value for name, value in recon.losses.items()})
         for term in self.terms.values():

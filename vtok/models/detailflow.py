@@ -25,6 +25,7 @@ from vtok.noise import SampleNoise, noise_of
 from vtok.quantize.vq import VQ
 from vtok.tokenizer import Part, Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec
 
+SIGLIP2 = 1152  # width of the published encoder, which starts as SigLIP2's first layers
 DEGRADE, LENGTH, PLACE, CODE = 51, 52, 53, 54  # streams of the keyed noise
 
 
@@ -260,6 +261,14 @@ class DetailFlowTokenizer(Tokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         return self.decoder.out.weight
+
+    def fresh_start(self) -> str | None:
+        if self.encoder.trunk.dim != SIGLIP2:
+            return None
+        return (
+            "DetailFlow's encoder starts without SigLIP2's weights, unlike the paper's; python scripts/convert.py "
+            "family=siglip2 writes a folder for init_from"
+        )
 
 
 def _uniform(noise: SampleNoise, stream: int) -> Tensor:

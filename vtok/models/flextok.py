@@ -327,3 +327,12 @@ class FlexTokTokenizer(Tokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         return self.out.weight
+
+    def fresh_start(self) -> str | None:
+        if self.vae is None:
+            return None
+        raise ValueError(
+            "FlexTok's frozen VAE is untrained, and a flow in its latents of no use: pass init_from=<folder>, made of "
+            f"EPFL-VILAB/flextok_vae_c{self.channels} by python scripts/convert.py family=flextok_vae start=<this "
+            "one> from=diffusion_pytorch_model.safetensors config=config.json out=<folder>"
+        )

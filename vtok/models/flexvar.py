@@ -3,7 +3,8 @@
 Jiao et al., arXiv 2502.20313; published size: LlamaGen's VQ-16 with 8,912 codes of 32 channels. Tokens are the maps of
 the scales, one after the other; the last scale makes the image, so encode and decode take any list of scales and any
 image size. The original's training code is not public: here the reconstructions of the smaller scales are compared with
-the image brought to their size, as section 3.1 describes.
+the image brought to their size, as section 3.1 describes, and lists of scales are drawn by the law of the generator's
+training, which is public; but the full side is always there, for it makes the image.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from torch import Tensor
 from vtok.layout import SequenceLayout
 from vtok.models.var import VARTokenizer
 from vtok.noise import SampleNoise
-from vtok.quantize.independent import IndependentVQ
+from vtok.noise import key as key_of
+from vtok.quantize.independent import IndependentVQ, drawn_sides
+from vtok.quantize.residual import bounds
 from vtok.tokenizer import Part, Reconstruction, TokenSpec
+
+SIDES = 70  # stream of the noise that draws a step's list of scales
 
 
 class FlexVARTokenizer(VARTokenizer):
     """As CNNTokenizer, with an IndependentVQ whose last side is image_size over the stride.
 
     scale_weight: of the mean squared error of the smaller scales' images, the mean over those scales; 0 leaves it out.
+    draw_sides: draw the list of scales anew at every training step, from the share of training that is done, so it is
+    the same on all processes and in all parts of an accumulated batch; in eval mode it is the quantizer's own.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class FlexVARTokenizer(VARTokenizer):
         groups: int = 32,
         dropout: float = 0.0,
         scale_weight: float = 1.0,
+        draw_sides: bool = False,
     ) -> None:
         super().__init__(
             image_size=image_size,
@@ -56,7 +64,7 @@ class FlexVARTokenizer(VARTokenizer):
         )
         if scale_weight < 0:
             raise ValueError(f"scale_weight must not be negative, got {scale_weight}")
-        self.scale_weight = scale_weight
+        self.scale_weight, self.draw_sides = scale_weight, draw_sides
 
     @torch.no_grad()
     def encode(
@@ -103,17 +111,24 @@ class FlexVARTokenizer(VARTokenizer):
 
     def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
         quantizer = self.quantizer
-        found = quantizer(self.features(images))
-        losses = dict(found.loss)
-        smaller = [k for k, side in enumerate(quantizer.sides) if side < quantizer.side]
+        sides = self.sides_at(progress) if self.training and self.draw_sides else quantizer.sides
+        found = quantizer(self.features(images), sides)
+        losses, ends = dict(found.loss), bounds(sides)
+        smaller = [k for k, side in enumerate(sides) if side < sides[-1]]
         if self.scale_weight and smaller:
             errors = []
             for k in smaller:
-                z = quantizer.assemble(found.codes, quantizer.bounds[k + 1])
-                target = F.interpolate(images, size=quantizer.sides[k] * self.stride, mode="area")
+                z = quantizer.assemble(found.codes, ends[k + 1], sides)
+                target = F.interpolate(images, size=sides[k] * self.stride, mode="area")
                 errors.append(F.mse_loss(super().pixels(z).float(), target.float()))
             losses["scales"] = self.scale_weight * torch.stack(errors).mean()
         return Reconstruction(self.pixels(found.z, size=images.shape[-1]), found.ids, losses, found.stats)
+
+    def sides_at(self, progress: float) -> tuple[int, ...]:
+        """The list of scales of the training step that begins when this share of training is done."""
+        noise = SampleNoise(torch.tensor([key_of(round(progress * 2**48))]))
+        own, known = self.quantizer.sides, range(1, self.quantizer.side + 1)
+        return drawn_sides(noise, SIDES, own, known, keep_last=True)
 
 
 def scale_sides(layout: SequenceLayout) -> tuple[int, ...]:

@@ -3,12 +3,15 @@
 Improving Flexible Image Tokenizers for Autoregressive Image Generation, arXiv 2601.01535. (1) Redundant token padding:
 the tail queries (published: 32 to 255 of 256) are repeated with positions of their own, 480 in all, and nested dropout
 cuts the longer sequence, so the last real tokens are in use more often. (2) Dropped tokens are not replaced: what the
-decoder reads is shorter. (3) Hierarchical semantic regularisation: the fewer tokens, the stronger the alignment.
+decoder reads is shorter. (3) Hierarchical semantic regularisation: the fewer tokens, the stronger the alignment. (4) At
+last the decoder alone is trained on, with encoder and codebook frozen.
 Only code for inference is public. Distribution of the cut and law of the decay are therefore ours: a uniform number of
 1 to 480 kept tokens, and a weight that falls linearly from 1 at one token to 0 at all of them.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from vtok.layers.nested import Distribution, keep_counts, keep_probabilities, kept
 from vtok.models.gigatok import GigaTok
 from vtok.noise import SampleNoise, noise_of
-from vtok.tokenizer import Quantizer, Reconstruction, Tokenizer, TokenSpec
+from vtok.tokenizer import Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec
 
 KEEP = 31  # stream of the noise that draws how many tokens a sample keeps
 
@@ -28,6 +31,7 @@ class ReToK(Tokenizer):
     dropout off (then take redundant=0: evaluation, which reads the first `tokens`, would read fewer than training).
     alignment_power: features["alignment_weight"], float32 [B], is (1 - (kept - 1) / (tokens + redundant - 1)) to this
     power; 0 makes it 1. alignment_decay: and that times (1 - progress) to this power; 0 leaves it alone over training.
+    stage: "joint" trains everything, "decoder" freezes all that makes the tokens, and has no losses of the codebook.
     """
 
     prefixes = True
@@ -39,11 +43,17 @@ class ReToK(Tokenizer):
         nested: Distribution = "uniform",
         alignment_power: float = 1.0,
         alignment_decay: float = 0.0,
+        stage: Literal["joint", "decoder"] = "joint",
     ) -> None:
         super().__init__()
+        if stage not in ("joint", "decoder"):
+            raise ValueError(f"stage={stage!r}: choose joint or decoder")
         if min(alignment_power, alignment_decay) < 0:
             raise ValueError("alignment_power and alignment_decay must not be negative")
-        self.network, self.nested = network, nested
+        self.network, self.nested, self.stage = network, nested, stage
+        if stage == "decoder":
+            for module in (network.encoder, network.to_tokens, network.project_in, network.quantizer):
+                module.requires_grad_(False)
         self.alignment_power, self.alignment_decay = alignment_power, alignment_decay
         self.length = network.tokens + network.redundant
         keep_probabilities(nested, self.length)  # raises where it does not fit
@@ -83,8 +93,15 @@ class ReToK(Tokenizer):
 
     def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
         network = self.network
-        grid = network.grid(images)
-        found = network.quantizer(network.vectors(grid))
+        if self.stage == "decoder":  # no losses, and nothing that would move the codes
+            with torch.no_grad():
+                grid = network.grid(images)
+                ids = network.quantizer.indices(network.vectors(grid))
+                codes = network.quantizer.lookup(ids)
+            found = Quantized(codes, codes, ids)
+        else:
+            grid = network.grid(images)
+            found = network.quantizer(network.vectors(grid))
         if not self.training:
             counts = torch.full((len(images),), network.tokens, device=images.device)
             z, seen = found.z[:, : network.tokens], None

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.layers.cnn import from_map, to_map
+from vtok.noise import SampleNoise
 from vtok.precision import full
 from vtok.quantize.residual import bounds, check_sides
 from vtok.quantize.vq import VQ
@@ -60,15 +61,16 @@ class IndependentVQ(VQ):
         """L, tokens of an image."""
         return self.bounds[-1]
 
-    def forward(self, z: Tensor) -> Quantized:
+    def forward(self, z: Tensor, sides: Sequence[int] | None = None) -> Quantized:
         """z [B, H, W, C] with H = W. Quantized.z is the last scale [B, p, p, C]; codes [B, L, C] have z's gradient too.
 
         loss: VQ's, the mean over the scales.
         """
-        pooled = self.pooled(z)
-        share = torch.tensor([1 / side**2 for side in self.sides for _ in range(side**2)], device=z.device)
+        sides = self._sides(sides)
+        pooled = self.pooled(z, sides)
+        share = torch.tensor([1 / side**2 for side in sides for _ in range(side**2)], device=z.device)
         found = super().forward(pooled, weight=share.expand(len(z), -1))
-        return Quantized(self.assemble(found.codes), found.codes, found.ids, found.loss, found.stats)
+        return Quantized(self.assemble(found.codes, None, sides), found.codes, found.ids, found.loss, found.stats)
 
     @torch.no_grad()
     def indices(self, z: Tensor, sides: Sequence[int] | None = None) -> Tensor:
@@ -118,3 +120,33 @@ class IndependentVQ(VQ):
 
     def _sides(self, sides: Sequence[int] | None) -> tuple[int, ...]:
         return self.sides if sides is None else check_sides(sides)
+
+
+def drawn_sides(
+    noise: SampleNoise, stream: int, own: Sequence[int], known: Sequence[int], *, keep_last: bool = False
+) -> tuple[int, ...]:
+    """The list of scales of one training step, some of `known`, drawn by the first sample of `noise`.
+
+    Section 3.3 and the trainer of FlexVAR's generator, with 16 and 680 replaced by the largest side and the tokens of
+    the fixed list `own`: in 5 % that list; else the first two sides, 5 up to 10/16 of the largest, 2 above it, and the
+    largest. Up to four inner ones are dropped (10, 5, 2, 1 %), then one of the last four while it is too long: the
+    largest may be among these, unless keep_last.
+    """
+    place = torch.arange(64, device=noise.seeds.device)
+    draws = iter(noise.rows(slice(0, 1)).uniform(place, stream)[0].clamp(max=1 - 1e-7).tolist())
+    largest, budget = known[-1], sum(side * side for side in own)
+    chosen = list(own)
+    if next(draws) >= 0.05:
+        low = [s for s in known[2:-1] if s <= largest * 10 / 16]
+        high = [s for s in known[2:-1] if s > largest * 10 / 16]
+        picked = [pool.pop(int(next(draws) * len(pool))) for pool, n in ((low, 5), (high, 2)) for _ in range(n) if pool]
+        chosen = sorted({*known[:2], *picked, largest})
+    level = next(draws)
+    for threshold in (0.9, 0.95, 0.98, 0.99):
+        if level > threshold and len(chosen) > 3:
+            chosen.pop(2 + int(next(draws) * (len(chosen) - 3)))
+    while sum(s * s for s in chosen) > budget and len(chosen) > 2:
+        end = len(chosen) - keep_last
+        last = min(4, end - 1)  # the first side always stays
+        chosen.pop(end - last + int(next(draws) * last))
+    return tuple(chosen)

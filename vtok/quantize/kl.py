@@ -3,7 +3,8 @@
 Kingma and Welling, arXiv 1312.6114; as in latent diffusion (Rombach et al., arXiv 2112.10752) and in MAR's KL-16 (Li et
 al., arXiv 2406.11838), whose generators (MAR, xAR, FlowAR) see the latent times a constant that brings its standard
 deviation to about 1. Here the tokens carry that constant already and `assemble` takes it off again. Draws are keyed by
-sample, not by batch.
+sample, not by batch. Encoding and decoding are held to the original's recorded outputs; for its training: No reference
+available (MAR's class has no training step), so divergence and draws are held to their formulas.
 """
 
 from __future__ import annotations
