@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vtok.layers.resolution import resize_table
 from vtok.layers.trunk import Inputs, Trunk
-from vtok.layers.vit import NARROW, PatchEmbed, table, together, unpatchify
+from vtok.layers.vit import PatchEmbed, positions, together, unpatchify
 from vtok.layout import SequenceLayout
 
 
@@ -36,9 +36,9 @@ class SiglipEncoder(nn.Module):
         super().__init__()
         self.layout = layout
         self.patches = PatchEmbed(dim=dim, patch=patch)
-        self.positions = _table(grid * grid, dim)
-        self.latents, self.places = _table(layout.length, dim), _table(layout.length, dim)
-        self.refined = _table(layout.length, dim) if refine else None
+        self.positions = positions(grid * grid, dim, 0.02)
+        self.latents, self.places = positions(layout.length, dim, 0.02), positions(layout.length, dim, 0.02)
+        self.refined = positions(layout.length, dim, 0.02) if refine else None
         self.trunk = _trunk(dim, depth, heads, hidden)
 
     def forward(self, images: Tensor, given: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
@@ -60,7 +60,11 @@ class MaskDecoder(nn.Module):
     def __init__(self, *, tokens: int, patch: int, dim: int, depth: int, heads: int, hidden: int, grid: int) -> None:
         super().__init__()
         self.patch = patch
-        self.positions, self.places, self.mask = _table(grid * grid, dim), _table(tokens, dim), _table(1, dim)
+        self.positions, self.places, self.mask = (
+            positions(grid * grid, dim, 0.02),
+            positions(tokens, dim, 0.02),
+            positions(1, dim, 0.02),
+        )
         self.trunk = _trunk(dim, depth, heads, hidden)
         self.out = nn.Linear(dim, 3 * patch * patch)
 
@@ -73,10 +77,6 @@ class MaskDecoder(nn.Module):
         if counts is not None:
             seen = torch.arange(x.shape[1], device=x.device) < (side * side + counts)[:, None, None, None]
         return unpatchify(self.out(self.trunk(together(x, mask=seen))[:, : side * side]), self.patch, side)
-
-
-def _table(rows: int, dim: int) -> nn.Parameter:
-    return nn.Parameter(0.02 * torch.randn(rows, dim)) if dim >= NARROW else table(rows, dim)
 
 
 def _trunk(dim: int, depth: int, heads: int, hidden: int) -> Trunk:

@@ -33,18 +33,28 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 5).flatten(1, 2)
 
 
+NARROW = 384  # no published tokenizer's transformer is narrower
+
+
 def table(length: int, dim: int) -> nn.Parameter:
-    """A learned table [length, D] of positions, queries or mask tokens, drawn with standard deviation D ** -0.5."""
+    """A learned table [length, D] of queries or mask tokens, drawn with standard deviation D ** -0.5."""
     return nn.Parameter(dim**-0.5 * torch.randn(length, dim))
+
+
+def positions(length: int, dim: int, std: float | None = None) -> nn.Parameter:
+    """A learned table [length, D] of positions; std: the published deviation, D ** -0.5 where None.
+
+    In a model narrower than 384 it is 1 instead, as large as what it is added to: trained for minutes, a transformer
+    that cannot tell its tokens apart stays at the mean colour.
+    """
+    std = (dim**-0.5 if std is None else std) if dim >= NARROW else 1.0
+    return nn.Parameter(std * torch.randn(length, dim))
 
 
 def together(x: Tensor, *, position: tuple[Tensor, Tensor, Tensor | None] | None = None, mask: Mask = None) -> Inputs:
     """Trunk inputs for positions x [B, l, D] that all see each other, or whom `mask` (bool [.., l, l]) says."""
     rank = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
     return Inputs(x, rank, "full", position, mask=mask)
-
-
-NARROW = 384  # no published tokenizer's transformer is narrower
 
 
 def initialise(module: nn.Module, std: float = 0.02, *, width: int = NARROW) -> None:

@@ -23,7 +23,7 @@ from vtok.config import Configured, describe
 from vtok.layers.cnn import to_map
 from vtok.layers.cnn_maskgit import MaskGITDecoder
 from vtok.layers.trunk import Trunk
-from vtok.layers.vit import NARROW, PatchEmbed, initialise, table, together, unpatchify
+from vtok.layers.vit import NARROW, PatchEmbed, initialise, positions, table, together, unpatchify
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Part, Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec
@@ -213,8 +213,8 @@ class LatentEncoder(nn.Module):
         dim = size[0]
         self.tokens, self.legacy_reshape = tokens, legacy_reshape
         self.embed = PatchEmbed(dim=dim, patch=patch)
-        self.register, self.position = table(1, dim), table(1 + cells, dim)
-        self.latents, self.latent_position = table(tokens, dim), table(tokens, dim)
+        self.register, self.position = table(1, dim), positions(1 + cells, dim)
+        self.latents, self.latent_position = positions(tokens, dim), positions(tokens, dim)
         self.norm_in = nn.LayerNorm(dim)
         self.trunk = vit(size)
         self.out = nn.Linear(dim, out)
@@ -237,12 +237,12 @@ class LatentDecoder(nn.Module):
         super().__init__()
         dim, self.cells = size[0], cells
         self.embed = nn.Linear(channels, dim)
-        self.register, self.position = table(1, dim), table(1 + cells, dim)
-        self.mask, self.latent_position = table(1, dim), table(tokens, dim)
+        self.register, self.position = table(1, dim), positions(1 + cells, dim)
+        self.mask, self.latent_position = table(1, dim), positions(tokens, dim)
         self.norm_in = nn.LayerNorm(dim)
         self.trunk = vit(size)
         self.text = nn.Linear(text[1], dim) if text else None
-        self.text_position = table(text[0], dim) if text else None
+        self.text_position = positions(text[0], dim) if text else None
 
     def forward(self, z: Tensor, text: Tensor | None = None) -> Tensor:
         latents = self.embed(z.to(self.embed.weight.dtype)) + self.latent_position
