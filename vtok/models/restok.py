@@ -26,7 +26,7 @@ from vtok.layers.cnn_maskgit import MaskGITDecoder, MaskGITEncoder
 from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_probabilities, replace_dropped
 from vtok.layers.rope import rope_2d
 from vtok.layers.trunk import Trunk
-from vtok.layers.vit import initialise, table, together
+from vtok.layers.vit import NARROW, initialise, table, together
 from vtok.layout import SequenceLayout, visible
 from vtok.noise import SampleNoise, noise_of
 from vtok.tokenizer import Part, Quantizer, Reconstruction, Tokenizer, TokenSpec
@@ -39,11 +39,11 @@ STREAM = 71  # of the noise: how many tokens are kept
 class ResTok(Tokenizer):
     """tokens: N, a power of two; levels of 1, 1, 2, 4, .., N / 2. encoder, decoder: [width, depth, heads].
 
-    stages: image levels in the end; the grid's side must be a multiple of 2 ** (stages - 1). nested: distribution of
-    the number of tokens kept in training, see vtok.layers.nested. semantic: width of the features of a pretrained
-    network that training aligns with: features["alignment_global"] [B, semantic] from the mean of the coarsest image
-    level and features["alignment"] [B, h * w, semantic] from a second decoder pass; None has neither. width, channels,
-    multipliers, blocks, groups: of the convolutions, see vtok.layers.cnn_maskgit.
+    stages: image levels in the end; the grid's side must be a multiple of 2 ** (stages - 1). theta: base of the rotary
+    positions. nested: distribution of the number of tokens kept in training, see vtok.layers.nested. semantic: width of
+    the features of a pretrained network that training aligns with: features["alignment_global"] [B, semantic] from the
+    mean of the coarsest image level and features["alignment"] [B, h * w, semantic] from a second decoder pass; None has
+    neither. width, channels, multipliers, blocks, groups: of the convolutions, see vtok.layers.cnn_maskgit.
     """
 
     prefixes = True
@@ -58,6 +58,7 @@ class ResTok(Tokenizer):
         decoder: Size = (1024, 24, 16),
         stages: int = 4,
         legacy_reshape: bool = False,
+        theta: float = 10000.0,
         nested: Distribution = "all",
         semantic: int | None = None,
         width: int = 256,
@@ -73,9 +74,11 @@ class ResTok(Tokenizer):
         shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups)
         self.cnn_encoder = MaskGITEncoder(out_channels=width, **shape)
         self.cnn_decoder = MaskGITDecoder(in_channels=width, **shape)
-        options = dict(levels=levels, legacy_reshape=legacy_reshape, stages=stages)
-        self.encoder = LevelEncoder(size=encoder, channels=width, out=quantizer.width, **options)
-        self.decoder = LevelDecoder(size=decoder, channels=quantizer.channels, out=width, levels=levels)
+        options = dict(levels=levels, theta=theta)
+        self.encoder = LevelEncoder(
+            size=encoder, channels=width, out=quantizer.width, legacy_reshape=legacy_reshape, stages=stages, **options
+        )
+        self.decoder = LevelDecoder(size=decoder, channels=quantizer.channels, out=width, **options)
         self.tokens, self.stages, self.nested = tokens, stages, nested
         self.fill = table(1, quantizer.channels)
         self.semantic = semantic
@@ -84,12 +87,22 @@ class ResTok(Tokenizer):
             self.align_levels = nn.Linear(encoder[0], semantic, bias=False)
             self.align_cells = nn.Linear(decoder[0], semantic, bias=False)
         initialise(self, width=encoder[0])
+        if encoder[0] < NARROW:
+            self.start_short()
         self.quantizer = quantizer
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.stride = self.cnn_encoder.stride
         self.spec = self.spec_for(image_size)
         keep_probabilities(nested, tokens)  # raises where it does not fit
+
+    @torch.no_grad()
+    def start_short(self) -> None:
+        """The start of narrow models, which train for minutes: pictures begin nearly grey, and each cell reads few
+        latents instead of the mean of all, in which all cells are alike."""
+        self.cnn_decoder.conv_out.weight.mul_(0.1)
+        for block in self.decoder.trunk.blocks:
+            block.attention.q_norm.weight.mul_(3)
 
     def spec_for(self, size: int) -> TokenSpec:
         """Any multiple of stride * 2 ** (stages - 1) has the same tokens."""
@@ -165,11 +178,19 @@ class LevelEncoder(nn.Module):
     """Features [B, channels, h, w] to latents [B, N, out] and image levels; see ResTok."""
 
     def __init__(
-        self, *, size: Size, channels: int, out: int, levels: Sequence[int], stages: int, legacy_reshape: bool
+        self,
+        *,
+        size: Size,
+        channels: int,
+        out: int,
+        levels: Sequence[int],
+        stages: int,
+        legacy_reshape: bool,
+        theta: float,
     ) -> None:
         super().__init__()
         dim, depth, _ = size
-        self.levels, self.legacy_reshape = tuple(levels), legacy_reshape
+        self.levels, self.legacy_reshape, self.theta = tuple(levels), legacy_reshape, theta
         self.merges = {int(i / stages * depth) - 1 for i in range(1, stages)}
         self.embed = nn.Conv2d(channels, dim, 1)
         self.image_level, self.latent_level = table(stages, dim), table(len(levels), dim)
@@ -217,7 +238,7 @@ class LevelEncoder(nn.Module):
         count = torch.tensor(self.levels, device=device)
         ranks.append(len(sides) + torch.arange(len(count), device=device).repeat_interleave(count))
         head = self.trunk.dim // self.trunk.heads
-        cos, sin = rope_2d(torch.cat([*rows, latent]), torch.cat([*columns, latent]), head)
+        cos, sin = rope_2d(torch.cat([*rows, latent]), torch.cat([*columns, latent]), head, self.theta)
         rank = torch.cat(ranks)
         return (cos, sin, None), visible(rank, rank)
 
@@ -232,10 +253,10 @@ class LevelEncoder(nn.Module):
 class LevelDecoder(nn.Module):
     """Codes [B, N, channels] to one vector per cell [B, side * side, out]."""
 
-    def __init__(self, *, size: Size, channels: int, out: int, levels: Sequence[int]) -> None:
+    def __init__(self, *, size: Size, channels: int, out: int, levels: Sequence[int], theta: float) -> None:
         super().__init__()
         dim = size[0]
-        self.levels = tuple(levels)
+        self.levels, self.theta = tuple(levels), theta
         self.embed = nn.ModuleList(nn.Linear(channels, dim) for _ in levels)
         self.latent_level, self.mask = table(len(levels), dim), table(1, dim)
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -253,7 +274,7 @@ class LevelDecoder(nn.Module):
         x = torch.cat([latents, mask.expand(len(z), side * side, -1)], 1)
         latent, cell = torch.arange(z.shape[1], device=z.device), torch.arange(side * side, device=z.device)
         rows, columns = torch.cat([latent, len(latent) + cell // side]), torch.cat([latent, len(latent) + cell % side])
-        cos, sin = rope_2d(rows, columns, self.trunk.dim // self.trunk.heads)
+        cos, sin = rope_2d(rows, columns, self.trunk.dim // self.trunk.heads, self.theta)
         return self.trunk(together(self.norm_in(x), position=(cos, sin, None)))[:, len(latent) :]
 
 
