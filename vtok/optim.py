@@ -93,7 +93,8 @@ def make_optimizer(
         {"params": [p for p, decays in zip(parameters, decayed) if decays], "weight_decay": weight_decay},
         {"params": [p for p, decays in zip(parameters, decayed) if not decays], "weight_decay": 0.0},
     ]
-    fused = True if parameters and all(p.is_cuda for p in parameters) else None  # one kernel for all tensors
+    devices = {p.device.type for p in parameters}
+    fused = True if devices in ({"cuda"}, {"cpu"}) else None  # no pass over memory for each operation
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=fused)
 
 
