@@ -77,7 +77,7 @@ def main(config: Any) -> None:
                 original = np.asarray(read_image(folder / name))
             except BadImage as error:
                 if config.on_bad_image == "error":
-                    raise BadImage(str(error).replace("data.on_bad_image", "on_bad_image")) from None
+                    raise BadImage(f"{error}, or set on_bad_image=skip") from None
                 bad.append(name)
                 advance(1)
                 continue

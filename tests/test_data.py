@@ -545,6 +545,14 @@ def test_unreadable_image_is_an_error_that_names_it_before_training(tmp_path, ho
         folder_data(root, cache=cache).setup()
 
 
+def test_only_data_sets_tell_of_their_option(tmp_path):
+    """Commands that read a picture (scripts/edit.py, gallery.py, eval.vtbench) have no data.on_bad_image."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"not an image at all")
+    with pytest.raises(BadImage, match=rf"cannot read image {path} .*; replace or remove it$"):
+        read_image(path)
+
+
 def test_unreadable_image_in_a_worker_is_named_in_one_line(tmp_path):
     root = make_folder(tmp_path / "a", ["ant"], 4)
     path = break_one(root, "ant/1.png")

@@ -101,9 +101,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
             return to_rgb(_loaded(image))
     except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadImage(
-            f"cannot read image {path} ({reason:.120}); replace or remove it, or set data.on_bad_image=skip"
-        ) from None
+        raise BadImage(f"cannot read image {path} ({reason:.120}); replace or remove it") from None
 
 
 def decode_bytes(data: bytes, name: str) -> Image.Image:
@@ -167,9 +165,9 @@ class FileSource:
                 continue
             try:
                 return read_image(self.path(candidate)), int(self.labels[candidate])
-            except BadImage:
+            except BadImage as error:
                 if self.on_bad_image == "error":
-                    raise
+                    raise BadImage(f"{error}, or set data.on_bad_image=skip") from None
                 self.bad.add(candidate)
                 log.warning("skipped unreadable image %s", self.path(candidate))
         raise ValueError(f"none of the {len(self)} images in {self.folder} can be read; change data.folder")
@@ -181,7 +179,7 @@ class FileSource:
         with ThreadPoolExecutor(_THREADS) as pool:
             found = [i for i, bad in enumerate(pool.map(fault, map(self.path, range(len(self))))) if bad]
         if found and self.on_bad_image == "error":
-            read_image(self.path(found[0]))
+            self[found[0]]  # its own message
             raise BadImage(f"cannot read image {self.path(found[0])}; it changed while it was read")
         self.bad.update(found)
         names = [self.names[i] for i in found]
