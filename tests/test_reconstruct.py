@@ -1,6 +1,8 @@
 """Reconstructing pictures of any size, and the gallery, through their commands."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +10,14 @@ import torch
 from forks import command
 from PIL import Image
 from runs import tokenizer_folder
-from tokenizers import make
+from tokenizers import images, make
 
 from vtok.data.tiles import Tiling, reconstruct
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.gallery import prefixes  # noqa: E402
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (1, 1), (17, 40), (33, 5)])
@@ -88,3 +95,13 @@ def test_the_commands(tmp_path):
     assert len(ran.stdout.strip().splitlines()) == 1 + 3 + 1
     with Image.open(tmp_path / "gallery.png") as picture:
         assert picture.size[1] == 5 * (64 + 2)
+
+
+@pytest.mark.parametrize("name", ["var", "flexvar", "dar", "detailflow", "flextok", "retok", "restok"])
+def test_the_gallery_shows_powers_of_two_or_whole_scales(name):
+    tokenizer = make(name)
+    shown = prefixes(tokenizer)
+    assert shown == ([1, 1 + 4, 1 + 4 + 16] if name in ("var", "flexvar") else [1, 2, 4, 8])
+    tokens = tokenizer.encode(images(1))
+    for keep in shown:
+        assert tokenizer.decode(tokens, keep=keep).shape == (1, 3, 16, 16)
