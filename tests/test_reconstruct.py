@@ -12,12 +12,14 @@ from PIL import Image
 from runs import tokenizer_folder
 from tokenizers import images, make
 
+from vtok.checkpoint import write_atomic
 from vtok.data.tiles import Tiling, reconstruct
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.gallery import prefixes  # noqa: E402
+from scripts.reconstruct import main as reconstruct_command  # noqa: E402
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (1, 1), (17, 40), (33, 5)])
@@ -95,6 +97,56 @@ def test_the_commands(tmp_path):
     assert len(ran.stdout.strip().splitlines()) == 1 + 3 + 1
     with Image.open(tmp_path / "gallery.png") as picture:
         assert picture.size[1] == 5 * (64 + 2)
+
+
+def draw(path: Path, seed: int, height: int = 16, width: int = 16) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return Image.fromarray(pixels)
+
+
+def test_a_copy_is_done_for_these_pixels_and_this_recipe_only(tmp_path, monkeypatch):
+    first, other = tokenizer_folder(tmp_path / "tokenizer"), tokenizer_folder(tmp_path / "var", "var")
+    folder = tmp_path / "in"
+    folder.mkdir()
+
+    def go(*more: str, out: str = "out", tokenizer: Path = first) -> tuple[int, int]:
+        """(images made, finished earlier)."""
+        words = [f"from={tokenizer}", f"in={folder}", f"out={tmp_path / out}", "device=cpu", *more]
+        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words])
+        reconstruct_command()
+        report = json.loads((tmp_path / out / "report.json").read_text())
+        return report["images"], report["finished_earlier"]
+
+    def stopped(*more: str, tokenizer: Path = first) -> None:
+        """Killed between the ids and the copy of a picture."""
+
+        def write(path: Path, *options: object, **rest: object) -> None:
+            if path.suffix == ".png":
+                raise RuntimeError("killed")
+            write_atomic(path, *options, **rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("vtok.checkpoint.write_atomic", write)
+            with pytest.raises(RuntimeError, match="killed"):
+                go(*more, tokenizer=tokenizer)
+
+    draw(folder / "a.png", 0)
+    draw(folder / "b.png", 1)
+    assert [go(), go()] == [(2, 0), (0, 2)]
+    draw(folder / "a.png", 2)  # another picture under the name
+    assert [go(), go()] == [(1, 1), (0, 2)]
+    draw(folder / "b.png", 3)
+    stopped()
+    assert go() == (1, 1)
+    with np.load(tmp_path / "out" / "a.npz") as arrays:  # as earlier versions wrote it
+        plain = {name: arrays[name] for name in arrays.files if "sha256" not in name}
+    np.savez_compressed(tmp_path / "out" / "a.npz", **plain)
+    assert go() == (1, 1)
+    stopped("overwrite=true", tokenizer=other)  # b's copy is still the first tokenizer's
+    assert go(tokenizer=other) == (2, 0) and go(out="fresh", tokenizer=other) == (2, 0)
+    for name in ("a.png", "a.npz", "b.png", "b.npz"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["var", "flexvar", "dar", "detailflow", "flextok", "retok", "restok"])
