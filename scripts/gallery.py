@@ -54,7 +54,8 @@ def main(config: Any) -> None:
         )
     chosen = np.linspace(0, len(found) - 1, min(config.count, len(found))).round().astype(int)
     size = config.size or max(t.spec.image_size for t in tokenizers)
-    originals = np.stack([np.asarray(center_crop(read_image(Path(config["in"]) / found[i]), size)) for i in chosen])
+    pictures = [Path(config["in"]) / found[i] for i in chosen]
+    originals = np.stack([np.asarray(center_crop(read_image(path, upright=True), size)) for path in pictures])
     images = to_float(originals)
 
     rows, texts = [originals], ["original"]

@@ -87,7 +87,7 @@ def main(config: Any) -> None:
         for place, name in mine:
             picture, ids = place.with_name(place.name + ".png"), place.with_name(place.name + ".npz")
             try:
-                original = np.asarray(read_image(folder / name))
+                original = np.asarray(read_image(folder / name, upright=True))
             except BadImage as error:
                 if config.on_bad_image == "error":
                     raise BadImage(f"{error}, or set on_bad_image=skip") from None

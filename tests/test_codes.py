@@ -399,6 +399,18 @@ def test_a_folder_of_another_recipe_is_left_alone(tmp_path, change, name):
     assert content(tmp_path) == before
 
 
+def test_turned_pictures_and_lying_ones_share_no_folder(tmp_path):
+    """The option is named where it is on, so that folders begun without it go on."""
+    turned = data()
+    turned.upright = True
+    write(tmp_path / "lying")
+    assert "upright" not in json.loads((tmp_path / "lying" / "recipe.json").read_text())
+    write(tmp_path / "turned", source=turned)
+    for name, source, words in (("lying", turned, "None, asked for True"), ("turned", None, "True, asked for None")):
+        with pytest.raises(ValueError, match=f"upright={words}"):
+            write(tmp_path / name, source=source)
+
+
 def test_damaged_folders_are_refused(tmp_path):
     write(tmp_path)
     train = tmp_path / "train"

@@ -18,6 +18,7 @@ from vtok.data.tiles import Tiling, reconstruct
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.gallery import main as gallery_command  # noqa: E402
 from scripts.gallery import prefixes  # noqa: E402
 from scripts.reconstruct import main as reconstruct_command  # noqa: E402
 
@@ -147,6 +148,29 @@ def test_a_copy_is_done_for_these_pixels_and_this_recipe_only(tmp_path, monkeypa
     assert go(tokenizer=other) == (2, 0) and go(out="fresh", tokenizer=other) == (2, 0)
     for name in ("a.png", "a.npz", "b.png", "b.npz"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_pictures_are_copied_and_shown_upright(tmp_path, monkeypatch):
+    tokenizer = tokenizer_folder(tmp_path / "tokenizer")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    for name in ("upright", "lying"):
+        (tmp_path / name).mkdir()
+    for seed in range(2):
+        upright = draw(tmp_path / "upright" / f"{seed}.png", seed, 20, 33)
+        upright.rotate(90, expand=True).save(tmp_path / "lying" / f"{seed}.png", exif=exif)
+    made = {}
+    for name in ("upright", "lying"):
+        words = [f"from={tokenizer}", f"in={tmp_path / name}", "device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words, f"out={tmp_path / f'{name}_copies'}"])
+        reconstruct_command()
+        made[name] = [(tmp_path / f"{name}_copies" / f"{seed}.png").read_bytes() for seed in range(2)]
+        monkeypatch.setattr(sys, "argv", ["gallery.py", *words, f"out={tmp_path / f'{name}.png'}"])
+        gallery_command()
+        made[name].append((tmp_path / f"{name}.png").read_bytes())
+    assert made["upright"] == made["lying"]
+    with Image.open(tmp_path / "lying_copies" / "0.png") as copy:
+        assert copy.size == (33, 20)
 
 
 @pytest.mark.parametrize("name", ["var", "flexvar", "dar", "detailflow", "flextok", "retok", "restok"])

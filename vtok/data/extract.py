@@ -74,10 +74,10 @@ def extract(
         "dtype": dtype_of(spec, dtype),
         "class_names": data.class_names,
     }
-    claim(
-        out,
-        common | {"crops": crops, "shard_size": shard_size, "data": {s: _names_hash(v[0]) for s, v in sources.items()}},
-    )
+    recipe = {"crops": crops, "shard_size": shard_size, "data": {s: _names_hash(v[0]) for s, v in sources.items()}}
+    if getattr(data, "upright", False):  # said where it is on only, so that folders begun without the option go on
+        recipe["upright"] = True
+    claim(out, common | recipe)
     if not is_folder(out / "tokenizer") or read_config(out / "tokenizer").get("hash") != identity["sha256"]:
         save_folder(tokenizer, out / "tokenizer", kind="tokenizer")
     tokenizer.to(device)
@@ -169,7 +169,7 @@ def claim(out: Path, recipe: dict, *, what: str = "codes") -> None:
             found = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}); choose another out=") from None
-        different = [k for k in recipe if found.get(k) != recipe[k]]
+        different = [k for k in recipe | found if found.get(k) != recipe.get(k)]
         if different:
             name = different[0]
             shown = [str(r.get(name))[:80] for r in (found, recipe)]
