@@ -15,6 +15,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from tokenizers import make
 
 from vtok.checkpoint import CheckpointError, save_folder, weights_hash
 from vtok.data.codes import Codes, OnlineTokens
@@ -409,6 +410,17 @@ def test_turned_pictures_and_lying_ones_share_no_folder(tmp_path):
     for name, source, words in (("lying", turned, "None, asked for True"), ("turned", None, "True, asked for None")):
         with pytest.raises(ValueError, match=f"upright={words}"):
             write(tmp_path / name, source=source)
+
+
+def test_two_seeds_of_an_encoder_that_draws_share_no_folder(tmp_path):
+    """Also where the quantizer that draws is a part of the tokenizer (FlexTok with its VAE)."""
+    for name in ("cnn_kl", "flextok_vae"):
+        write(tmp_path / name, make(name), source=data(seed=1))
+        write(tmp_path / name, make(name), source=data(seed=1))
+        with pytest.raises(ValueError, match="seed=1, asked for 2"):
+            write(tmp_path / name, make(name), source=data(seed=2))
+    write(tmp_path / "vq", source=data(seed=1))
+    write(tmp_path / "vq", source=data(seed=2))  # the same codes
 
 
 def test_damaged_folders_are_refused(tmp_path):

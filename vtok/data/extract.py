@@ -29,7 +29,7 @@ from vtok.data.shards import dtype_of, finished, id_of, pack, write_manifest, wr
 from vtok.data.sources import Source
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.noise import SampleNoise, key
-from vtok.tokenizer import Tokenizer, TokenSpec
+from vtok.tokenizer import Quantizer, Tokenizer, TokenSpec
 
 Crops = Literal["none", "flip", "ten"]
 # count: crops per image; centre: which one is the plain centre crop; wide: side before cropping over image side
@@ -77,6 +77,8 @@ def extract(
     recipe = {"crops": crops, "shard_size": shard_size, "data": {s: _names_hash(v[0]) for s, v in sources.items()}}
     if getattr(data, "upright", False):  # said where it is on only, so that folders begun without the option go on
         recipe["upright"] = True
+    if any(isinstance(part, Quantizer) and part.draws for part in tokenizer.modules()):  # also of a VAE inside
+        recipe["seed"] = data.seed
     claim(out, common | recipe)
     if not is_folder(out / "tokenizer") or read_config(out / "tokenizer").get("hash") != identity["sha256"]:
         save_folder(tokenizer, out / "tokenizer", kind="tokenizer")
