@@ -423,6 +423,18 @@ def test_two_seeds_of_an_encoder_that_draws_share_no_folder(tmp_path):
     write(tmp_path / "vq", source=data(seed=2))  # the same codes
 
 
+def test_codes_of_other_crops_are_refused_where_a_recipe_names_its_own(tmp_path):
+    for crops in CROPS:
+        write(tmp_path / crops, crops=crops)
+    for asked, made in itertools.product((None, *CROPS), CROPS):
+        if asked in (None, made):
+            assert Codes(folder=str(tmp_path / made), crops=asked).train.crops == CROPS[made]["count"]
+            continue
+        words = rf"crops={made}, .*cache_codes\.py crops={asked}, .*data\.crops=null"
+        with pytest.raises(CheckpointError, match=words):
+            Codes(folder=str(tmp_path / made), crops=asked)
+
+
 def test_damaged_folders_are_refused(tmp_path):
     write(tmp_path)
     train = tmp_path / "train"

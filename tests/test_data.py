@@ -849,6 +849,8 @@ def test_data_configs_name_the_constructor(path):
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(path)
+    bases = [path.with_name(f"{base}.yaml") for base in config.pop("defaults", []) if base != "_self_"]
+    config = OmegaConf.merge(*map(OmegaConf.load, bases), config)
     module, _, name = config._target_.rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name).__init__).parameters
     assert set(config) - {"_target_"} == set(parameters) - {"self"}

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL
@@ -25,13 +25,12 @@ from vtok.checkpoint import is_folder, read_config, save_folder, weights_hash, w
 from vtok.config import describe
 from vtok.data.codes import spec_at
 from vtok.data.module import ImageData
-from vtok.data.shards import dtype_of, finished, id_of, pack, write_manifest, write_shard
+from vtok.data.shards import Crops, dtype_of, finished, id_of, pack, write_manifest, write_shard
 from vtok.data.sources import Source
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.noise import SampleNoise, key
 from vtok.tokenizer import Quantizer, Tokenizer, TokenSpec
 
-Crops = Literal["none", "flip", "ten"]
 # count: crops per image; centre: which one is the plain centre crop; wide: side before cropping over image side
 CROPS: dict[str, dict] = {
     "none": {"name": "none", "count": 1, "centre": 0, "wide": 1.0},

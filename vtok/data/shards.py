@@ -22,7 +22,7 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from vtok.tokenizer import TokenSpec
 
 FORMAT = "vtok-shards/v1"
 SPLITS = ("train", "val")
+Crops = Literal["none", "flip", "ten"]
 STORED = {"uint16": np.uint16, "uint32": np.uint32, "float16": np.float16, "bfloat16": np.uint16}
 
 
