@@ -1,6 +1,9 @@
-"""Encode and decode images of any size: the copies as PNG, the ids beside them, sizes kept by padding to whole tiles.
+"""Encode and decode images of any size: the copies as PNG, the ids beside them, sizes kept.
 
     python scripts/reconstruct.py from=outputs/cifar10_tokenizer in=pictures out=outputs/copies
+
+A picture is padded to whole tiles of the tokenizer's image size. With whole=true it is padded to the stride only and
+computed at once, by tokenizers that have more tokens for a larger image. The padding is cut off again.
 
 A run that was stopped goes on: images whose copy and ids are in `out` are measured as they are there, not made again,
 unless their pixels changed or overwrite=true. `out` belongs to one tokenizer and one way to decode (recipe.json). Many
@@ -47,7 +50,7 @@ def main(config: Any) -> None:
     from vtok.data.extract import claim
     from vtok.data.files import BadImage, list_images, read_image
     from vtok.data.tasks import task_from_environment
-    from vtok.data.tiles import reconstruct
+    from vtok.data.tiles import check_whole, reconstruct
     from vtok.data.transforms import to_float, to_uint8
 
     task, tasks = task_from_environment(config.task_id, config.num_tasks, os.environ)
@@ -71,11 +74,16 @@ def main(config: Any) -> None:
     tokenizer = frozen(config["from"], config.weights, trust=config.trust).to(resolve_device(config.device))
     if config.keep is not None and not tokenizer.prefixes:
         raise ValueError(f"keep={config.keep}: {type(tokenizer).__name__} decodes whole images only; leave keep away")
+    if config.whole:
+        check_whole(tokenizer, config.keep)
     if config.overwrite:
         (out / "recipe.json").unlink(missing_ok=True)
     recipe = {"tokenizer": {"sha256": weights_hash(tokenizer.state_dict())}, "keep": config.keep, "seed": config.seed}
+    if config.whole:
+        recipe["whole"] = True
     claim(out, recipe, what="copies")
     recipe_hash = hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()
+    how = dict(batch=int(config.batch_size), keep=config.keep, seed=int(config.seed), whole=bool(config.whole))
     errors, bad, done, earlier = PixelErrors(), [], 0, 0
 
     def measure(original: np.ndarray, copy: np.ndarray) -> None:
@@ -101,9 +109,7 @@ def main(config: Any) -> None:
                 advance(1)
                 continue
             image = to_float(original)
-            copy, tokens, tiling = reconstruct(
-                tokenizer, image, batch=int(config.batch_size), keep=config.keep, seed=int(config.seed)
-            )
+            copy, tokens, tiling = reconstruct(tokenizer, image, **how)
             pixels = to_uint8(copy)
             shape = [tiling.height, tiling.width, tiling.side, tiling.rows, tiling.columns]
             arrays = {"tokens": tokens.numpy(), "height_width_side_rows_columns": np.array(shape)}

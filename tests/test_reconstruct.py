@@ -10,10 +10,11 @@ import torch
 from forks import command
 from PIL import Image
 from runs import tokenizer_folder
-from tokenizers import images, make
+from tokenizers import FAMILIES, SIZE, images, make
 
 from vtok.checkpoint import write_atomic
 from vtok.data.tiles import Tiling, reconstruct
+from vtok.noise import sample_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -171,6 +172,59 @@ def test_pictures_are_copied_and_shown_upright(tmp_path, monkeypatch):
     assert made["upright"] == made["lying"]
     with Image.open(tmp_path / "lying_copies" / "0.png") as copy:
         assert copy.size == (33, 20)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_says_whether_a_larger_image_has_more_tokens(name):
+    tokenizer = make(name)
+    try:
+        length = tokenizer.spec_for(2 * SIZE).layout.length
+    except ValueError:
+        length = 0
+    assert (tokenizer.grows != "no") == (length > tokenizer.spec.layout.length)
+
+
+@pytest.mark.parametrize("name", ["cnn_vq", "cnn_kl", "magvit2", "maskgit_vqgan", "hita"])
+def test_a_whole_picture_is_what_one_pass_makes_of_it(name):
+    """Padded to the stride of 4 only; a square for Hita."""
+    tokenizer, image = make(name), torch.rand(3, 18, 29) * 2 - 1
+    copy, tokens, tiling = reconstruct(tokenizer, image, seed=3, whole=True)
+    height, width = (32, 32) if name == "hita" else (20, 32)
+    padded = np.pad(image.numpy(), ((0, 0), (0, height - 18), (0, width - 29)), mode="edge")
+    with torch.no_grad():
+        expected = tokenizer(torch.from_numpy(padded)[None], key=sample_seeds(3, 0, 1))
+    torch.testing.assert_close(copy, expected.images[0, :, :18, :29], rtol=1e-4, atol=1e-5)
+    assert torch.equal(tokens.flatten(0, 1), expected.tokens[0])
+    assert (tiling.rows, tiling.columns, tiling.side) == ((1, 1, 32) if name == "hita" else (5, 8, 4))
+    assert tokens.shape[:2] == ((1, 4 + 64) if name == "hita" else (5 * 8, 1))
+
+
+def test_whole_pictures_through_the_command(tmp_path, monkeypatch, capsys):
+    tokenizer, other = tokenizer_folder(tmp_path / "tokenizer"), tokenizer_folder(tmp_path / "var", "var")
+    (tmp_path / "in").mkdir()
+    draw(tmp_path / "in" / "a.png", 0, 18, 29)
+
+    def go(source: Path, *more: str) -> None:
+        words = [f"from={source}", f"in={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "device=cpu", *more]
+        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words])
+        reconstruct_command()
+
+    for source, more, words in (
+        (other, ["whole=true"], "VARTokenizer has no more tokens for a larger image than the 21"),
+        (tokenizer, ["whole=true"], ""),
+        (tokenizer, [], "holds copies with whole=True, asked for None"),
+    ):
+        if not words:
+            go(source, *more)
+            continue
+        with pytest.raises(SystemExit):
+            go(source, *more)
+        assert words in capsys.readouterr().err
+    with np.load(tmp_path / "out" / "a.npz") as arrays:
+        assert arrays["tokens"].shape == (40, 1)
+        assert arrays["height_width_side_rows_columns"].tolist() == [18, 29, 4, 5, 8]
+    with Image.open(tmp_path / "out" / "a.png") as copy:
+        assert copy.size == (29, 18)
 
 
 @pytest.mark.parametrize("name", ["var", "flexvar", "dar", "detailflow", "flextok", "retok", "restok"])
