@@ -151,6 +151,27 @@ def test_crop_is_drawn_by_key(tmp_path):
         assert (codes.val_dataset()[(4, i)]["tokens"] == expected).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("kind", ["ids", "float16", "bfloat16"])
+def test_a_batch_read_at_once_is_its_items(tmp_path, kind):
+    """Of all shards, in any order and with repeats; row and crop by their definition."""
+    model = tokenizer() if kind == "ids" else Means()
+    write(tmp_path, model, crops="flip", dtype=None if kind == "ids" else kind)
+    codes = Codes(folder=str(tmp_path), tokenizer=model, seed=2, limit_train=20)
+    dataset, shards = codes.train_dataset(), open_split(tmp_path / "train")
+    positions = [(epoch, index) for epoch in (3, 0) for index in (19, 4, 0, 11, 4, 8)]
+    found = dataset.__getitems__(positions)
+    assert len(found) == len(positions)
+    for item, (epoch, index) in zip(found, positions):
+        row, sample = index * 25 // 20, key(2, epoch, index)
+        assert torch.equal(item["tokens"], shards.row(row, key(sample, 1) % 2))
+        assert (item["label"], item["key"], item["index"]) == (row % 3, sample, index)
+        single = dataset[(epoch, index)]
+        assert torch.equal(single.pop("tokens"), item["tokens"]) and all(item[k] == v for k, v in single.items())
+    for wrong in ([(0, 0), (0, 20)], [(0, -1)]):
+        with pytest.raises(IndexError):
+            dataset.__getitems__(wrong)
+
+
 def test_ten_crop_centre_is_the_place_that_the_manifest_names():
     picture = to_rgb(data().sources.train[3][0])
     wide = np.asarray(center_crop(picture, 17))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
@@ -221,6 +222,19 @@ class KeyedCodes(Dataset):
         crop = key(sample_key, _CROP) % self.shards.crops if self.augment else self.shards.manifest["crops"]["centre"]
         tokens = self.shards.row(row, crop)
         return {"tokens": tokens, "label": int(self.shards.labels[row]), "key": sample_key, "index": index}
+
+    def __getitems__(self, positions: Sequence[Position]) -> list[dict[str, Any]]:
+        """The same items, as a loader asks for a batch of them: read together."""
+        if not all(0 <= index < self.size for _, index in positions):
+            raise IndexError(positions)
+        keys = [key(self.seed, epoch, index) for epoch, index in positions]
+        rows = [index * len(self.shards) // self.size for _, index in positions]
+        centre, count = self.shards.manifest["crops"]["centre"], self.shards.crops
+        crops = [key(k, _CROP) % count if self.augment else centre for k in keys]
+        tokens = self.shards.rows(np.array(rows), np.array(crops))
+        labels = self.shards.labels[rows].tolist()
+        found = zip(tokens, labels, keys, positions)
+        return [{"tokens": t, "label": label, "key": k, "index": index} for t, label, k, (_, index) in found]
 
 
 def check_hash(manifest: Mapping, tokenizer: Tokenizer, folder: str | Path, source: Any) -> None:
