@@ -53,12 +53,16 @@ class FeatureFile:
 
 
 def evaluate(
-    config: Mapping[str, Any], data: Any | None = None, *, pipeline: Any | None = None
+    config: Mapping[str, Any],
+    data: Any | None = None,
+    *,
+    pipeline: Any | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The command: measures, prints, writes JSON to `out`; returns what it wrote.
 
     None where other tasks of the same job are not done yet: the last one to finish writes. pipeline: of `from`, where
-    it is loaded already.
+    it is loaded already. notes: more that the JSON keeps.
     """
     from vgen.sampling import resolve_device
     from vtok.data.tasks import task_from_environment
@@ -108,7 +112,7 @@ def evaluate(
         print(f"task {task[0]} of {task[1]} has done its share; the last one to finish writes {out}")
         return None
     try:
-        result = finish(config, jobs, extractor, statistics, facts, splits, versions, out)
+        result = finish(config, jobs, extractor, statistics, facts, splits, versions, out, notes)
     except FileNotFoundError:
         if task[1] > 1 and out.is_file():  # another task was faster, and has removed the parts
             print(f"another task wrote {out}")
@@ -127,6 +131,7 @@ def finish(
     splits: int | None,
     versions: dict[str, str],
     out: Path,
+    notes: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """From complete jobs to the result: metrics, protocol, JSON."""
     from vgen.sampling import published_evaluation
@@ -178,6 +183,7 @@ def finish(
         "not_comparable_because": reasons,
         "moments_sha256": moments_hash(measured["made"]),
         "command": "python -m eval.fid " + " ".join(sys.argv[1:]),
+        **(notes or {}),
     }
     show(metrics, protocol, reasons)
     published = published_evaluation(str(config["from"]))

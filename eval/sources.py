@@ -217,7 +217,8 @@ def from_data(data: Any, split: str, count: int | None = None) -> Images:
 
     name = f"{type(data).__name__} {split}"
     names = hashlib.sha256("\n".join(source.name(i) for i in range(len(source))).encode()).hexdigest()
-    identity = f"{name} {data.image_size} {names}"
+    how = " var" * (data.transform.crop == "var") + " upright" * bool(getattr(data, "upright", False))
+    identity = f"{name} {data.image_size}{how} {names}"
     return Images(name, len(items), lambda size: span(size, 0, len(items)), _labels(source), "direct", span, identity)
 
 

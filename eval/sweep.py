@@ -20,12 +20,13 @@ from typing import Any
 from eval.drawing import load_pipeline, results_folder, weights_hash
 from eval.fid import CONFIGS, evaluate
 from eval.references import DATA_SPLITS
-from vtok.checkpoint import write_atomic, write_json
+from eval.sources import from_data
+from vtok.checkpoint import write_atomic
 from vtok.cli import entry
 
-# other keys of eval.fid by which results of one folder must agree
+# other keys of eval.fid by which results of one folder must agree, beside the images of `data`
 SAME = (
-    "protocol", "reference", "data", "images", "labels", "class_accuracy", "kid", "manifold", "tokenizer_from",
+    "protocol", "reference", "images", "labels", "class_accuracy", "kid", "manifold", "tokenizer_from",
     "schedule_options", "solver", "sample_size", "chunk", "dtype", "extractor", "weights_path", "splits", "permutation",
 )  # fmt: skip
 AXES = ("guidance", "schedule", "temperature", "top_k", "top_p", "steps", "solver_steps", "seed", "weights")
@@ -60,6 +61,7 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
     folder = Path(config["out"] or results_folder(str(config["from"])) / "sweep")
     chosen = settings(axes, config)
     device, pipeline, loaded = resolve_device(config["device"]), None, None
+    ours = asked(config, data)
     for number, setting in enumerate(chosen):
         path = folder / f"{name_of(setting)}.json"
         if number % task[1] != task[0]:
@@ -67,26 +69,30 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
         print(f"[{number + 1}/{len(chosen)}] {name_of(setting)}", flush=True)
         one = {**config, **setting, "out": str(path), "task_id": 0, "num_tasks": 1}
         if path.is_file():
-            check(path, one)
+            check(path, one, ours)
             print("  done earlier")
             continue
         if loaded != (setting["weights"], setting["steps"]):  # steps change the loaded generator
             pipeline, loaded = load_pipeline(one, device), (setting["weights"], setting["steps"])
-        evaluate(one, data, pipeline=pipeline)
-        write_json(path, json.loads(path.read_text()) | {"asked": asked(one)})
+        evaluate(one, data, pipeline=pipeline, notes={"asked": ours})
     return records(folder, chosen)
 
 
-def asked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What besides the setting itself decides the numbers, as JSON keeps it."""
-    return json.loads(json.dumps({k: config.get(k) for k in SAME}, default=str))
+def asked(config: Mapping[str, Any], data: Any | None) -> dict[str, Any]:
+    """What besides the setting itself decides the numbers, as JSON keeps it. Of `data` it is which images are the
+    reference, not where they lie or how they are read; None where they are not."""
+    split = str(config["reference"])
+    images = from_data(data, split).identity if data is not None and split in DATA_SPLITS else None
+    return json.loads(json.dumps({k: config.get(k) for k in SAME} | {"data": images}, default=str))
 
 
-def check(path: Path, config: Mapping[str, Any]) -> None:
+def check(path: Path, config: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """ValueError where the result in `path` is of another checkpoint or was measured otherwise."""
-    result, ours = json.loads(path.read_text()), asked(config)
+    result = json.loads(path.read_text())
     protocol, theirs = result["protocol"], result.get("asked")
-    for name in ours if theirs is not None else ():  # a run that was killed before its note has none
+    if theirs is not None and isinstance(theirs.get("data"), Mapping):  # earlier versions kept the whole section
+        ours = {**ours, "data": json.loads(json.dumps(config.get("data"), default=str))}
+    for name in ours if theirs is not None else ():  # of earlier versions, killed before their note
         if theirs.get(name) != ours[name]:
             raise ValueError(f"{path} has {name}={theirs.get(name)}, now {ours[name]}; pass another out=<folder>")
     if weights_hash(config) not in protocol["source"]:

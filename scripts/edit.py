@@ -45,24 +45,25 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def cropped(path: str, size: int) -> Any:
-    """uint8 [size, size, 3], the centre of the image at `path`."""
+    """uint8 [size, size, 3], the centre of the upright image at `path`."""
     import numpy as np
 
     from vtok.data.files import read_image
-    from vtok.data.transforms import center_crop, to_rgb
+    from vtok.data.transforms import center_crop
 
-    return np.asarray(center_crop(to_rgb(read_image(Path(path))), size)).copy()
+    return np.asarray(center_crop(read_image(path, upright=True), size)).copy()
 
 
 def kept_pixels(config: Mapping[str, Any], size: int) -> Any:
     """bool [size, size]: the pixels that are kept."""
     import torch
-    from PIL import Image
+
+    from vtok.data.files import read_image
 
     if config["mask"] is not None:
-        with Image.open(config["image"]) as image, Image.open(config["mask"]) as mask:
-            if image.size != mask.size:
-                raise ValueError(f"mask={config['mask']} is {mask.size}, the image {image.size}: they must be one size")
+        image, mask = (read_image(config[name], upright=True).size for name in ("image", "mask"))
+        if image != mask:
+            raise ValueError(f"mask={config['mask']} is {mask}, the image {image}: they must be one size")
         return torch.from_numpy(cropped(config["mask"], size).mean(2) < 127.5)
     box = [float(value) for value in config["box"]]
     if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):

@@ -2,13 +2,14 @@
 
     python scripts/families.py
 
-Then the parts of which there must be one class only, and every pair of 12 or more equal lines between two model files.
-Exit code 1 where a rule is broken.
+Then the parts of which there must be one class only, by the end of its name, and every pair of 12 or more equal lines
+between two model files. Exit code 1 where a rule is broken.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -17,13 +18,42 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 COPIED = 12  # equal lines in a row that count as a copy
-# part -> the one class that it must be, and the file; a second class whose name says the same is an error
+# part -> the one class that it must be, and the file
 ONE_OF = {
     "CNN encoder": ("Encoder", "vtok/layers/cnn.py"),
     "CNN decoder": ("Decoder", "vtok/layers/cnn.py"),
     "ViT trunk": ("Trunk", "vtok/layers/trunk.py"),
     "tokenizer training loop": ("LitTokenizer", "vtok/lit.py"),
     "generator training loop": ("LitGenerator", "vgen/lit.py"),
+    "PatchGAN discriminator": ("PatchGAN", "vtok/losses/discriminators.py"),
+    "StyleGAN discriminator": ("StyleGANDiscriminator", "vtok/losses/discriminators.py"),
+    "MaskBit discriminator": ("MaskBitDiscriminator", "vtok/losses/discriminators.py"),
+    "DINO discriminator": ("DinoDiscriminator", "vtok/losses/dino.py"),
+    "transformer discriminator": ("TransformerDiscriminator", "vtok/losses/transformer_discriminator.py"),
+    "transformer block": ("Block", "vtok/layers/block.py"),
+}
+# a further class whose name ends so is taken for a copy of one above
+COPY = re.compile(r"(Encoder|Decoder|Block|Trunk|Discriminator|PatchGAN|LitTokenizer|LitGenerator)$")
+# but these, each with what it does that the one class does not
+OTHERS = {
+    "vtok/layers/cnn.py ResidualBlock": "the convolutions of which Encoder and Decoder are made",
+    "vtok/layers/cnn_maskgit.py MaskGITEncoder": "average pooling, and blocks whose shortcut reads the branch",
+    "vtok/layers/cnn_maskgit.py MaskGITDecoder": "its blocks are those of MaskGITEncoder",
+    "vtok/layers/cnn_maskgit.py ResidualBlock": "its shortcut reads the branch, a slip of the published port",
+    "vtok/layers/pixel_flow.py FlowBlock": "a Block inside, and the condition that modulates each patch of it",
+    "vtok/layers/qformer.py QFormerEncoder": "layers of self- and cross-attention with positions in each: not a Trunk",
+    "vtok/layers/qformer.py QFormerDecoder": "as QFormerEncoder, from tokens to a grid",
+    "vtok/layers/siglip.py SiglipEncoder": "a Trunk inside, with patches and latents in front",
+    "vtok/layers/siglip.py MaskDecoder": "a Trunk inside, with mask tokens in front and pixels behind",
+    "vtok/models/restok.py LevelEncoder": "a Trunk inside, whose blocks merge image tokens on the way",
+    "vtok/models/restok.py LevelDecoder": "a Trunk inside, with a projection for each level of latents",
+    "vtok/models/titok.py LatentEncoder": "a Trunk inside, with patches and latents in front",
+    "vtok/models/titok.py LatentDecoder": "a Trunk inside, with mask tokens, latents and text in front",
+    "vgen/heads_block_flow.py CrossBlock": "attention to the states between its halves, each half modulated by itself",
+    "vgen/heads_continuous.py ResidualBlock": "one token alone, without attention: the head of MAR",
+    "vgen/models/maskgit.py MaskedBlock": "its norms also stand behind the sums (BERT), where Block has them in front",
+    "vgen/models/maskgit.py PostNormTrunk": "BERT: norms behind the sums, no final norm",
+    "vgen/models/maskgit.py SkipTrunk": "U-ViT: its later half also reads the outputs of the earlier one",
 }
 
 
@@ -85,12 +115,25 @@ def classes() -> dict[str, list[str]]:
     return found
 
 
+def second_classes(known: dict[str, list[str]]) -> list[str]:
+    """Sentences on classes (name -> files) whose name says that they are a second one of ONE_OF, and on what OTHERS
+    names for nothing."""
+    found = {f"{place} {name}" for name, places in known.items() for place in places if COPY.search(name)}
+    unknown = found - {f"{place} {name}" for name, place in ONE_OF.values()} - set(OTHERS)
+    advice = "use the one class of ONE_OF, or say in OTHERS what it does that this does not"
+    return [
+        *(f"{one}: {advice}" for one in sorted(unknown)),
+        *(f"OTHERS names {one}, which is not there" for one in sorted(set(OTHERS) - found)),
+    ]
+
+
 def broken() -> list[str]:
     """Sentences on every broken rule."""
     known, sentences = classes(), []
     for part, (name, place) in ONE_OF.items():
         if known.get(name) != [place]:
             sentences.append(f"{part}: expected the class {name} in {place} only, found it in {known.get(name, [])}")
+    sentences += second_classes(known)
     models = {name: [p for p in places if "/models/" in p] for name, places in known.items()}
     sentences += [
         f"class {name} is defined in {' and '.join(places)}"

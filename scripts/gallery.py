@@ -3,7 +3,7 @@
     python scripts/gallery.py from=[outputs/cifar10_tokenizer,outputs/cifar10_var_tokenizer] in=pictures
 
 A tokenizer that decodes prefixes gets a row for every 1, 2, 4, ... tokens of an image (the ends of its scales, where
-only those decode). Originals larger than a tokenizer's image size are cut into tiles of it.
+only those decode: VAR, FlexVAR). Originals larger than a tokenizer's image size are cut into tiles of it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vtok.cli import entry  # noqa: E402
 
 
 def prefixes(tokenizer: Any) -> list[int]:
-    """Numbers of tokens to show, ending with all: powers of two, or the ends of the steps where steps are larger."""
-    layout = tokenizer.spec.layout
-    if max(layout.sizes) > 1:
-        ends = [layout.written(0, k + 1)[1] for k in range(layout.steps)]
-    else:
-        ends = [2**k for k in range(layout.length.bit_length()) if 2**k < layout.length] + [layout.length]
-    return ends
+    """Numbers of tokens to show, ending with all: powers of two, or the ends of the scales where only those decode."""
+    from vtok.models.var import VARTokenizer
+
+    if isinstance(tokenizer, VARTokenizer):
+        return list(tokenizer.quantizer.bounds[1:])
+    length = tokenizer.spec.layout.length
+    return [2**k for k in range(length.bit_length()) if 2**k < length] + [length]
 
 
 @entry("gallery", ROOT / "configs")
@@ -54,7 +54,8 @@ def main(config: Any) -> None:
         )
     chosen = np.linspace(0, len(found) - 1, min(config.count, len(found))).round().astype(int)
     size = config.size or max(t.spec.image_size for t in tokenizers)
-    originals = np.stack([np.asarray(center_crop(read_image(Path(config["in"]) / found[i]), size)) for i in chosen])
+    pictures = [Path(config["in"]) / found[i] for i in chosen]
+    originals = np.stack([np.asarray(center_crop(read_image(path, upright=True), size)) for path in pictures])
     images = to_float(originals)
 
     rows, texts = [originals], ["original"]

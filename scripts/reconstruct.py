@@ -1,14 +1,19 @@
-"""Encode and decode images of any size: the copies as PNG, the ids beside them, sizes kept by padding to whole tiles.
+"""Encode and decode images of any size: the copies as PNG, the ids beside them, sizes kept.
 
     python scripts/reconstruct.py from=outputs/cifar10_tokenizer in=pictures out=outputs/copies
 
+A picture is padded to whole tiles of the tokenizer's image size. With whole=true it is padded to the stride only and
+computed at once, by tokenizers that have more tokens for a larger image. The padding is cut off again.
+
 A run that was stopped goes on: images whose copy and ids are in `out` are measured as they are there, not made again,
-unless overwrite=true. `out` belongs to one tokenizer and one way to decode (recipe.json). Many processes share the
-images under torchrun, as a SLURM array, or with task_id=0..n-1 num_tasks=n; each writes a report.
+unless their pixels changed or overwrite=true. `out` belongs to one tokenizer and one way to decode (recipe.json). Many
+processes share the images under torchrun, as a SLURM array, or with task_id=0..n-1 num_tasks=n; each writes a report.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +23,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vtok.cli import entry  # noqa: E402
+
+
+def made_of(ids: Path) -> tuple[str, str]:
+    """The hashes of original and recipe that an .npz carries; empty where it is missing, damaged or has none."""
+    import numpy as np
+
+    try:
+        with np.load(ids, allow_pickle=False) as arrays:
+            return str(arrays["original_sha256"]), str(arrays["recipe_sha256"])
+    except Exception:  # damage can raise anything
+        return "", ""
 
 
 @entry("reconstruct", ROOT / "configs")
@@ -34,7 +50,7 @@ def main(config: Any) -> None:
     from vtok.data.extract import claim
     from vtok.data.files import BadImage, list_images, read_image
     from vtok.data.tasks import task_from_environment
-    from vtok.data.tiles import reconstruct
+    from vtok.data.tiles import check_whole, reconstruct
     from vtok.data.transforms import to_float, to_uint8
 
     task, tasks = task_from_environment(config.task_id, config.num_tasks, os.environ)
@@ -58,10 +74,16 @@ def main(config: Any) -> None:
     tokenizer = frozen(config["from"], config.weights, trust=config.trust).to(resolve_device(config.device))
     if config.keep is not None and not tokenizer.prefixes:
         raise ValueError(f"keep={config.keep}: {type(tokenizer).__name__} decodes whole images only; leave keep away")
+    if config.whole:
+        check_whole(tokenizer, config.keep)
     if config.overwrite:
         (out / "recipe.json").unlink(missing_ok=True)
     recipe = {"tokenizer": {"sha256": weights_hash(tokenizer.state_dict())}, "keep": config.keep, "seed": config.seed}
+    if config.whole:
+        recipe["whole"] = True
     claim(out, recipe, what="copies")
+    recipe_hash = hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()
+    how = dict(batch=int(config.batch_size), keep=config.keep, seed=int(config.seed), whole=bool(config.whole))
     errors, bad, done, earlier = PixelErrors(), [], 0, 0
 
     def measure(original: np.ndarray, copy: np.ndarray) -> None:
@@ -72,27 +94,27 @@ def main(config: Any) -> None:
     with progress_bar("reconstructing", len(mine)) as advance:
         for place, name in mine:
             picture, ids = place.with_name(place.name + ".png"), place.with_name(place.name + ".npz")
-            there = picture.is_file() and ids.is_file() and not config.overwrite
             try:
-                original = np.asarray(read_image(folder / name))
+                original = np.asarray(read_image(folder / name, upright=True))
             except BadImage as error:
                 if config.on_bad_image == "error":
-                    raise BadImage(str(error).replace("data.on_bad_image", "on_bad_image")) from None
+                    raise BadImage(f"{error}, or set on_bad_image=skip") from None
                 bad.append(name)
                 advance(1)
                 continue
-            if there:
+            hashes = hashlib.sha256(str(original.shape).encode() + original.tobytes()).hexdigest(), recipe_hash
+            if picture.is_file() and made_of(ids) == hashes and not config.overwrite:
                 earlier += 1
                 measure(original, np.asarray(read_image(picture)))
                 advance(1)
                 continue
             image = to_float(original)
-            copy, tokens, tiling = reconstruct(
-                tokenizer, image, batch=int(config.batch_size), keep=config.keep, seed=int(config.seed)
-            )
+            copy, tokens, tiling = reconstruct(tokenizer, image, **how)
             pixels = to_uint8(copy)
             shape = [tiling.height, tiling.width, tiling.side, tiling.rows, tiling.columns]
             arrays = {"tokens": tokens.numpy(), "height_width_side_rows_columns": np.array(shape)}
+            arrays |= dict(zip(("original_sha256", "recipe_sha256"), map(np.array, hashes)))
+            picture.unlink(missing_ok=True)  # ids and an older copy would be taken for a pair
             write_atomic(ids, lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
             made = Image.fromarray(pixels.numpy())
             write_atomic(picture, lambda file, made=made: made.save(file, "PNG"))

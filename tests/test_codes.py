@@ -15,6 +15,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from tokenizers import make
 
 from vtok.checkpoint import CheckpointError, save_folder, weights_hash
 from vtok.data.codes import Codes, OnlineTokens
@@ -148,6 +149,27 @@ def test_crop_is_drawn_by_key(tmp_path):
     for i in range(7):
         expected = tokenizer().encode(to_float(plain[i][0])[None])[0]
         assert (codes.val_dataset()[(4, i)]["tokens"] == expected).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("kind", ["ids", "float16", "bfloat16"])
+def test_a_batch_read_at_once_is_its_items(tmp_path, kind):
+    """Of all shards, in any order and with repeats; row and crop by their definition."""
+    model = tokenizer() if kind == "ids" else Means()
+    write(tmp_path, model, crops="flip", dtype=None if kind == "ids" else kind)
+    codes = Codes(folder=str(tmp_path), tokenizer=model, seed=2, limit_train=20)
+    dataset, shards = codes.train_dataset(), open_split(tmp_path / "train")
+    positions = [(epoch, index) for epoch in (3, 0) for index in (19, 4, 0, 11, 4, 8)]
+    found = dataset.__getitems__(positions)
+    assert len(found) == len(positions)
+    for item, (epoch, index) in zip(found, positions):
+        row, sample = index * 25 // 20, key(2, epoch, index)
+        assert torch.equal(item["tokens"], shards.row(row, key(sample, 1) % 2))
+        assert (item["label"], item["key"], item["index"]) == (row % 3, sample, index)
+        single = dataset[(epoch, index)]
+        assert torch.equal(single.pop("tokens"), item["tokens"]) and all(item[k] == v for k, v in single.items())
+    for wrong in ([(0, 0), (0, 20)], [(0, -1)]):
+        with pytest.raises(IndexError):
+            dataset.__getitems__(wrong)
 
 
 def test_ten_crop_centre_is_the_place_that_the_manifest_names():
@@ -397,6 +419,41 @@ def test_a_folder_of_another_recipe_is_left_alone(tmp_path, change, name):
     with pytest.raises(ValueError, match=name):
         write(tmp_path, **change)
     assert content(tmp_path) == before
+
+
+def test_turned_pictures_and_lying_ones_share_no_folder(tmp_path):
+    """The option is named where it is on, so that folders begun without it go on."""
+    turned = data()
+    turned.upright = True
+    write(tmp_path / "lying")
+    assert "upright" not in json.loads((tmp_path / "lying" / "recipe.json").read_text())
+    write(tmp_path / "turned", source=turned)
+    for name, source, words in (("lying", turned, "None, asked for True"), ("turned", None, "True, asked for None")):
+        with pytest.raises(ValueError, match=f"upright={words}"):
+            write(tmp_path / name, source=source)
+
+
+def test_two_seeds_of_an_encoder_that_draws_share_no_folder(tmp_path):
+    """Also where the quantizer that draws is a part of the tokenizer (FlexTok with its VAE)."""
+    for name in ("cnn_kl", "flextok_vae"):
+        write(tmp_path / name, make(name), source=data(seed=1))
+        write(tmp_path / name, make(name), source=data(seed=1))
+        with pytest.raises(ValueError, match="seed=1, asked for 2"):
+            write(tmp_path / name, make(name), source=data(seed=2))
+    write(tmp_path / "vq", source=data(seed=1))
+    write(tmp_path / "vq", source=data(seed=2))  # the same codes
+
+
+def test_codes_of_other_crops_are_refused_where_a_recipe_names_its_own(tmp_path):
+    for crops in CROPS:
+        write(tmp_path / crops, crops=crops)
+    for asked, made in itertools.product((None, *CROPS), CROPS):
+        if asked in (None, made):
+            assert Codes(folder=str(tmp_path / made), crops=asked).train.crops == CROPS[made]["count"]
+            continue
+        words = rf"crops={made}, .*cache_codes\.py crops={asked}, .*data\.crops=null"
+        with pytest.raises(CheckpointError, match=words):
+            Codes(folder=str(tmp_path / made), crops=asked)
 
 
 def test_damaged_folders_are_refused(tmp_path):

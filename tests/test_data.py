@@ -17,7 +17,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch._utils import ExceptionWrapper
 
 from vtok.data import files
@@ -545,6 +545,14 @@ def test_unreadable_image_is_an_error_that_names_it_before_training(tmp_path, ho
         folder_data(root, cache=cache).setup()
 
 
+def test_only_data_sets_tell_of_their_option(tmp_path):
+    """Commands that read a picture (scripts/edit.py, gallery.py, eval.vtbench) have no data.on_bad_image."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"not an image at all")
+    with pytest.raises(BadImage, match=rf"cannot read image {path} .*; replace or remove it$"):
+        read_image(path)
+
+
 def test_unreadable_image_in_a_worker_is_named_in_one_line(tmp_path):
     root = make_folder(tmp_path / "a", ["ant"], 4)
     path = break_one(root, "ant/1.png")
@@ -662,6 +670,72 @@ def test_processes_that_come_together_decode_a_folder_once(tmp_path, monkeypatch
     assert len(decoded) == 1 and len(found) == 3 and len(set(found)) == 1
 
 
+# --- EXIF orientation -------------------------------------------------------------------------------------------------
+
+# of the standard: what is done with the stored rows and columns to show the picture
+ORIENTATIONS = {
+    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: np.rot90,
+}  # fmt: skip
+
+
+def with_orientation(image: Image.Image, path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_pictures_are_turned_where_asked(tmp_path, orientation):
+    image = noise_image(9, 7)
+    with_orientation(image, tmp_path / "a.png", orientation)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), np.asarray(image))
+    turned = np.asarray(read_image(tmp_path / "a.png", upright=True))
+    assert np.array_equal(turned, ORIENTATIONS[orientation](np.asarray(image)))
+
+
+def test_damaged_exif_data_leaves_a_picture_as_it_lies(tmp_path):
+    image = noise_image(9, 7)
+    image.save(tmp_path / "a.png", exif=b"Exif\x00\x00no directory at all")
+    with pytest.raises(SyntaxError):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png", upright=True)), np.asarray(image))
+
+
+def test_damaged_exif_data_raises_nothing(tmp_path):
+    rng, path, exif = np.random.default_rng(0), tmp_path / "a.jpg", Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "a maker of cameras", 72.0
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+    good, sizes = exif.tobytes(), {(9, 7): 0, (7, 9): 0}
+    for _ in range(200):
+        content = bytearray(good)
+        for place in rng.integers(6, len(content), rng.integers(1, 5)):
+            content[place] = rng.integers(256)
+        noise_image(9, 7).save(path, exif=bytes(content))
+        sizes[read_image(path, upright=True).size] += 1
+    assert min(sizes.values()) > 20
+
+
+def test_folders_are_turned_where_asked_and_older_caches_stay_valid(tmp_path):
+    root = make_folder(tmp_path / "a", ["ant"], 4)
+    stored = noise_image(20, 30)
+    with_orientation(stored, root / "ant" / "0.png", 6)
+    names = find(root)[0]
+    for upright in (False, True):
+        expected = np.asarray(center_crop(stored.rotate(-90, expand=True) if upright else stored, 16))
+        for cache in (False, True):
+            data = folder_data(root, upright=upright, cache=cache)
+            split = data.sources.train if "ant/0.png" in split_by_hash(names, 0.05)[0] else data.sources.val
+            place = [split.name(i) for i in range(len(split))].index("ant/0.png")
+            assert np.array_equal(np.asarray(center_crop(to_rgb(split[place][0]), 16)), expected)
+    before = hashlib.sha256(b"error")  # as it was without the option
+    for name in names:
+        stat = (root / name).stat()
+        before.update(f"{name}|{stat.st_size}|{stat.st_mtime_ns}|0\n".encode())
+    found = [file_source(root, names, ["ant"], "error", upright).fingerprint() for upright in (False, True)]
+    assert found[0] == before.hexdigest() != found[1]
+
+
 # --- cifar ------------------------------------------------------------------------------------------------------------
 
 
@@ -775,9 +849,19 @@ def test_data_configs_name_the_constructor(path):
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(path)
+    bases = [path.with_name(f"{base}.yaml") for base in config.pop("defaults", []) if base != "_self_"]
+    config = OmegaConf.merge(*map(OmegaConf.load, bases), config)
     module, _, name = config._target_.rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name).__init__).parameters
     assert set(config) - {"_target_"} == set(parameters) - {"self"}
     raw = OmegaConf.to_container(config)
     for shared in ("batch_size", "accumulate", "seed"):
         assert raw[shared] == "${" + shared + "}"
+
+
+def test_folders_of_ones_own_are_turned_and_imagenet_is_not():
+    from omegaconf import OmegaConf
+
+    configs = Path(__file__).parents[1] / "configs" / "data"
+    assert OmegaConf.load(configs / "imagefolder.yaml").upright is True
+    assert OmegaConf.load(configs / "imagenet256.yaml").upright is False

@@ -18,8 +18,9 @@ from eval.features import CifarJudge
 from eval.moments import Moments, frechet_distance
 from eval.sources import Images, from_data
 from vgen.models import FAMILIES
-from vtok.checkpoint import load_module
+from vtok.checkpoint import load_module, write_atomic
 from vtok.data.fake import Fake
+from vtok.data.imagefolder import ImageFolder
 from vtok.data.transforms import to_uint8
 
 SWEEP_CONFIG = FID_CONFIG | {
@@ -56,6 +57,56 @@ def test_sweep_measures_every_combination_once(tmp_path, capsys, monkeypatch) ->
         sweep.run(config | {"reference": str(tmp_path / "other.npz")}, None, axes, (0, 1))
     with pytest.raises(ValueError, match=r"sweep\.scale"):
         sweep.settings({"scale": [1]}, config)
+
+
+def test_sweep_goes_by_the_images_of_the_reference_not_by_their_place(tmp_path, capsys, monkeypatch) -> None:
+    exported(tmp_path / "model")
+    (tmp_path / "here" / "ant").mkdir(parents=True)
+    for i, pixels in enumerate(pictures(20)):
+        Image.fromarray(pixels).save(tmp_path / "here" / "ant" / f"{i}.png")
+    config = SWEEP_CONFIG | {"from": str(tmp_path / "model"), "reference": "train", "out": str(tmp_path / "sweep")}
+
+    def go(folder: str, **options) -> int:
+        """How many settings were there already."""
+        section = {"folder": str(tmp_path / folder), "image_size": 32, "cache_dir": str(tmp_path / "cache")} | options
+        capsys.readouterr()
+        sweep.run(config | {"data": section}, ImageFolder(**section), {"guidance": [1.0, 3.0]}, (0, 1))
+        return capsys.readouterr().out.count("done earlier")
+
+    written: list[str] = []
+
+    def write(path, *options, **rest) -> None:
+        written.append(path.name)
+        write_atomic(path, *options, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vtok.checkpoint.write_atomic", write)
+        assert go("here") == 0
+    for path in (tmp_path / "sweep").glob("*.json"):
+        assert written.count(path.name) == 1 and "ImageFolder train 32" in json.loads(path.read_text())["asked"]["data"]
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.setattr(sweep, "evaluate", None)  # nothing is measured again
+    assert go("there", workers=2, batch_size=8) == 2
+    for changed in ({"image_size": 16}, {"crop": "var"}, {"upright": True}, {"limit_train": 9}):
+        with pytest.raises(ValueError, match=r"has data=ImageFolder train 32 .*, now ImageFolder train .*another out"):
+            go("there", **changed)
+    for path in (tmp_path / "sweep").glob("*.json"):  # as earlier versions kept it
+        result = json.loads(path.read_text())
+        section = {"folder": str(tmp_path / "there"), "image_size": 32, "cache_dir": str(tmp_path / "cache")}
+        path.write_text(json.dumps(result | {"asked": result["asked"] | {"data": section}}))
+    assert go("there") == 2
+    with pytest.raises(ValueError, match="has data="):
+        go("there", workers=2)
+
+
+def test_a_process_asks_the_hub_once_for_a_model(tmp_path, monkeypatch) -> None:
+    exported(tmp_path / "model")
+    np.savez(tmp_path / "ref.npz", arr_0=pictures(20))
+    asked = []
+    monkeypatch.setattr("vgen.hub.snapshot_download", lambda name, **options: asked.append(name) or tmp_path / "model")
+    config = SWEEP_CONFIG | {"from": "hf:somebody/swept", "reference": str(tmp_path / "ref.npz")}
+    sweep.run(config | {"out": str(tmp_path / "sweep")}, None, {"guidance": [1.0, 3.0]}, (0, 1))
+    assert asked == ["somebody/swept"]
 
 
 def test_a_sweep_without_an_inception_score_has_its_table_and_plot(tmp_path) -> None:

@@ -4,6 +4,7 @@ Where a number comes from: [C] code or scripts of the original, [P] paper, [R] R
 us because nothing is published; a recipe with an [O] beside its schedule belongs to a `status: unofficial` family.
 """
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from vtok.data.imagefolder import ImageFolder
 from vtok.optim import make_optimizer, rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,7 +166,7 @@ def test_the_experiment_resolves_to_the_published_recipe(name):
         got = rate(min(step, config["steps"] - 1), config["steps"], **schedule)
         assert got == pytest.approx(factor, abs=2e-3), (place, factor, got)
     if row.codes == CACHED:
-        assert data["_target_"] == "vtok.data.codes.Codes"
+        assert (data["_target_"], data["crops"]) == ("vtok.data.codes.Codes", "ten")
     else:
         assert (data["crop"], data["flip"]) == row.codes and data["num_classes"] == 1000
         assert data["image_size"] == (336 if name == "hita_gpt" else 256)
@@ -176,6 +178,14 @@ def test_the_experiment_resolves_to_the_published_recipe(name):
     assert {k: v for k, v in model.items() if k in ("depth", "width", "heads", "arch")}.items() <= dict(
         OmegaConf.load(CONFIGS / "model" / f"{row.model}.yaml")
     ).items()
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.codes == CACHED])
+def test_cached_recipes_also_take_images_or_other_codes(name):
+    images, codes = (resolved(name, f"data={data}")["data"] for data in ("imagenet256", "codes"))
+    keys = inspect.signature(ImageFolder.__init__).parameters
+    assert images.pop("_target_") == "vtok.data.imagefolder.ImageFolder" and images.keys() <= keys.keys()
+    assert (codes["_target_"], codes["crops"]) == ("vtok.data.codes.Codes", None)
 
 
 def test_every_published_generator_has_an_experiment():

@@ -1,6 +1,8 @@
 """Reconstructing pictures of any size, and the gallery, through their commands."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +10,18 @@ import torch
 from forks import command
 from PIL import Image
 from runs import tokenizer_folder
-from tokenizers import make
+from tokenizers import FAMILIES, SIZE, images, make
 
+from vtok.checkpoint import write_atomic
 from vtok.data.tiles import Tiling, reconstruct
+from vtok.noise import sample_seeds
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.gallery import main as gallery_command  # noqa: E402
+from scripts.gallery import prefixes  # noqa: E402
+from scripts.reconstruct import main as reconstruct_command  # noqa: E402
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (1, 1), (17, 40), (33, 5)])
@@ -88,3 +99,139 @@ def test_the_commands(tmp_path):
     assert len(ran.stdout.strip().splitlines()) == 1 + 3 + 1
     with Image.open(tmp_path / "gallery.png") as picture:
         assert picture.size[1] == 5 * (64 + 2)
+
+
+def draw(path: Path, seed: int, height: int = 16, width: int = 16) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return Image.fromarray(pixels)
+
+
+def test_a_copy_is_done_for_these_pixels_and_this_recipe_only(tmp_path, monkeypatch):
+    first, other = tokenizer_folder(tmp_path / "tokenizer"), tokenizer_folder(tmp_path / "var", "var")
+    folder = tmp_path / "in"
+    folder.mkdir()
+
+    def go(*more: str, out: str = "out", tokenizer: Path = first) -> tuple[int, int]:
+        """(images made, finished earlier)."""
+        words = [f"from={tokenizer}", f"in={folder}", f"out={tmp_path / out}", "device=cpu", *more]
+        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words])
+        reconstruct_command()
+        report = json.loads((tmp_path / out / "report.json").read_text())
+        return report["images"], report["finished_earlier"]
+
+    def stopped(*more: str, tokenizer: Path = first) -> None:
+        """Killed between the ids and the copy of a picture."""
+
+        def write(path: Path, *options: object, **rest: object) -> None:
+            if path.suffix == ".png":
+                raise RuntimeError("killed")
+            write_atomic(path, *options, **rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("vtok.checkpoint.write_atomic", write)
+            with pytest.raises(RuntimeError, match="killed"):
+                go(*more, tokenizer=tokenizer)
+
+    draw(folder / "a.png", 0)
+    draw(folder / "b.png", 1)
+    assert [go(), go()] == [(2, 0), (0, 2)]
+    draw(folder / "a.png", 2)  # another picture under the name
+    assert [go(), go()] == [(1, 1), (0, 2)]
+    draw(folder / "b.png", 3)
+    stopped()
+    assert go() == (1, 1)
+    with np.load(tmp_path / "out" / "a.npz") as arrays:  # as earlier versions wrote it
+        plain = {name: arrays[name] for name in arrays.files if "sha256" not in name}
+    np.savez_compressed(tmp_path / "out" / "a.npz", **plain)
+    assert go() == (1, 1)
+    stopped("overwrite=true", tokenizer=other)  # b's copy is still the first tokenizer's
+    assert go(tokenizer=other) == (2, 0) and go(out="fresh", tokenizer=other) == (2, 0)
+    for name in ("a.png", "a.npz", "b.png", "b.npz"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_pictures_are_copied_and_shown_upright(tmp_path, monkeypatch):
+    tokenizer = tokenizer_folder(tmp_path / "tokenizer")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    for name in ("upright", "lying"):
+        (tmp_path / name).mkdir()
+    for seed in range(2):
+        upright = draw(tmp_path / "upright" / f"{seed}.png", seed, 20, 33)
+        upright.rotate(90, expand=True).save(tmp_path / "lying" / f"{seed}.png", exif=exif)
+    made = {}
+    for name in ("upright", "lying"):
+        words = [f"from={tokenizer}", f"in={tmp_path / name}", "device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words, f"out={tmp_path / f'{name}_copies'}"])
+        reconstruct_command()
+        made[name] = [(tmp_path / f"{name}_copies" / f"{seed}.png").read_bytes() for seed in range(2)]
+        monkeypatch.setattr(sys, "argv", ["gallery.py", *words, f"out={tmp_path / f'{name}.png'}"])
+        gallery_command()
+        made[name].append((tmp_path / f"{name}.png").read_bytes())
+    assert made["upright"] == made["lying"]
+    with Image.open(tmp_path / "lying_copies" / "0.png") as copy:
+        assert copy.size == (33, 20)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_says_whether_a_larger_image_has_more_tokens(name):
+    tokenizer = make(name)
+    try:
+        length = tokenizer.spec_for(2 * SIZE).layout.length
+    except ValueError:
+        length = 0
+    assert (tokenizer.grows != "no") == (length > tokenizer.spec.layout.length)
+
+
+@pytest.mark.parametrize("name", ["cnn_vq", "cnn_kl", "magvit2", "maskgit_vqgan", "hita"])
+def test_a_whole_picture_is_what_one_pass_makes_of_it(name):
+    """Padded to the stride of 4 only; a square for Hita."""
+    tokenizer, image = make(name), torch.rand(3, 18, 29) * 2 - 1
+    copy, tokens, tiling = reconstruct(tokenizer, image, seed=3, whole=True)
+    height, width = (32, 32) if name == "hita" else (20, 32)
+    padded = np.pad(image.numpy(), ((0, 0), (0, height - 18), (0, width - 29)), mode="edge")
+    with torch.no_grad():
+        expected = tokenizer(torch.from_numpy(padded)[None], key=sample_seeds(3, 0, 1))
+    torch.testing.assert_close(copy, expected.images[0, :, :18, :29], rtol=1e-4, atol=1e-5)
+    assert torch.equal(tokens.flatten(0, 1), expected.tokens[0])
+    assert (tiling.rows, tiling.columns, tiling.side) == ((1, 1, 32) if name == "hita" else (5, 8, 4))
+    assert tokens.shape[:2] == ((1, 4 + 64) if name == "hita" else (5 * 8, 1))
+
+
+def test_whole_pictures_through_the_command(tmp_path, monkeypatch, capsys):
+    tokenizer, other = tokenizer_folder(tmp_path / "tokenizer"), tokenizer_folder(tmp_path / "var", "var")
+    (tmp_path / "in").mkdir()
+    draw(tmp_path / "in" / "a.png", 0, 18, 29)
+
+    def go(source: Path, *more: str) -> None:
+        words = [f"from={source}", f"in={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "device=cpu", *more]
+        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words])
+        reconstruct_command()
+
+    for source, more, words in (
+        (other, ["whole=true"], "VARTokenizer has no more tokens for a larger image than the 21"),
+        (tokenizer, ["whole=true"], ""),
+        (tokenizer, [], "holds copies with whole=True, asked for None"),
+    ):
+        if not words:
+            go(source, *more)
+            continue
+        with pytest.raises(SystemExit):
+            go(source, *more)
+        assert words in capsys.readouterr().err
+    with np.load(tmp_path / "out" / "a.npz") as arrays:
+        assert arrays["tokens"].shape == (40, 1)
+        assert arrays["height_width_side_rows_columns"].tolist() == [18, 29, 4, 5, 8]
+    with Image.open(tmp_path / "out" / "a.png") as copy:
+        assert copy.size == (29, 18)
+
+
+@pytest.mark.parametrize("name", ["var", "flexvar", "dar", "detailflow", "flextok", "retok", "restok"])
+def test_the_gallery_shows_powers_of_two_or_whole_scales(name):
+    tokenizer = make(name)
+    shown = prefixes(tokenizer)
+    assert shown == ([1, 1 + 4, 1 + 4 + 16] if name in ("var", "flexvar") else [1, 2, 4, 8])
+    tokens = tokenizer.encode(images(1))
+    for keep in shown:
+        assert tokenizer.decode(tokens, keep=keep).shape == (1, 3, 16, 16)

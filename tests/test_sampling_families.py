@@ -26,7 +26,7 @@ from vtok.tokenizer import Part, TokenSpec
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.edit import cropped, edit  # noqa: E402
+from scripts.edit import cropped, edit, kept_pixels  # noqa: E402
 
 # pairs whose steps are pictures, with the tokens that each shown step ends
 COARSE = {"var": [1, 5, 21], "flexvar": [1, 5, 21], "har": [1, 2, 4, 8], "detailflow": [1, 2, 4, 6, 8]}
@@ -135,6 +135,25 @@ def test_the_edit_command_keeps_the_black_part(name, photograph, tmp_path):
     np.testing.assert_array_equal(sheet[:64:4, :64:4], original)
     np.testing.assert_array_equal(sheet[:64:4, 66:98:4], original[:, :8])  # the mask tints the other half
     assert (tmp_path / "edit.metadata.json").is_file()
+
+
+def test_photograph_and_mask_are_edited_upright(tmp_path):
+    """A photograph that its camera stored lying, and the mask drawn on it as a viewer shows it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    upright, mask = Image.fromarray(pixels), np.zeros((24, 40), dtype=np.uint8)
+    mask[:, 20:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    places = {name: str(tmp_path / f"{name}.png") for name in ("upright", "image", "mask")}
+    upright.save(places["upright"])
+    upright.rotate(90, expand=True).save(places["image"], exif=exif)
+    Image.fromarray(mask).save(places["mask"])
+    np.testing.assert_array_equal(cropped(places["image"], 16), cropped(places["upright"], 16))
+    kept = kept_pixels(places, 16)
+    assert kept[:, :8].all() and not kept[:, 8:].any()
+    Image.fromarray(mask.T).save(tmp_path / "tall.png")
+    with pytest.raises(ValueError, match=r"is \(24, 40\), the image \(40, 24\)"):
+        kept_pixels(places | {"mask": str(tmp_path / "tall.png")}, 16)
 
 
 @pytest.mark.parametrize("name", ["dar", "flextok"])

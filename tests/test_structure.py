@@ -6,11 +6,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.families import broken, code_lines, copies, imported, model_files  # noqa: E402
+from scripts.families import broken, classes, code_lines, copies, imported, model_files, second_classes  # noqa: E402
 
 
 def test_shared_parts_are_one_class_and_model_files_hold_no_copies():
     assert broken() == []
+
+
+def test_a_second_class_is_found_by_the_end_of_its_name():
+    known = classes()
+    assert second_classes(known) == []
+    for name in ("MyEncoder", "_FastDecoder", "VideoTrunk", "SparseBlock", "HingeDiscriminator", "SmallPatchGAN"):
+        (found,) = second_classes({**known, name: ["vtok/models/mine.py"]})
+        assert found.startswith(f"vtok/models/mine.py {name}: ")
+    (found,) = second_classes({**known, "ResidualBlock": [*known["ResidualBlock"], "vgen/models/mine.py"]})
+    assert found.startswith("vgen/models/mine.py ResidualBlock: ")
+    (found,) = second_classes({name: places for name, places in known.items() if name != "SkipTrunk"})
+    assert found == "OTHERS names vgen/models/maskgit.py SkipTrunk, which is not there"
+    assert second_classes({**known, "Encoding": ["vtok/models/mine.py"]}) == []
 
 
 def test_copies_are_found_across_comments_and_docstrings_but_not_below_the_length():

@@ -7,6 +7,7 @@ same device type gives the same bytes for any number of images, any world size, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -223,12 +224,16 @@ class Pipeline:
 
 
 def local(source: str | os.PathLike) -> str | os.PathLike:
-    """The downloaded folder of hf:<owner>/<name>; anything else as it is."""
-    if not str(source).startswith("hf:"):
-        return source
+    """The downloaded folder of hf:<owner>/<name>, for which a process asks the hub once: settings, weights and hashes
+    are of one revision. Anything else as it is."""
+    return _downloaded(str(source)) if str(source).startswith("hf:") else source
+
+
+@functools.cache
+def _downloaded(name: str) -> Path:
     from vgen.hub import download
 
-    return download(str(source))
+    return download(name)
 
 
 def _from_disk(path: str | os.PathLike, weights: str, tokenizer: str | os.PathLike | None, families: Families) -> tuple:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +203,8 @@ class Tokenizer(Configured, nn.Module):
     stride: int
     quantizer: Quantizer
     prefixes: bool = False  # whether decode(keep=) works
+    # whether a larger image has more tokens: no, squares only, or any H x W, one token for each cell of the stride
+    grows: Literal["no", "squares", "any"] = "no"
 
     def spec_for(self, size: int) -> TokenSpec:
         """Specification of the tokens of size x size images; ValueError where the family cannot take them."""

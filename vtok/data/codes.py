@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from vtok.checkpoint import CheckpointError, Weights, load_module, weights_hash
 from vtok.config import Families
 from vtok.data.module import ImageData, Position, StepData
-from vtok.data.shards import Shards, open_split
+from vtok.data.shards import Crops, Shards, open_split
 from vtok.noise import SampleNoise, key
 from vtok.tokenizer import Tokenizer, TokenSpec
 
@@ -144,8 +145,9 @@ class Codes(StepData):
     """Cached tokens of scripts/cache_codes.py: folder/train and folder/val.
 
     tokenizer: run directory, .ckpt, shared folder or Tokenizer that must be the one of the shards; null takes the copy
-    that lies beside them. verify: compute every shard's CRC first. A training item's crop is drawn by (seed, epoch,
-    index); held-out items are the centre crop.
+    that lies beside them. crops: of which the training codes must be, by their name in scripts/cache_codes.py; null
+    takes any. verify: compute every shard's CRC first. A training item's crop is drawn by (seed, epoch, index);
+    held-out items are the centre crop.
     """
 
     def __init__(
@@ -158,6 +160,7 @@ class Codes(StepData):
         accumulate: int = 1,
         workers: int = 0,
         seed: int = 0,
+        crops: Crops | None = None,
         verify: bool = False,
         limit_train: int | None = None,
         limit_val: int | None = None,
@@ -169,6 +172,12 @@ class Codes(StepData):
                 f"data.folder={folder} does not exist; make it with scripts/cache_codes.py out={folder}"
             )
         self.train, self.val = (open_split(Path(folder) / split, verify=verify) for split in ("train", "val"))
+        made = self.train.manifest["crops"]["name"]
+        if crops not in (None, made):
+            raise CheckpointError(
+                f"data.folder={folder} holds codes of crops={made}, data.crops={crops} is asked for: make them with "
+                f"scripts/cache_codes.py crops={crops}, or take these with data.crops=null"
+            )
         for name in ("tokenizer", "spec", "class_names", "image_size"):
             if self.train.manifest[name] != self.val.manifest[name]:
                 raise CheckpointError(f"{folder}: train/ and val/ differ in {name}; extract both again")
@@ -213,6 +222,19 @@ class KeyedCodes(Dataset):
         crop = key(sample_key, _CROP) % self.shards.crops if self.augment else self.shards.manifest["crops"]["centre"]
         tokens = self.shards.row(row, crop)
         return {"tokens": tokens, "label": int(self.shards.labels[row]), "key": sample_key, "index": index}
+
+    def __getitems__(self, positions: Sequence[Position]) -> list[dict[str, Any]]:
+        """The same items, as a loader asks for a batch of them: read together."""
+        if not all(0 <= index < self.size for _, index in positions):
+            raise IndexError(positions)
+        keys = [key(self.seed, epoch, index) for epoch, index in positions]
+        rows = [index * len(self.shards) // self.size for _, index in positions]
+        centre, count = self.shards.manifest["crops"]["centre"], self.shards.crops
+        crops = [key(k, _CROP) % count if self.augment else centre for k in keys]
+        tokens = self.shards.rows(np.array(rows), np.array(crops))
+        labels = self.shards.labels[rows].tolist()
+        found = zip(tokens, labels, keys, positions)
+        return [{"tokens": t, "label": label, "key": k, "index": index} for t, label, k, (_, index) in found]
 
 
 def check_hash(manifest: Mapping, tokenizer: Tokenizer, folder: str | Path, source: Any) -> None:

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL
@@ -25,13 +25,12 @@ from vtok.checkpoint import is_folder, read_config, save_folder, weights_hash, w
 from vtok.config import describe
 from vtok.data.codes import spec_at
 from vtok.data.module import ImageData
-from vtok.data.shards import dtype_of, finished, id_of, pack, write_manifest, write_shard
+from vtok.data.shards import Crops, dtype_of, finished, id_of, pack, write_manifest, write_shard
 from vtok.data.sources import Source
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.noise import SampleNoise, key
-from vtok.tokenizer import Tokenizer, TokenSpec
+from vtok.tokenizer import Quantizer, Tokenizer, TokenSpec
 
-Crops = Literal["none", "flip", "ten"]
 # count: crops per image; centre: which one is the plain centre crop; wide: side before cropping over image side
 CROPS: dict[str, dict] = {
     "none": {"name": "none", "count": 1, "centre": 0, "wide": 1.0},
@@ -74,10 +73,12 @@ def extract(
         "dtype": dtype_of(spec, dtype),
         "class_names": data.class_names,
     }
-    claim(
-        out,
-        common | {"crops": crops, "shard_size": shard_size, "data": {s: _names_hash(v[0]) for s, v in sources.items()}},
-    )
+    recipe = {"crops": crops, "shard_size": shard_size, "data": {s: _names_hash(v[0]) for s, v in sources.items()}}
+    if getattr(data, "upright", False):  # said where it is on only, so that folders begun without the option go on
+        recipe["upright"] = True
+    if any(isinstance(part, Quantizer) and part.draws for part in tokenizer.modules()):  # also of a VAE inside
+        recipe["seed"] = data.seed
+    claim(out, common | recipe)
     if not is_folder(out / "tokenizer") or read_config(out / "tokenizer").get("hash") != identity["sha256"]:
         save_folder(tokenizer, out / "tokenizer", kind="tokenizer")
     tokenizer.to(device)
@@ -169,7 +170,7 @@ def claim(out: Path, recipe: dict, *, what: str = "codes") -> None:
             found = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}); choose another out=") from None
-        different = [k for k in recipe if found.get(k) != recipe[k]]
+        different = [k for k in recipe | found if found.get(k) != recipe.get(k)]
         if different:
             name = different[0]
             shown = [str(r.get(name))[:80] for r in (found, recipe)]

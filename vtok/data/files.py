@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 
@@ -94,16 +94,18 @@ def list_images(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """A decoded 8-bit RGB image. Raises BadImage naming the file where it cannot be read whole."""
+def read_image(path: str | os.PathLike, upright: bool = False) -> Image.Image:
+    """A decoded 8-bit RGB image. Raises BadImage naming the file where it cannot be read whole.
+
+    upright: turned and mirrored as its EXIF orientation says; where that data is damaged it stays as it lies.
+    """
     try:
         with Image.open(path) as image:
-            return to_rgb(_loaded(image))
+            loaded = _loaded(image)
+            return to_rgb(_turned(loaded) if upright else loaded)
     except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadImage(
-            f"cannot read image {path} ({reason:.120}); replace or remove it, or set data.on_bad_image=skip"
-        ) from None
+        raise BadImage(f"cannot read image {path} ({reason:.120}); replace or remove it") from None
 
 
 def decode_bytes(data: bytes, name: str) -> Image.Image:
@@ -119,6 +121,13 @@ def decode_bytes(data: bytes, name: str) -> Image.Image:
 def _loaded(image: Image.Image) -> Image.Image:
     image.load()
     return image
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data can raise anything
+        return image
 
 
 def _header_fault(path: Path) -> bool:
@@ -138,17 +147,26 @@ def _decode_fault(path: Path) -> bool:
 
 
 class FileSource:
-    """Image files below a folder with labels. on_bad_image=skip takes the next readable file in order instead."""
+    """Image files below a folder with labels. on_bad_image=skip takes the next readable file in order instead.
+
+    upright: see `read_image`.
+    """
 
     native = True
 
     def __init__(
-        self, folder: Path, names: Sequence[str], labels: Sequence[int], *, on_bad_image: OnBadImage = "error"
+        self,
+        folder: Path,
+        names: Sequence[str],
+        labels: Sequence[int],
+        *,
+        on_bad_image: OnBadImage = "error",
+        upright: bool = False,
     ) -> None:
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"data.on_bad_image={on_bad_image!r}: choose error or skip")
         self.folder, self.names, self.labels = Path(folder), Names(names), np.asarray(labels, np.int64)
-        self.on_bad_image, self.bad = on_bad_image, set()
+        self.on_bad_image, self.upright, self.bad = on_bad_image, upright, set()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -166,10 +184,10 @@ class FileSource:
             if candidate in self.bad:
                 continue
             try:
-                return read_image(self.path(candidate)), int(self.labels[candidate])
-            except BadImage:
+                return read_image(self.path(candidate), self.upright), int(self.labels[candidate])
+            except BadImage as error:
                 if self.on_bad_image == "error":
-                    raise
+                    raise BadImage(f"{error}, or set data.on_bad_image=skip") from None
                 self.bad.add(candidate)
                 log.warning("skipped unreadable image %s", self.path(candidate))
         raise ValueError(f"none of the {len(self)} images in {self.folder} can be read; change data.folder")
@@ -181,7 +199,7 @@ class FileSource:
         with ThreadPoolExecutor(_THREADS) as pool:
             found = [i for i, bad in enumerate(pool.map(fault, map(self.path, range(len(self))))) if bad]
         if found and self.on_bad_image == "error":
-            read_image(self.path(found[0]))
+            self[found[0]]  # its own message
             raise BadImage(f"cannot read image {self.path(found[0])}; it changed while it was read")
         self.bad.update(found)
         names = [self.names[i] for i in found]
@@ -192,7 +210,8 @@ class FileSource:
 
     def fingerprint(self) -> str:
         """Hash of names, sizes and times of change: equal when nothing in the list changed."""
-        digest = hashlib.sha256(self.on_bad_image.encode())
+        how = self.on_bad_image + ("|upright" if self.upright else "")  # off: the names of older caches
+        digest = hashlib.sha256(how.encode())
         for i in range(len(self)):
             stat = self.path(i).stat()
             digest.update(

@@ -28,9 +28,10 @@ class ImageFolder(ImageData):
     """folder: class folders, or images without classes. num_classes: auto, 0 (ignore class folders) or the number
     expected. val_fraction: held-out share where there is no val_folder. on_bad_image: error, or skip (the next readable
     file takes its place; skipped ones are counted and named). scan: look for unreadable files at the start: full
-    decodes them, headers only opens them; auto takes full up to 20,000 files, headers up to 200,000. cache: decode once
-    into an array at image_size (needs crop=center) that later runs reuse from cache_dir. class_file: lines of
-    `folder name`, tab, `class name`, in label order; `imagenet` names the packaged one.
+    decodes them, headers only opens them; auto takes full up to 20,000 files, headers up to 200,000. upright: turn
+    pictures as their EXIF orientation says (the protocols of ImageNet do not). cache: decode once into an array at
+    image_size (needs crop=center) that later runs reuse from cache_dir. class_file: lines of `folder name`, tab,
+    `class name`, in label order; `imagenet` names the packaged one.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ImageFolder(ImageData):
         shift: int = 0,
         on_bad_image: OnBadImage = "error",
         scan: Scan = "auto",
+        upright: bool = False,
         cache: bool = False,
         cache_dir: str = "outputs/cache",
         limit_train: int | None = None,
@@ -82,7 +84,8 @@ class ImageFolder(ImageData):
             raise ValueError(f"data.val_fraction={val_fraction} must lie between 0 and 1, or give data.val_folder")
         self.folder, self.val_folder, self.val_fraction = folder, val_folder, val_fraction
         self.expected, self.class_file = num_classes, class_file
-        self.on_bad_image, self.scan, self.cache, self.cache_dir = on_bad_image, scan, cache, Path(cache_dir)
+        self.on_bad_image, self.scan, self.upright = on_bad_image, scan, upright
+        self.cache, self.cache_dir = cache, Path(cache_dir)
 
     def prepare(self) -> Sources:
         names, classes = find(self.folder, ignore_classes=self.expected == 0)
@@ -109,7 +112,7 @@ class ImageFolder(ImageData):
         return Sources(train, self._source(val_root, val_names, classes), [known[c] for c in classes])
 
     def _source(self, folder: str, names: list[str], classes: list[str]) -> Source:
-        source = file_source(folder, names, classes, self.on_bad_image)
+        source = file_source(folder, names, classes, self.on_bad_image, self.upright)
         if self.cache:
             return cached(source, self.image_size, self.cache_dir)
         scan_once(source, self.scan, self.cache_dir)
@@ -138,11 +141,13 @@ def find(folder: str | Path, *, ignore_classes: bool = False) -> tuple[list[str]
     return names, classes
 
 
-def file_source(folder: str | Path, names: Sequence[str], classes: list[str], on_bad_image: OnBadImage) -> FileSource:
+def file_source(
+    folder: str | Path, names: Sequence[str], classes: list[str], on_bad_image: OnBadImage, upright: bool = False
+) -> FileSource:
     """Labels are places in `classes`; 0 without classes."""
     label = {c: i for i, c in enumerate(classes)}
     labels = [label[n.split("/", 1)[0]] if classes else 0 for n in names]
-    return FileSource(Path(folder), names, labels, on_bad_image=on_bad_image)
+    return FileSource(Path(folder), names, labels, on_bad_image=on_bad_image, upright=upright)
 
 
 def split_by_hash(names: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:

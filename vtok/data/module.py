@@ -309,7 +309,8 @@ class ImageData(StepData):
         raise NotImplementedError
 
     def prepare_data(self) -> None:
-        """Lightning runs this on one process first, so downloads and caches are made once."""
+        """As `setup`, which train.py has called in every process before Lightning comes to this. Downloads and caches
+        are made once since the processes of a machine wait for each other at the files (files.one_at_a_time)."""
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:

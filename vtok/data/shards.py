@@ -22,7 +22,7 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from vtok.tokenizer import TokenSpec
 
 FORMAT = "vtok-shards/v1"
 SPLITS = ("train", "val")
+Crops = Literal["none", "flip", "ten"]
 STORED = {"uint16": np.uint16, "uint32": np.uint32, "float16": np.float16, "bfloat16": np.uint16}
 
 
@@ -62,7 +63,7 @@ def pack(tokens: Tensor, dtype: str) -> np.ndarray:
 
 
 def unpack_row(row: np.ndarray, dtype: str) -> Tensor:
-    """One stored row as int64 ids [L] or float32 latents [L, C]."""
+    """Stored rows, one or several, as int64 ids [.., L] or float32 latents [.., L, C]."""
     if dtype == "bfloat16":
         return torch.from_numpy(np.array(row).view(np.int16)).view(torch.bfloat16).float()
     return torch.from_numpy(row.astype(np.float32 if dtype == "float16" else np.int64))
@@ -141,6 +142,15 @@ class Shards:
             raise IndexError((index, crop))
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return unpack_row(self.maps[shard].array[index - self.starts[shard], crop], self.manifest["dtype"])
+
+    def rows(self, indices: np.ndarray, crops: np.ndarray) -> Tensor:
+        """`row` of many, [n, L(, C)]."""
+        if not ((indices >= 0) & (indices < len(self)) & (crops >= 0) & (crops < self.crops)).all():
+            raise IndexError((indices, crops))
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        places = zip(shards.tolist(), (indices - self.starts[shards]).tolist(), crops.tolist())
+        found = np.stack([self.maps[shard].array[place, crop] for shard, place, crop in places])
+        return unpack_row(found, self.manifest["dtype"])
 
 
 def open_split(folder: str | os.PathLike, *, verify: bool = False) -> Shards:

@@ -27,6 +27,8 @@ class CNNTokenizer(Tokenizer):
     they are not z_channels, attention and blocks + 1.
     """
 
+    grows = "any"
+
     def __init__(
         self,
         *,

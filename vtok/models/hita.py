@@ -37,6 +37,8 @@ class Hita(Tokenizer):
     patches that features["alignment"] [B, vision^2, vision_channels] predicts; 0 for none.
     """
 
+    grows = "squares"
+
     def __init__(
         self,
         *,

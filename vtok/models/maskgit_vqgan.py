@@ -22,6 +22,8 @@ from vtok.tokenizer import Part, Quantizer, Tokenizer, TokenSpec
 class MaskGITVQGAN(Tokenizer):
     """image_size: trained side; any multiple of the stride works. The other arguments: see vtok.layers.cnn_maskgit."""
 
+    grows = "any"
+
     def __init__(
         self,
         *,

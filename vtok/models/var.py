@@ -19,6 +19,7 @@ class VARTokenizer(CNNTokenizer):
     """As CNNTokenizer, with a MultiScaleVQ whose last side is image_size over the stride."""
 
     prefixes = True
+    grows = "no"
 
     def spec_for(self, size: int) -> TokenSpec:
         """Only the size that `sides` was made for: other sizes take a tokenizer with other sides."""
