@@ -22,6 +22,7 @@ from vtok.layers.siglip import MaskDecoder, SiglipEncoder
 from vtok.layers.vit import NARROW, initialise
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, noise_of
+from vtok.quantize.statistics import all_mean
 from vtok.quantize.vq import VQ
 from vtok.tokenizer import Part, Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec
 
@@ -241,7 +242,7 @@ class DetailFlowTokenizer(Tokenizer):
         given = self.quantizer.lookup(ids).detach()
         judged = (~kept & (end > 0)[:, None]).float()
         second = self.quantizer(self.refine(images, given, end), weight=judged)
-        share = judged.numel() / (judged.numel() + judged.sum())
+        share = judged.numel() / (judged.numel() + all_mean(judged.sum()))  # as the second pass weighs all processes
         losses = {k: share * found.loss[k] + (1 - share) * second.loss[k] for k in found.loss}
         codes = torch.where(kept.unsqueeze(-1), given, second.z)
         return torch.where((end > 0)[:, None, None], codes, found.z), losses
