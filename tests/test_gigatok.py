@@ -70,10 +70,18 @@ def test_queries_are_means_of_cells():
             for c in range(columns):
                 expected.append(grid[:, r * high : (r + 1) * high, c * wide : (c + 1) * wide].mean((1, 2)))
     torch.testing.assert_close(pooled(grid, 16), torch.stack(expected, 1))
+    odd = torch.randn(2, 5, 5, 3)  # cells that do not divide the grid overlap: from floor to ceiling
+    wanted = []
+    for rows, columns in pyramid(8, 5):
+        for r in range(rows):
+            for c in range(columns):
+                up, left = r * 5 // rows, c * 5 // columns
+                wanted.append(odd[:, up : -(-(r + 1) * 5 // rows), left : -(-(c + 1) * 5 // columns)].mean((1, 2)))
+    torch.testing.assert_close(pooled(odd, 8), torch.stack(wanted, 1))
     assert pyramid(256, 16)[-1] == (8, 16)
     with pytest.raises(ValueError, match="power of two"):
         pyramid(12, 8)
-    with pytest.raises(ValueError, match="do not divide"):
+    with pytest.raises(ValueError, match="larger image_size"):
         pyramid(256, 12)
 
 

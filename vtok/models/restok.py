@@ -95,7 +95,11 @@ class ResTok(Tokenizer):
         """Any multiple of stride * 2 ** (stages - 1) has the same tokens."""
         multiple = self.stride * 2 ** (self.stages - 1)
         if size < multiple or size % multiple:
-            raise ValueError(f"image_size={size} must be a multiple of {multiple}, the stride times 2 ** (stages - 1)")
+            raise ValueError(
+                f"image_size={size} must be a multiple of {multiple}, stride {self.stride} times 2 ** (stages - 1); "
+                "change data.image_size, or for a new model tokenizer.stages (1 takes any multiple of the stride); "
+                "scripts/reconstruct.py cuts other images into tiles"
+            )
         part = Part(self.tokens, self.quantizer.vocab_size, self.quantizer.channels)
         layout = SequenceLayout.levels(self.encoder.levels)
         return TokenSpec(layout, (part,), size, describe(self.quantizer))

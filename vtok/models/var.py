@@ -21,11 +21,17 @@ class VARTokenizer(CNNTokenizer):
     prefixes = True
 
     def spec_for(self, size: int) -> TokenSpec:
-        """Only the size that `sides` was made for: other sizes take a tokenizer with other sides."""
+        """Only the size that `sides` was made for: other sizes take a tokenizer with other sides, whose weights may be
+        those of this one (init_from)."""
         quantizer = self.quantizer
+        if size < self.stride or size % self.stride:
+            raise ValueError(f"image_size={size} must be a multiple of the stride {self.stride}")
         if size != quantizer.side * self.stride:
             raise ValueError(
-                f"image_size={size} does not fit quantizer.sides[-1]={quantizer.side} times the stride {self.stride}"
+                f"image_size={size} does not fit quantizer.sides[-1]={quantizer.side} times the stride {self.stride}; "
+                f"let tokenizer.quantizer.sides end with {size // self.stride} (weights of other sides come by "
+                f"init_from), or leave data.image_size={quantizer.side * self.stride}; "
+                "scripts/reconstruct.py cuts larger images into tiles"
             )
         parts = (Part(quantizer.length, quantizer.vocab_size, quantizer.channels),)
         return TokenSpec(SequenceLayout.scales(quantizer.sides), parts, size, describe(quantizer))
