@@ -60,6 +60,21 @@ def test_recipes_compose(name, epochs, start):
     assert network.alignment[-1].out_features == 768 and "alignment" in config.objective.terms.alignment.features
 
 
+def test_the_other_sizes_follow_the_lines_of_the_header():
+    """Epochs of the file names [R]: 200 for S-B and B-L, 300 for XL-XXL, which alone warms up [C]."""
+    lines = (CONFIGS / "experiment" / "gigatok_imagenet256.yaml").read_text().partition("\ndefaults:")[0].splitlines()
+    text = " ".join(line.removeprefix("# ") for line in lines)
+    for names, epochs, warmup in ((("gigatok_sb", "gigatok_bl"), 200, 0), (("gigatok_xlxxl",), 300, 5000)):
+        options = [o for o in text.split(f"tokenizer={' or '.join(names)}:")[1].split(". ")[0].split() if "=" in o]
+        for name in names:
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                config = compose("train", overrides=["experiment=gigatok_imagenet256", f"tokenizer={name}", *options])
+            assert (config.batch_size, config.steps) == (256, epochs * (1_281_167 // 256))
+            assert config.schedule.warmup == warmup
+            # the auxiliary losses end after 15,000 steps, but for XL-XXL, which has none
+            assert config.tokenizer.auxiliary_until * config.steps == pytest.approx(0 if warmup else 15_000, rel=1e-3)
+
+
 def test_queries_are_means_of_cells():
     """By loops: 1, 1, 2, 4, .. cells in raster order, columns halved first; the last level halves the grid's rows."""
     side, grid = 8, torch.randn(2, 8, 8, 3)
