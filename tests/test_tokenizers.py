@@ -8,6 +8,7 @@ from vtok.checkpoint import save_folder
 from vtok.config import build, describe
 from vtok.models import FAMILIES as CLASSES
 from vtok.noise import SampleNoise
+from vtok.quantize.kl import KL
 from vtok.warmstart import warm_start
 
 NAMES = sorted(FAMILIES)
@@ -171,3 +172,28 @@ def test_weights_go_over_to_other_scales(name, tmp_path):
     assert not found.new and not found.resized and not found.unused
     for key, value in new.state_dict().items():
         assert torch.equal(value, old.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefixes_out_of_range_are_refused(name):
+    model = make(name)
+    if not model.prefixes:
+        return
+    tokens, length = model.encode(images()), model.spec.layout.length
+    for keep in (0, length + 1, torch.tensor([1, 0, 1]), torch.tensor([1, length + 1, 1])):
+        with pytest.raises(ValueError, match="keep"):
+            model.decode(tokens, keep=keep)
+
+
+@pytest.mark.parametrize("name", ["titok_kl", "restok", "gigatok", "retok", "dar", "detailflow"])
+def test_one_dimensional_families_draw_continuous_tokens_in_training(name):
+    """Around a KL, training decodes the keyed draws of the posterior, not its mean."""
+    description = describe(make(name))
+    arguments = description["arguments"]
+    arguments = arguments["network"]["arguments"] if "network" in arguments else arguments
+    arguments["quantizer"] = describe(KL(channels=6))
+    torch.manual_seed(0)
+    model = build(description, CLASSES).train()
+    found = model(images(), key=KEYS, progress=0.5).tokens
+    torch.testing.assert_close(found, model.encode(images(), noise=noise()))
+    assert not torch.allclose(found, model.encode(images()), atol=0.1)

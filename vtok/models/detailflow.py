@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtok.config import describe
 from vtok.layers.dit import repa_head
+from vtok.layers.nested import check_keep
 from vtok.layers.resolution import by_value, decode_side, degrade, prefix_side, resized
 from vtok.layers.siglip import MaskDecoder, SiglipEncoder
 from vtok.layers.vit import NARROW, initialise
@@ -194,9 +195,7 @@ class DetailFlowTokenizer(Tokenizer):
         """Images of the first `keep` tokens (int, or int64 [B]) at any side; they trained at `side_of(keep)`."""
         size = size or self.spec.image_size
         self.spec_for(size).check(tokens)
-        counts = keep if isinstance(keep, Tensor) else None
-        if isinstance(keep, int) and not 1 <= keep <= self.tokens:
-            raise ValueError(f"keep={keep}: an image has 1..{self.tokens} tokens")
+        counts = keep if isinstance(check_keep(keep, self.tokens), Tensor) else None
         return self.pixels(self.embed(tokens[:, : keep if isinstance(keep, int) else None]), size=size, counts=counts)
 
     def pixels(
@@ -211,7 +210,7 @@ class DetailFlowTokenizer(Tokenizer):
     def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
         """In eval mode: all tokens, no corruption, the images themselves as targets."""
         noise, z = noise_of(key, images), self.features(images)
-        found = self.quantizer(z)
+        found = self.quantize(z, key)
         features = {} if self.global_head is None else {"global": self.global_head(found.z[:, 0])}
         if not self.training:
             made = self.pixels(found.z, size=images.shape[-1])

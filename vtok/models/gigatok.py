@@ -133,7 +133,7 @@ class GigaTok(Tokenizer):
 
     def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
         grid = self.grid(images)
-        found = self.quantizer(self.vectors(grid))
+        found = self.quantize(self.vectors(grid), key)
         return self.reconstruct(images, grid, found, found.z[:, : self.tokens], None, progress)
 
     def reconstruct(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vtok.config import describe
+from vtok.layers.nested import check_keep
 from vtok.layout import SequenceLayout
 from vtok.models.cnn import CNNTokenizer
 from vtok.tokenizer import Part, TokenSpec
@@ -40,4 +41,5 @@ class VARTokenizer(CNNTokenizer):
         """keep: the first `keep` tokens, the end of a scale, one number for the whole batch."""
         if isinstance(keep, Tensor):
             raise ValueError("VARTokenizer decodes one keep for the whole batch: pass an int")
+        check_keep(keep, self.quantizer.length)
         return super().decode(tokens, keep=keep, **options)
