@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vtok.config import describe
 from vtok.layers.cnn import to_map
@@ -197,7 +198,9 @@ class LevelEncoder(nn.Module):
         for i, block in enumerate(self.trunk.blocks):
             height, width = sides[0]
             merge = partial(halve, count=height * width) if i in self.merges else None
-            x = block(x, vector=None, position=position, mask=mask, cache=None, layer=i, between=merge)
+            options = dict(vector=None, position=position, mask=mask, cache=None, layer=i, between=merge)
+            again = self.trunk.checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False, **options) if again else block(x, **options)
             if merge is None:
                 continue
             sides.insert(0, (height, width // 2))
