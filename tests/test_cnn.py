@@ -253,3 +253,18 @@ def test_configs_build_as_their_headers_say(path):
     with torch.device("meta"):
         again = build(describe(module), FAMILIES)
     assert again.spec == module.spec
+
+
+SMALL_CONFIGS = [path for path in CONFIGS if path.stem.endswith("_small")]
+SIDES = {"sides": [1, 2, 4, 10]}
+OTHER = {"restok_small": {"stages": 1}, "var_small": SIDES, "flexvar_small": SIDES}
+
+
+@pytest.mark.parametrize("path", SMALL_CONFIGS, ids=lambda path: path.stem)
+def test_small_configs_build_for_another_image_size(path):
+    """data.image_size=40 in place of 32: a multiple of every stride, but no power of two times it."""
+    config = OmegaConf.create({"data": {"image_size": 40}, "tokenizer": OmegaConf.load(path)})
+    for key, value in OTHER.get(path.stem, {}).items():
+        (config.tokenizer if key in config.tokenizer else config.tokenizer.quantizer)[key] = value
+    with torch.device("meta"):
+        assert instantiate(config.tokenizer).spec.image_size == 40

@@ -147,6 +147,31 @@ def test_prefixes_train_on_their_resolution_whatever_the_batch():
     assert float(share) == pytest.approx(0.2, abs=0.03)
 
 
+def test_the_correction_weighs_processes_as_one_batch(monkeypatch):
+    """Two processes judge unequal numbers of tokens: the mean of their losses is the loss of the whole batch."""
+    model = detailflow(correction=True, degradation=0.5).train()
+    pictures, key, counts = images(4), torch.tensor([5, 6, 8, 9]), []
+
+    def losses(rows: slice) -> dict[str, float]:
+        return {k: float(v.detach()) for k, v in model(pictures[rows], key=key[rows]).losses.items()}
+
+    def all_mean(value: torch.Tensor) -> torch.Tensor:
+        counts.append(float(value))
+        return value if len(counts) <= 4 else value.new_tensor(mean)
+
+    whole = losses(slice(None))
+    for module in ("vtok.quantize.vq", "vtok.models.detailflow"):
+        monkeypatch.setattr(f"{module}.all_mean", all_mean)
+    halves = slice(0, 2), slice(2, 4)
+    for half in halves:  # each pass asks twice: in the quantizer, and for the share of the second pass
+        losses(half)
+    assert counts[0] == counts[1] != counts[2] == counts[3]
+    mean = (counts[0] + counts[2]) / 2
+    found = [losses(half) for half in halves]
+    for name, value in whole.items():
+        assert sum(part[name] for part in found) / 2 == pytest.approx(value, rel=1e-5), name
+
+
 def test_mistakes_are_named():
     for wrong, word in ((dict(group=3), "group"), (dict(causal=1), "causal"), (dict(causal=8), "causal")):
         with pytest.raises(ValueError, match=word):

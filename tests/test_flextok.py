@@ -15,7 +15,9 @@ from vtok.apg import classifier_free, projected
 from vtok.layers.attention import attend_naive
 from vtok.layers.flex import flex_trunk, sincos
 from vtok.layers.trunk import Inputs
+from vtok.models.flextok import FlexTokTokenizer
 from vtok.noise import SampleNoise
+from vtok.quantize.kl import KL
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tokenizer"
 KEYS = SampleNoise(torch.tensor([5, 6, 7]))
@@ -171,6 +173,8 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=word):
             flextok(**wrong)
+    with pytest.raises(ValueError, match="discrete quantizer, not KL"):
+        FlexTokTokenizer(image_size=16, quantizer=KL(channels=4))
 
 
 @pytest.mark.parametrize("name", ("d12_d12", "d18_d18", "d18_d28", "small"))

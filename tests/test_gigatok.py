@@ -60,6 +60,21 @@ def test_recipes_compose(name, epochs, start):
     assert network.alignment[-1].out_features == 768 and "alignment" in config.objective.terms.alignment.features
 
 
+def test_the_other_sizes_follow_the_lines_of_the_header():
+    """Epochs of the file names [R]: 200 for S-B and B-L, 300 for XL-XXL, which alone warms up [C]."""
+    lines = (CONFIGS / "experiment" / "gigatok_imagenet256.yaml").read_text().partition("\ndefaults:")[0].splitlines()
+    text = " ".join(line.removeprefix("# ") for line in lines)
+    for names, epochs, warmup in ((("gigatok_sb", "gigatok_bl"), 200, 0), (("gigatok_xlxxl",), 300, 5000)):
+        options = [o for o in text.split(f"tokenizer={' or '.join(names)}:")[1].split(". ")[0].split() if "=" in o]
+        for name in names:
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                config = compose("train", overrides=["experiment=gigatok_imagenet256", f"tokenizer={name}", *options])
+            assert (config.batch_size, config.steps) == (256, epochs * (1_281_167 // 256))
+            assert config.schedule.warmup == warmup
+            # the auxiliary losses end after 15,000 steps, but for XL-XXL, which has none
+            assert config.tokenizer.auxiliary_until * config.steps == pytest.approx(0 if warmup else 15_000, rel=1e-3)
+
+
 def test_queries_are_means_of_cells():
     """By loops: 1, 1, 2, 4, .. cells in raster order, columns halved first; the last level halves the grid's rows."""
     side, grid = 8, torch.randn(2, 8, 8, 3)
@@ -70,10 +85,18 @@ def test_queries_are_means_of_cells():
             for c in range(columns):
                 expected.append(grid[:, r * high : (r + 1) * high, c * wide : (c + 1) * wide].mean((1, 2)))
     torch.testing.assert_close(pooled(grid, 16), torch.stack(expected, 1))
+    odd = torch.randn(2, 5, 5, 3)  # cells that do not divide the grid overlap: from floor to ceiling
+    wanted = []
+    for rows, columns in pyramid(8, 5):
+        for r in range(rows):
+            for c in range(columns):
+                up, left = r * 5 // rows, c * 5 // columns
+                wanted.append(odd[:, up : -(-(r + 1) * 5 // rows), left : -(-(c + 1) * 5 // columns)].mean((1, 2)))
+    torch.testing.assert_close(pooled(odd, 8), torch.stack(wanted, 1))
     assert pyramid(256, 16)[-1] == (8, 16)
     with pytest.raises(ValueError, match="power of two"):
         pyramid(12, 8)
-    with pytest.raises(ValueError, match="do not divide"):
+    with pytest.raises(ValueError, match="larger image_size"):
         pyramid(256, 12)
 
 

@@ -5,10 +5,14 @@ No reference available for KL training: the published autoencoder's class has no
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.distributions import Normal, kl_divergence
 
+from vtok.convert.kl import SCALE
 from vtok.models.cnn import CNNTokenizer
 from vtok.noise import SampleNoise
 from vtok.quantize.kl import KL
@@ -83,3 +87,9 @@ def test_mistakes_are_named(wrong):
         KL(**({"channels": 2} | wrong))
     with pytest.raises(ValueError, match=r"2 \* channels"):
         KL(channels=2)(torch.randn(1, 2, 2))
+
+
+def test_the_scale_of_kl16_has_one_value():
+    """The tokenizer's configuration and the converter of the published file, on which MAR, xAR and FlowAR train."""
+    config = OmegaConf.load(Path(__file__).resolve().parents[1] / "configs" / "tokenizer" / "kl16.yaml")
+    assert config.quantizer.scale == SCALE

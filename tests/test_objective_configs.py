@@ -133,6 +133,9 @@ def test_larps_prior_can_be_told_and_refuses_what_it_cannot_predict():
         trained_with_larp("kl_small")
     with pytest.raises(ValueError, match=r"prior\.part=1: the tokens have 1"):
         trained_with_larp("cnn_vq_small", "objective.terms.prior.part=1")
+    frozen = trained_with_larp("retok_small", "tokenizer.stage=decoder")
+    with pytest.raises(ValueError, match="are frozen"):
+        frozen.objective.reconstruct(frozen.module, torch.zeros(1, 3, 32, 32), key=torch.tensor([3]))
     with pytest.raises(ValueError, match=r"own_weights.*codebook"):  # every other objective says what is absent
         lit = trained_with_larp("cnn_fsq_small", "objective.own_strict=true")
         images = torch.zeros(1, 3, 32, 32)

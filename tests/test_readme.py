@@ -1,5 +1,7 @@
-"""Every shell block of the README, run line by line in an empty folder that links to the clone."""
+"""Every shell block of the README, run line by line in an empty folder that links to the clone; and the commands that
+README, docs and configurations print, composed."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forks import command
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,6 +19,50 @@ LINKS = ("train.py", "sample.py", "configs", "eval", "scripts", "vtok", "vgen")
 def blocks() -> list[list[str]]:
     found = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     return [[line for line in block.splitlines() if line and "activate" not in line] for block in found]
+
+
+COMMAND = re.compile(r"python (train\.py|sample\.py|scripts/\w+\.py|-m eval\.\w+)(.*)")
+OVERRIDE = re.compile(r"[+~]{0,2}[\w.]+=")
+PLAIN = {"experiment", "data.folder", "data.val_folder", "tokenizer_from", "init_from"}  # composed by other tests
+
+
+def printed() -> set[tuple[str, ...]]:
+    """(configuration, overrides) of every command that README, docs and configurations print: up to the first word that
+    is no key=value, with x for what stands in <>; without those that leave keys out by dots, and those of experiments
+    alone."""
+    found = set()
+    texts = [p for pattern in ("README.md", "docs/**/*.md", "configs/**/*.yaml") for p in ROOT.glob(pattern)]
+    for text in texts:
+        lines = re.sub(r" *\\\n[#> ]*", " ", text.read_text())
+        lines = re.sub(r"\n#   (?=[\w.]+=)", " ", lines)  # a header goes on in lines that are moved in
+        for program, rest in COMMAND.findall(re.sub(r"<[^>\n]*>", "x", lines)):
+            name = program.removesuffix(".py").removeprefix("scripts/").replace("-m eval.", "eval_")
+            for short, choice in (("$data", "data=cifar10"), ("$where", "data=imagefolder"), ("data=x", "data=fake")):
+                rest = rest.replace(short, choice)
+            words = [w.strip("'\"") for w in re.split(r"[`|;]| #", rest)[0].split()]
+            many = "-m" in words
+            words = [w for w in words if w not in ("-m", "--config-dir", "docs/add_a_paper")]
+            if "..." in rest or "mine" in words or not (ROOT / "configs" / f"{name}.yaml").is_file():
+                continue
+            words = list(itertools.takewhile(OVERRIDE.match, words))
+            words = [re.sub(r"(=[^,\[{]*),.*", r"\1", w) if many else w for w in words]
+            if any(w.partition("=")[0] not in PLAIN for w in words):
+                found.add((name, *words))
+    return found
+
+
+def test_printed_commands_compose():
+    """No key that is not there, no name of a configuration that is gone."""
+    commands, wrong = sorted(printed()), []
+    assert len(commands) > 60
+    search = f"hydra.searchpath=[file://{ROOT / 'docs' / 'add_a_paper'}]"
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        for name, *overrides in commands:
+            try:
+                compose(name, overrides=[*overrides, search], return_hydra_config=True)
+            except Exception as error:
+                wrong.append(f"{name} {' '.join(overrides)}: {str(error).splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.fixture(scope="module")

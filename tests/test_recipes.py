@@ -10,9 +10,11 @@ from pathlib import Path
 
 import generators
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from vtok.config import instantiate
 from vtok.data.imagefolder import ImageFolder
 from vtok.optim import make_optimizer, rate
 
@@ -29,6 +31,7 @@ CACHED, CENTRE, RANDOM, VAR = "cached", ("center", True), ("random", True), ("va
 class Row:
     """rate: peak, at `batch`. length: epochs, or steps from 10,000 on. points: (share of training, or step, and factor
     on the rate), a step where it is above 1. codes: cached, or (crop, flip) of images that are encoded online.
+    precision: the published one. said: what is done otherwise, in the words of the experiment's header.
     """
 
     model: str
@@ -42,6 +45,8 @@ class Row:
     ema: float | None
     codes: str | tuple[str, bool]
     drops: dict[str, float]
+    precision: str = "bf16"
+    said: tuple[str, ...] = ()
 
 
 FLAT = ((0, 1.0), (0.5, 1.0), (1.0, 1.0))
@@ -59,13 +64,20 @@ TABLE = {
     # constant without warm-up [C]; ten crops at 1.1 [C]; averaged weights optional, samplers load the raw ones [C]
     "llamagen": Row("llamagen_b", 1e-4, OLD, 256, 300, FLAT, 0.05, 1.0, None, CACHED, LLAMAGEN),
     # lin0 with wp = ep / 50 and wpe = 0.1; 1e-4 per 256 images; crop 288 -> 256 without flip; no averaged weights [C]
-    "var": Row("var_d16", 3e-4, OLD, 768, 200, FALL, 0.05, 2.0, None, VAR, {}),
+    "var": Row(
+        "var_d16", 3e-4, OLD, 768, 200, FALL, 0.05, 2.0, None, VAR, {}, "fp16",
+        ("bf16 for fp16", "warm-up from 0, not 0.005x", "the class table decays"),
+    ),
     # as VAR; 180 epochs; flip and ADM's random crop [C]
-    "flexvar_gpt": Row("flexvar_d16", 3e-4, OLD, 768, 180, FALL, 0.05, 2.0, None, RANDOM, {}),
+    "flexvar_gpt": Row(
+        "flexvar_d16", 3e-4, OLD, 768, 180, FALL, 0.05, 2.0, None, RANDOM, {}, "fp16",
+        ("bf16 for fp16", "warm-up from 0, not 0.005x", "the class table decays"),
+    ),
     # warm-up 100 epochs, flat to 600, cosine to 1e-5 [C]; cached moments of centre and mirror image [C], online here
     "xar": Row(
         "xar_b", 4e-4, NEW, 2048, 800,
         ((0.0625, 0.5), (0.125, 1.0), (0.75, 1.0), (0.875, 0.5125), (1.0, 0.025)), 0.02, 1.0, 0.9999, CENTRE, VIT,
+        "fp16", ("fp16 or TF32; here bf16", "published: cached moments"),
     ),
     # rate, batch, epochs, warm-up [R]; a paper table found second-hand has 2e-4 @ 1024 [X]; betas, decay, clip, EMA,
     # constant rate after MAR's code [O]
@@ -92,6 +104,7 @@ TABLE = {
     # 100 epochs of warm-up, then constant [C]; 800 epochs in the README's models [R], 400 by default [C]
     "mar": Row(
         "mar_b", 8e-4, OLD, 2048, 800, ((0.0625, 0.5), (0.125, 1.0), (1.0, 1.0)), 0.02, 3.0, 0.9999, CENTRE, VIT,
+        "fp16", ("in fp16, here bf16", "The original caches the moments"),
     ),
     # 250k steps, 62.5k of warm-up, cosine to 1e-5 [C]; ten crops for the released models [R]; no averaged weights [C]
     "rar": Row(
@@ -112,6 +125,7 @@ TABLE = {
     "detailflow_gpt": Row(
         "detailflow", 1e-4, OLD, 256, 300,
         ((0.025, 0.5), (0.05, 1.0), (0.525, 0.505), (1.0, 0.01)), 0.05, 1.0, 0.9999, CENTRE, LLAMAGEN,
+        said=("Published: ten-crop codes", "here the centre and flip", "warm-up from 0.005x; here from 0"),
     ),
     # warm-up 5k, flat, the last fifth down to 1e-5 [R, C]; no averaged weights [C]
     "gigatok_gpt": Row("gigatok_b", 1e-4, OLD, 256, 300, WSD, 0.05, 1.0, None, CACHED, LLAMAGEN),
@@ -121,6 +135,7 @@ TABLE = {
     "dar_gpt": Row(
         "dar_l", 4e-4, OLD, 1024, 360_000,
         ((0, 1.0), (300_000, 1.0), (330_000, 0.5125), (1.0, 0.025)), 0.05, 1.0, None, CENTRE, LLAMAGEN,
+        said=("from the centre and flip, where the original draws one of ten crops",),
     ),
     # constant [C]; 300 epochs for B [R]; averaged weights are used [C], the decay is LlamaGen's
     "hita_gpt": Row("hita_b", 1e-4, OLD, 256, 300, FLAT, 0.05, 1.0, 0.9999, CENTRE, LLAMAGEN),
@@ -149,6 +164,12 @@ def resolved(name: str, *overrides: str) -> dict:
     return OmegaConf.to_container(config, resolve=True)
 
 
+def text_of_header(path: str) -> str:
+    """The comment that a configuration starts with, as one line."""
+    lines = (CONFIGS / path).read_text().partition("\ndefaults:")[0].splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_the_experiment_resolves_to_the_published_recipe(name):
     row, config = TABLE[name], resolved(name)
@@ -174,6 +195,9 @@ def test_the_experiment_resolves_to_the_published_recipe(name):
     assert {key: model.get(key, 0.0) for key in row.drops} == row.drops
     assert {key: model[key] for key in OWN.get(name, {})} == OWN.get(name, {})
     assert config["final_weight_decay"] is None
+    header = text_of_header(f"experiment/{name}_imagenet256.yaml")
+    assert ("fp16" in header) == (row.precision == "fp16")
+    assert not [words for words in row.said if words not in header]
     assert OmegaConf.load(CONFIGS / "model" / f"{row.model}.yaml")._target_ == model["_target_"]
     assert {k: v for k, v in model.items() if k in ("depth", "width", "heads", "arch")}.items() <= dict(
         OmegaConf.load(CONFIGS / "model" / f"{row.model}.yaml")
@@ -238,6 +262,26 @@ def test_other_sizes_of_var_follow_the_lines_of_its_header(model, epochs, batch,
     assert batch * 1e-4 * (1 if model == "var_d20" else 0.8) / 256 == pytest.approx(lr)  # [C] tblr of the sizes
 
 
+@pytest.mark.parametrize("name", ["gigatok", "ibq", "magvit2", "restok", "titok", "titok_onestage", "titok_vae"])
+def test_tokenizers_published_in_fp16_say_that_they_train_in_bf16(name):
+    header = text_of_header(f"experiment/{name}_imagenet256.yaml")
+    assert "fp16" in header and "bf16" in header
+
+
+@pytest.mark.parametrize("family, depths", [("var", (16, 20, 24, 30, 36)), ("flexvar", (16, 20, 24))])
+def test_var_drops_paths_and_nothing_else(family, depths):
+    """0.1 D / 24 in the last block, rising linearly from 0; dropouts of 0 [C]. Not a key of the configurations."""
+    spec = generators.scale_spec() if family == "var" else generators.map_spec(tuple(range(1, 17)))
+    for depth in depths:
+        config = OmegaConf.load(CONFIGS / "model" / f"{family}_d{depth}.yaml")
+        with torch.device("meta"):
+            model = instantiate(config, _convert_="all", _partial_=True)(spec=spec, num_classes=10)
+        rates = [block.drop_path.rate for block in model.trunk.blocks]
+        assert rates == pytest.approx([0.1 * depth / 24 * i / (depth - 1) for i in range(depth)])
+        assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
+        assert model.trunk.attention_dropout == 0
+
+
 # tensors of two and more dimensions without weight decay, by the last names of the parameter [C]
 SPARED = {
     "llamagen": (),
@@ -268,6 +312,14 @@ def test_weight_decay_is_left_out_where_the_original_does(name):
     }
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
     assert all(id(p) in spared for p in model.parameters() if p.dim() < 2 and p.requires_grad)
+
+
+def test_flexvar_spares_the_offsets_of_a_shared_modulation_too():
+    """As VAR's, whose code it is: ada_gss is among the names without decay in both [C]."""
+    model = generators.make("flexvar", modulation="shared")
+    spared = {id(p) for p in model.undecayed()}
+    offsets = [p for name, p in model.named_parameters() if name.endswith("offset")]
+    assert len(offsets) == 2 and all(id(p) in spared for p in offsets)
 
 
 def test_the_recipe_of_maskgits_vqgan_is_that_of_vqgan_plus_and_says_so():

@@ -4,9 +4,12 @@ import pytest
 import torch
 from tokenizers import FAMILIES, STOCHASTIC_DECODERS, images, make
 
+from vtok.checkpoint import save_folder
 from vtok.config import build, describe
 from vtok.models import FAMILIES as CLASSES
 from vtok.noise import SampleNoise
+from vtok.quantize.kl import KL
+from vtok.warmstart import warm_start
 
 NAMES = sorted(FAMILIES)
 KEYS = torch.tensor([11, 22, 33])
@@ -102,3 +105,95 @@ def test_prefixes_of_tokens(name):
     changed[:, 1:] = tokens.flip(0)[:, 1:]
     torch.testing.assert_close(model.decode(changed, keep=1, noise=noise()), part, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(part, whole, atol=1e-3)
+
+
+def at_size(name: str, size: int, **options):
+    """The family built for images of another side, by its configuration: image_size, and scales that end with the
+    larger map."""
+    stride = make(name).stride
+
+    def changed(value, key=""):
+        if key == "image_size":
+            return size
+        if key == "sides":
+            return [*value[:-1], size // stride]
+        if isinstance(value, dict):
+            return {k: options.get(k, changed(v, k)) for k, v in value.items()}
+        return [changed(v) for v in value] if isinstance(value, list) else value
+
+    torch.manual_seed(0)
+    return build(changed(describe(make(name))), CLASSES).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_image_size_is_a_matter_of_the_configuration(name):
+    """Any multiple of the stride; ResTok's merges of its grid ask for more, unless stages=1 switches them off."""
+    size = 16 + make(name).stride
+    model = at_size(name, size, **({"stages": 1} if name == "restok" else {}))
+    pictures = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    tokens = model.encode(pictures)
+    model.spec.check(tokens)
+    assert model.spec.image_size == size and len(tokens) == 2
+    decoded = model.decode(tokens, noise=noise(2))
+    assert decoded.shape == pictures.shape and bool(decoded.isfinite().all())
+    with pytest.raises(ValueError, match=f"image_size={size + 1} must be a multiple of"):
+        model.spec_for(size + 1)
+    with pytest.raises(ValueError, match=f"image_size={size + 1} must be a multiple of"):
+        at_size(name, size + 1)
+
+
+ONE_SIZE = {"titok", "titok_proxy", "titok_kl", "gigatok", "retok", "var", "flexvar"}  # learned tables, or scales
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_model_takes_another_size_or_says_what_to_do(name):
+    model = make(name)
+    size = 32 if name == "restok" else 16 + model.stride
+    if name not in ONE_SIZE:
+        pictures = torch.rand(2, 3, size, size) * 2 - 1
+        tokens = model.encode(pictures)
+        model.spec_for(size).check(tokens)
+        assert model.decode(tokens, size=size, noise=noise(2)).shape == pictures.shape
+        size = 16 + model.stride  # which ResTok's merges do not take
+        if name != "restok":
+            return
+    with pytest.raises(ValueError, match=f"image_size.*{size}.*data.image_size.*scripts/reconstruct.py") as caught:
+        model.spec_for(size)
+    remedy = {"restok": "tokenizer.stages", "var": "sides end with 5", "flexvar": "sides end with 5"}
+    assert remedy.get(name, f"train a tokenizer with data.image_size={size}") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["var", "flexvar"])
+def test_weights_go_over_to_other_scales(name, tmp_path):
+    """init_from= of the same network for larger images: no weight is new."""
+    old, new = make(name), at_size(name, 32)
+    save_folder(old, tmp_path)
+    found = warm_start(new, tmp_path, CLASSES)
+    assert not found.new and not found.resized and not found.unused
+    for key, value in new.state_dict().items():
+        assert torch.equal(value, old.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefixes_out_of_range_are_refused(name):
+    model = make(name)
+    if not model.prefixes:
+        return
+    tokens, length = model.encode(images()), model.spec.layout.length
+    for keep in (0, length + 1, torch.tensor([1, 0, 1]), torch.tensor([1, length + 1, 1])):
+        with pytest.raises(ValueError, match="keep"):
+            model.decode(tokens, keep=keep)
+
+
+@pytest.mark.parametrize("name", ["titok_kl", "restok", "gigatok", "retok", "dar", "detailflow"])
+def test_one_dimensional_families_draw_continuous_tokens_in_training(name):
+    """Around a KL, training decodes the keyed draws of the posterior, not its mean."""
+    description = describe(make(name))
+    arguments = description["arguments"]
+    arguments = arguments["network"]["arguments"] if "network" in arguments else arguments
+    arguments["quantizer"] = describe(KL(channels=6))
+    torch.manual_seed(0)
+    model = build(description, CLASSES).train()
+    found = model(images(), key=KEYS, progress=0.5).tokens
+    torch.testing.assert_close(found, model.encode(images(), noise=noise()))
+    assert not torch.allclose(found, model.encode(images()), atol=0.1)

@@ -286,6 +286,19 @@ class Tokenizer(Configured, nn.Module):
         """What to tell a user who trains it from random weights, if anything; ValueError where that is of no use."""
         return None
 
+    def only_size(self, size: int) -> TokenSpec:
+        """`spec_for` of a family whose positions are tables, learned at the size that it was built for."""
+        own = self.spec.image_size
+        if size == own:
+            return self.spec
+        if size % self.stride:
+            raise ValueError(f"image_size={size} must be a multiple of the stride {self.stride}")
+        raise ValueError(
+            f"this {type(self).__name__} was built for image_size={own}, asked for {size}, and has learned positions; "
+            f"leave data.image_size={own}, or train a tokenizer with data.image_size={size}; scripts/reconstruct.py "
+            "cuts larger images into tiles"
+        )
+
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless images are float [B, 3, H, W] with sides that the stride divides."""
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():

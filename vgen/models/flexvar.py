@@ -66,10 +66,6 @@ class FlexVAR(VAR):
         self.layout = self.layout_of(self.known_sides if sides is None else sides)
         self.position = nn.Parameter(positions(TABLE, self.trunk.dim))
 
-    def undecayed(self) -> list[nn.Parameter]:
-        """Positions, start and temperatures, as in the published code."""
-        return [p for name, p in self.named_parameters() if name.split(".")[-1] in ("position", "start", "log_scale")]
-
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
         if not spec.discrete or len(spec.parts) != 1 or spec.quantizer is None:

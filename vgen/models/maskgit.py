@@ -142,7 +142,8 @@ class MaskGIT(Generator):
         return random_order(noise, length) < count.unsqueeze(1)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
-        """Smoothed cross-entropy, weighted over the batch. "nats" [B, 1]: plain, mean over a sample's hidden tokens."""
+        """Smoothed cross-entropy, weighted over the batch (accumulate above 1: over each batch of the step). "nats"
+        [B, 1]: plain, mean over a sample's hidden tokens."""
         hidden, target = self.hide(batch), batch["tokens"]
         canvas = Canvas(batch.get("context", target), self.layout, known=~hidden)
         h = self(canvas, self.conditioner(batch["label"], self.dropped(batch)))

@@ -164,20 +164,29 @@ class QFormerDecoder(QFormer):
 def pyramid(tokens: int, side: int) -> list[tuple[int, int]]:
     """(rows, columns) of the cells that a side x side grid is averaged over: 1, 1, 2, 4, .., tokens / 2 of them.
 
-    Columns are halved first. Raises ValueError where `tokens` is no power of two or the cells do not divide the grid.
+    Columns are halved first. Raises ValueError where `tokens` is no power of two or the grid has fewer cells a side.
     """
     levels = tokens.bit_length() - 1
     if tokens != 2**levels:
         raise ValueError(f"tokens={tokens} must be a power of two: queries are the cells of a pyramid")
     sizes = [(1, 1), *((2 ** (level // 2), 2 ** ((level + 1) // 2)) for level in range(levels))]
     rows, columns = sizes[-1]
-    if side % rows or side % columns:
-        raise ValueError(f"tokens={tokens} needs {rows} x {columns} cells, which do not divide a {side} x {side} grid")
+    if side < max(rows, columns):
+        raise ValueError(
+            f"tokens={tokens} are {rows} x {columns} cells of a grid that has {side} x {side}: take fewer tokens, or a "
+            "larger image_size"
+        )
     return sizes
 
 
 def pooled(grid: Tensor, tokens: int) -> Tensor:
-    """Means [B, tokens, D] of a grid [B, side, side, D] over the cells of its pyramid, coarse ones first."""
+    """Means [B, tokens, D] of a grid [B, side, side, D] over the cells of its pyramid, coarse ones first. Cells that do
+    not divide the grid overlap, by a row or column (published sizes divide it)."""
     maps, side = grid.permute(0, 3, 1, 2), grid.shape[1]
-    means = [F.avg_pool2d(maps, (side // rows, side // columns)) for rows, columns in pyramid(tokens, side)]
+    means = [
+        F.adaptive_avg_pool2d(maps, cells)
+        if side % cells[0] or side % cells[1]
+        else F.avg_pool2d(maps, (side // cells[0], side // cells[1]))
+        for cells in pyramid(tokens, side)
+    ]
     return torch.cat([mean.flatten(2) for mean in means], 2).transpose(1, 2)

@@ -84,6 +84,11 @@ class TokenizerObjective(nn.Module):
             return tokenizer(images, key=key, progress=progress)
         with watch(tokenizer.quantizer) as passes:
             recon = tokenizer(images, key=key, progress=progress)
+        if not passes:
+            raise ValueError(
+                f"objective.terms holds a prior of the codes, but those of this {type(tokenizer).__name__} are frozen: "
+                "drop it by objective.terms.<its name>=null, or train with tokenizer.stage=joint"
+            )
         recon.features["codes"] = passes[0].codes[:, : recon.tokens.shape[1]]
         return recon
 

@@ -154,8 +154,8 @@ class DARTokenizer(Tokenizer):
         first = self.window * self.group_of(uniform)
         index = first[:, None] + torch.arange(self.window, device=images.device)
         used = torch.arange(self.tokens, device=images.device) <= index[:, -1:]
-        masked = {"weight": used.float()} if isinstance(self.quantizer, VQ) else {}
-        found = self.quantizer(self.features(images), **masked)
+        z = self.features(images)
+        found = self.quantizer(z, weight=used.float()) if isinstance(self.quantizer, VQ) else self.quantize(z, key)
         condition = self.condition(found.z)
         condition = condition.gather(1, index[..., None].expand(-1, -1, condition.shape[-1]))
         start = flow.normal_map(noise, 3, *images.shape[2:], stream=START)

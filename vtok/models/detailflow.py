@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from vtok.config import describe
 from vtok.layers.dit import repa_head
+from vtok.layers.nested import check_keep
 from vtok.layers.resolution import by_value, decode_side, degrade, prefix_side, resized
 from vtok.layers.siglip import MaskDecoder, SiglipEncoder
 from vtok.layers.vit import NARROW, initialise
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, noise_of
+from vtok.quantize.statistics import all_mean
 from vtok.quantize.vq import VQ
 from vtok.tokenizer import Part, Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec
 
@@ -193,9 +195,7 @@ class DetailFlowTokenizer(Tokenizer):
         """Images of the first `keep` tokens (int, or int64 [B]) at any side; they trained at `side_of(keep)`."""
         size = size or self.spec.image_size
         self.spec_for(size).check(tokens)
-        counts = keep if isinstance(keep, Tensor) else None
-        if isinstance(keep, int) and not 1 <= keep <= self.tokens:
-            raise ValueError(f"keep={keep}: an image has 1..{self.tokens} tokens")
+        counts = keep if isinstance(check_keep(keep, self.tokens), Tensor) else None
         return self.pixels(self.embed(tokens[:, : keep if isinstance(keep, int) else None]), size=size, counts=counts)
 
     def pixels(
@@ -210,7 +210,7 @@ class DetailFlowTokenizer(Tokenizer):
     def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
         """In eval mode: all tokens, no corruption, the images themselves as targets."""
         noise, z = noise_of(key, images), self.features(images)
-        found = self.quantizer(z)
+        found = self.quantize(z, key)
         features = {} if self.global_head is None else {"global": self.global_head(found.z[:, 0])}
         if not self.training:
             made = self.pixels(found.z, size=images.shape[-1])
@@ -241,7 +241,7 @@ class DetailFlowTokenizer(Tokenizer):
         given = self.quantizer.lookup(ids).detach()
         judged = (~kept & (end > 0)[:, None]).float()
         second = self.quantizer(self.refine(images, given, end), weight=judged)
-        share = judged.numel() / (judged.numel() + judged.sum())
+        share = judged.numel() / (judged.numel() + all_mean(judged.sum()))  # as the second pass weighs all processes
         losses = {k: share * found.loss[k] + (1 - share) * second.loss[k] for k in found.loss}
         codes = torch.where(kept.unsqueeze(-1), given, second.z)
         return torch.where((end > 0)[:, None, None], codes, found.z), losses

@@ -24,7 +24,7 @@ from vtok.config import describe
 from vtok.layers.cnn import from_map, to_map
 from vtok.layers.dit import ModulatedNorm, repa_head
 from vtok.layers.flex import flex_trunk, sincos
-from vtok.layers.nested import Distribution, keep_counts, keep_probabilities, replace_dropped
+from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_probabilities, replace_dropped
 from vtok.layers.resolution import resize_table
 from vtok.layers.time import TimeEmbedding
 from vtok.layers.trunk import Inputs
@@ -95,6 +95,10 @@ class FlexTokTokenizer(Tokenizer):
             raise ValueError(f"repa_block={repa_block} is none of the {decoder_depth} blocks of decoder_depth")
         if vae is not None and vae.spec.discrete:
             raise ValueError(f"vae must have continuous tokens, {type(vae).__name__} has ids")
+        if quantizer.vocab_size is None:
+            raise ValueError(
+                f"registers are ids: choose FSQ or another discrete quantizer, not {type(quantizer).__name__}"
+            )
         keep_probabilities(nested, tokens)  # raises for a wrong one
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
         self.channels = 3 if vae is None else vae.spec.parts[0].channels
@@ -281,7 +285,7 @@ class FlexTokTokenizer(Tokenizer):
             self.embed(tokens),
             size=size,
             noise=noise,
-            counts=keep,
+            counts=check_keep(keep, self.tokens),
             steps=steps,
             guidance=guidance,
             project=project,

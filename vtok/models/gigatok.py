@@ -25,8 +25,8 @@ from vtok.tokenizer import Part, Quantized, Quantizer, Reconstruction, Tokenizer
 
 
 class GigaTok(Tokenizer):
-    """image_size: the only side it takes (positions are learned). tokens: a power of two;
-    redundant: further ones behind them that are no part of an image's tokens, for vtok.models.retok.
+    """image_size: a multiple of the stride, the only side that it then takes (positions are learned). tokens: a power
+    of two; redundant: further ones behind them that are no part of an image's tokens, for vtok.models.retok.
 
     encoder, decoder: (width, layers, heads) of the two Q-Formers. channels, multipliers, blocks, groups: of the
     convolutions, see vtok.layers.cnn; decoder_multipliers where the decoder's differ; z_channels: width between them
@@ -103,15 +103,14 @@ class GigaTok(Tokenizer):
         return TokenSpec(SequenceLayout.line(self.tokens), parts, size, describe(quantizer))
 
     def spec_for(self, size: int) -> TokenSpec:
-        if size != self.spec.image_size:
-            raise ValueError(f"{type(self).__name__} takes images of image_size={self.spec.image_size}, not {size}")
-        return self.spec
+        return self.only_size(size)
 
     def grid(self, images: Tensor) -> Tensor:
         """The convolutions' features [B, z_channels, h, w] of images."""
         self.check_images(images)
-        if tuple(images.shape[2:]) != (self.spec.image_size,) * 2:
-            raise ValueError(f"images are {tuple(images.shape[2:])}, expected image_size={self.spec.image_size}")
+        if images.shape[2] != images.shape[3]:
+            raise ValueError(f"GigaTok takes square images, got {tuple(images.shape[2:])}")
+        self.spec_for(images.shape[2])
         return self.encoder(images.to(self.project_in.weight.dtype))
 
     def vectors(self, grid: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ class GigaTok(Tokenizer):
 
     def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
         grid = self.grid(images)
-        found = self.quantizer(self.vectors(grid))
+        found = self.quantize(self.vectors(grid), key)
         return self.reconstruct(images, grid, found, found.z[:, : self.tokens], None, progress)
 
     def reconstruct(

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vtok.config import describe
 from vtok.layers.cnn import to_map
@@ -108,7 +109,11 @@ class ResTok(Tokenizer):
         """Any multiple of stride * 2 ** (stages - 1) has the same tokens."""
         multiple = self.stride * 2 ** (self.stages - 1)
         if size < multiple or size % multiple:
-            raise ValueError(f"image_size={size} must be a multiple of {multiple}, the stride times 2 ** (stages - 1)")
+            raise ValueError(
+                f"image_size={size} must be a multiple of {multiple}, stride {self.stride} times 2 ** (stages - 1); "
+                "change data.image_size, or for a new model tokenizer.stages (1 takes any multiple of the stride); "
+                "scripts/reconstruct.py cuts other images into tiles"
+            )
         part = Part(self.tokens, self.quantizer.vocab_size, self.quantizer.channels)
         layout = SequenceLayout.levels(self.encoder.levels)
         return TokenSpec(layout, (part,), size, describe(self.quantizer))
@@ -214,7 +219,9 @@ class LevelEncoder(nn.Module):
         for i, block in enumerate(self.trunk.blocks):
             height, width = sides[0]
             merge = partial(halve, count=height * width) if i in self.merges else None
-            x = block(x, vector=None, position=position, mask=mask, cache=None, layer=i, between=merge)
+            options = dict(vector=None, position=position, mask=mask, cache=None, layer=i, between=merge)
+            again = self.trunk.checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False, **options) if again else block(x, **options)
             if merge is None:
                 continue
             sides.insert(0, (height, width // 2))

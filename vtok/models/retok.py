@@ -101,7 +101,7 @@ class ReToK(Tokenizer):
             found = Quantized(codes, codes, ids)
         else:
             grid = network.grid(images)
-            found = network.quantizer(network.vectors(grid))
+            found = self.quantize(network.vectors(grid), key)
         if not self.training:
             counts = torch.full((len(images),), network.tokens, device=images.device)
             z, seen = found.z[:, : network.tokens], None

@@ -98,9 +98,9 @@ class ProxyHead(Configured, nn.Module):
 
 
 class TiTok(Tokenizer):
-    """image_size: the only side that it takes. tokens: N. encoder, decoder: [width, depth, heads] of the transformers.
-    text: [length, width] of features that the decoder can be given. patch: of the encoder, where it is not the head's;
-    images then come out head.patch / patch times as large.
+    """image_size: a multiple of the patch, the only side that it then takes. tokens: N. encoder, decoder: [width,
+    depth, heads] of the transformers. text: [length, width] of features that the decoder can be given. patch: of the
+    encoder, where it is not the head's; images then come out head.patch / patch times as large.
 
     stage: "joint" trains everything; "proxy" freezes the codes and the CNN of a ProxyHead and learns from the
     cross-entropy of `features["proxy_logits"]` with the teacher's codes (vtok.losses.proxy); "decoder" freezes the
@@ -147,14 +147,11 @@ class TiTok(Tokenizer):
         elif stage == "decoder":
             self.encoder.requires_grad_(False)
             quantizer.requires_grad_(False)
-        self.spec = self.spec_for(image_size)
+        part = Part(tokens, quantizer.vocab_size, quantizer.channels)
+        self.spec = TokenSpec(SequenceLayout.line(tokens), (part,), image_size, describe(quantizer))
 
     def spec_for(self, size: int) -> TokenSpec:
-        """Only the trained size: positions are learned tables."""
-        if size != self.side * self.stride:
-            raise ValueError(f"TiTok was built for image_size={self.side * self.stride}, asked for {size}")
-        part = Part(self.tokens, self.quantizer.vocab_size, self.quantizer.channels)
-        return TokenSpec(SequenceLayout.line(self.tokens), (part,), size, describe(self.quantizer))
+        return self.only_size(size)
 
     def features(self, images: Tensor) -> Tensor:
         """What the quantizer gets, [B, N, quantizer.width]."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vtok.config import describe
+from vtok.layers.nested import check_keep
 from vtok.layout import SequenceLayout
 from vtok.models.cnn import CNNTokenizer
 from vtok.tokenizer import Part, TokenSpec
@@ -22,11 +23,17 @@ class VARTokenizer(CNNTokenizer):
     grows = "no"
 
     def spec_for(self, size: int) -> TokenSpec:
-        """Only the size that `sides` was made for: other sizes take a tokenizer with other sides."""
+        """Only the size that `sides` was made for: other sizes take a tokenizer with other sides, whose weights may be
+        those of this one (init_from)."""
         quantizer = self.quantizer
+        if size < self.stride or size % self.stride:
+            raise ValueError(f"image_size={size} must be a multiple of the stride {self.stride}")
         if size != quantizer.side * self.stride:
             raise ValueError(
-                f"image_size={size} does not fit quantizer.sides[-1]={quantizer.side} times the stride {self.stride}"
+                f"image_size={size} does not fit quantizer.sides[-1]={quantizer.side} times the stride {self.stride}; "
+                f"let tokenizer.quantizer.sides end with {size // self.stride} (weights of other sides come by "
+                f"init_from), or leave data.image_size={quantizer.side * self.stride}; "
+                "scripts/reconstruct.py cuts larger images into tiles"
             )
         parts = (Part(quantizer.length, quantizer.vocab_size, quantizer.channels),)
         return TokenSpec(SequenceLayout.scales(quantizer.sides), parts, size, describe(quantizer))
@@ -35,4 +42,5 @@ class VARTokenizer(CNNTokenizer):
         """keep: the first `keep` tokens, the end of a scale, one number for the whole batch."""
         if isinstance(keep, Tensor):
             raise ValueError("VARTokenizer decodes one keep for the whole batch: pass an int")
+        check_keep(keep, self.quantizer.length)
         return super().decode(tokens, keep=keep, **options)

@@ -173,7 +173,9 @@ class MultiScaleVQ(Quantizer):
     def _map(self, z: Tensor) -> Tensor:
         if z.dim() != 4 or tuple(z.shape[1:]) != (self.side, self.side, self.channels):
             want = (self.side, self.side, self.channels)
-            raise ValueError(f"z is {tuple(z.shape)}, expected [B, {want[0]}, {want[1]}, {want[2]}]: change sides")
+            raise ValueError(
+                f"z is {tuple(z.shape)}, expected [B, {want[0]}, {want[1]}, {want[2]}]: change image_size or sides"
+            )
         return to_map(full(z), self.side)
 
 
