@@ -112,9 +112,10 @@ class Generator(Configured, nn.Module):
         """An empty canvas of the samples of `noise`; a family that draws an order for each sample does it here."""
         return self.blank(len(noise.seeds))
 
-    def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
+    def hold(self, tokens: Tensor, noise: SampleNoise, temperature: float = 1.0) -> Canvas:
         """The canvas that sampling with `noise` would leave if it drew tokens [B, L] (the tokenizer's order), of which
-        token constraints keep a part (vgen/editing.py). Families that write noisy values on the way noise them here."""
+        token constraints keep a part (vgen/editing.py). Families that write noisy values on the way noise them here, at
+        the draw's temperature."""
         return self.arrange(tokens)
 
     def set_steps(self, steps: int) -> None:

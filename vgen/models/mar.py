@@ -143,7 +143,7 @@ class MAR(Generator):
     def begin(self, noise: SampleNoise) -> Canvas:
         return replace(self.blank(len(noise.seeds)), order=random_order(noise, self.layout.length))
 
-    def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
+    def hold(self, tokens: Tensor, noise: SampleNoise, temperature: float = 1.0) -> Canvas:
         return self.arrange(tokens, self.begin(noise).order)
 
     # --- hidden states ----------------------------------------------------------------------------------------------

@@ -61,20 +61,23 @@ class Transition(Generator):
     def accepts(cls, spec: TokenSpec) -> None:
         require_grid(spec, cls.__name__)
 
-    def chain(self, tokens: Tensor, noise: SampleNoise | None = None) -> Tensor:
+    def chain(
+        self, tokens: Tensor, noise: SampleNoise | None = None, stream: int = NOISE_STREAM, temperature: float = 1.0
+    ) -> Tensor:
         """Levels [B, (T + 1) N, C] of tokens [B, N, C], each with noise of its own; None leaves the noise away."""
         count, parts = tokens.shape[1], []
         for level in range(self.levels + 1):
             position = torch.arange(level * count, (level + 1) * count, device=tokens.device)
-            error = 0 if noise is None else noise.normal(position, tokens.shape[2], NOISE_STREAM)
+            error = 0 if noise is None else noise.normal(position, tokens.shape[2], stream) * temperature
             parts.append(level / self.levels * tokens + (1 - level / self.levels) * error)
         return torch.cat(parts, dim=1)
 
     def arrange(self, tokens: Tensor) -> Canvas:
         return Canvas(self.chain(tokens), self.layout)
 
-    def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
-        return Canvas(self.chain(tokens, noise), self.layout)
+    def hold(self, tokens: Tensor, noise: SampleNoise, temperature: float = 1.0) -> Canvas:
+        """Level 0 is the noise from which the draw starts."""
+        return Canvas(self.chain(tokens, noise, 0, temperature), self.layout)
 
     def restore(self, canvas: Canvas) -> Tensor:
         return canvas.tokens[:, -self.spec.layout.length :]
@@ -170,9 +173,10 @@ class DTM(Transition):
             nn.init.zeros_(layer.weight)
         self.head.mlp.reset()
 
-    def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
+    def hold(self, tokens: Tensor, noise: SampleNoise, temperature: float = 1.0) -> Canvas:
         """One noise, the start of the draw, runs through all levels."""
-        start = noise.normal(torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[2])
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        start = noise.normal(position, tokens.shape[2]) * temperature
         shares = [level / self.levels for level in range(self.levels + 1)]
         return Canvas(torch.cat([share * tokens + (1 - share) * start for share in shares], dim=1), self.layout)
 
