@@ -1,5 +1,6 @@
 """`python sample.py` draws for every family, shows the steps of coarse-to-fine ones, and `scripts/edit.py` edits."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vgen.models import FAMILIES as TABLE
 from vgen.models.llamagen import LlamaGen
 from vgen.pipeline import Pipeline
 from vgen.previews import Previews, preview_ends, previews
+from vgen.samplers.ancestral import ancestral
 from vgen.sampling import sample
 from vtok.data.transforms import to_float, to_uint8
 from vtok.layout import SequenceLayout
@@ -133,6 +135,36 @@ def test_a_preview_is_a_strip_or_an_animation(tmp_path):
     with Image.open(tmp_path / "steps.gif") as animation:
         assert animation.n_frames == 3
     np.testing.assert_array_equal(shown.frames(images)[:, -1], images)
+
+
+@pytest.mark.parametrize("sides, size", [([1, 3, 6], 24), ([1, 2], 8), ([1, 2, 3, 4], 16)])
+def test_flexvar_draws_on_lists_of_scales_of_your_own(sides, size, tmp_path):
+    """Sides that its tokens lack, and lists that end early: the pictures of the canvas of that layout."""
+    folder, out = pair_folder("flexvar", tmp_path / "run"), tmp_path / "images.npz"
+    options = {"classes": [1], "per_class": 2, "chunk": 2, "sides": sides, "packed": False}
+    options |= {"preview": str(tmp_path / "strip.png")}
+    sample(config("sample", **{"from": str(folder), "out": str(out), **options}))
+    (generator, tokenizer), layout = pair("flexvar"), SequenceLayout.scales(sides)
+    cond, noise = generator.conditioner(torch.tensor([1, 1])), SampleNoise(sample_seeds(0, 0, 2))
+    canvas = ancestral(generator, cond, noise=noise, canvas=generator.blank(2, layout))
+    want = to_uint8(tokenizer.decode(canvas.tokens, layout=layout)).numpy()
+    assert want.shape == (2, size, size, 3)
+    np.testing.assert_array_equal(np.load(out)["arr_0"], want)
+    assert json.loads((tmp_path / "images.metadata.json").read_text())["sides"] == sides
+    zoom = max(1, 64 // size)
+    assert Image.open(tmp_path / "strip.png").size[0] == len(sides) * (size * zoom + 2)
+
+
+@pytest.mark.parametrize(
+    "name, sides, words",
+    [
+        *(("flexvar", sides, "start with 1, grow") for sides in ([1], [2, 4], [1, 2, 2], [1, 4, 2], [1, 40], [1, 2.5])),
+        *((name, [1, 2, 4], "leave sides away") for name in ("var", "llamagen", "mar", "har")),
+    ],
+)
+def test_lists_of_scales_that_cannot_be_drawn_are_refused(name, sides, words):
+    with pytest.raises(ValueError, match=rf"sides=\[{sides[0]}.*{words}"):
+        Pipeline(*pair(name)).set_sides(sides)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ the cache. A paper is one subclass in vgen/models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +62,7 @@ class Generator(Configured, nn.Module):
     """
 
     caches: bool = True
+    free_layout: SequenceLayout | None = None  # of `restore`d tokens, where it is not that of the spec (set_sides)
     closed: bool = True  # whether log_prob is a likelihood of the ids: no, where steps choose what they decide
     reads_also: tuple[str, ...] = ()
     spec: TokenSpec
@@ -121,6 +122,10 @@ class Generator(Configured, nn.Module):
     def set_steps(self, steps: int) -> None:
         """Sample in that many steps; only for families whose training does not depend on it (MAR, MaskGIT)."""
         raise ValueError(f"steps={steps}: {type(self).__name__} samples in {self.layout.steps} steps; leave steps away")
+
+    def set_sides(self, sides: Sequence[int]) -> None:
+        """Sample on that list of scales; only for families to which any list will do (FlexVAR)."""
+        raise ValueError(f"sides={list(sides)}: {type(self).__name__} has no free scales; leave sides away")
 
     @property
     def sampler(self) -> Callable[..., Canvas]:

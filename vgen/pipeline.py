@@ -142,6 +142,14 @@ class Pipeline:
     def device(self) -> torch.device:
         return next(self.generator.parameters()).device
 
+    def set_sides(self, sides: Sequence[int]) -> None:
+        """Write another list of scales, seen in training or not (FlexVAR); an image has the last side times the
+        tokenizer's stride."""
+        if not self.tokenizer.layouts:
+            name = type(self.tokenizer).__name__
+            raise ValueError(f"sides={list(sides)}: {name} decodes no other scales than its own; leave sides away")
+        self.generator.set_sides(sides)
+
     @torch.no_grad()
     def write(
         self,
@@ -186,9 +194,10 @@ class Pipeline:
         seeds int64 [B]: of decoders that draw, such as flows; None starts all images from one noise. keep: tokens of a
         prefix, for tokenizers that decode them.
         """
-        noise = None if seeds is None else SampleNoise(seeds.to(tokens.device))
-        options = dict(dtype=self.decoder_dtype, at_once=self.decode_chunk, noise=noise, size=self.size, keep=keep)
-        return decode_images(self.tokenizer, tokens, **options)
+        noise, free = None if seeds is None else SampleNoise(seeds.to(tokens.device)), self.generator.free_layout
+        options = dict(dtype=self.decoder_dtype, at_once=self.decode_chunk, noise=noise, keep=keep)
+        place = {"size": self.size} if free is None else {"layout": free}  # which gives the size too
+        return decode_images(self.tokenizer, tokens, **options, **place)
 
     @torch.no_grad()
     def __call__(

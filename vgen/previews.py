@@ -56,11 +56,13 @@ def preview_ends(generator: Generator, tokenizer: Tokenizer) -> list[int]:
             "or use a coarse-to-fine tokenizer (VAR's, FlexVAR's, ResTok, DetailFlow, D-AR) or FlowAR"
         )
     length = generator.spec.layout.length
-    if generator.layout.length == length and generator.layout.coords != generator.spec.layout.coords:
+    free = generator.free_layout is not None
+    own = generator.layout.length == length and not free
+    if own and generator.layout.coords != generator.spec.layout.coords:
         raise ValueError(f"preview: {model} writes tokens in an order of its own; leave preview away")
     if not generator.caches:
         raise ValueError(f"preview: {model} writes tokens all over the image at every step; leave preview away")
-    if generator.layout.length == length:
+    if own or free:
         ends = [generator.layout.written(0, k + 1)[1] for k in range(generator.layout.steps)]
     else:  # some of the tokenizer's scales (FlexVAR)
         where = list(generator.spec.layout.sides)

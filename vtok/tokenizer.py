@@ -203,6 +203,7 @@ class Tokenizer(Configured, nn.Module):
     stride: int
     quantizer: Quantizer
     prefixes: bool = False  # whether decode(keep=) works
+    layouts: bool = False  # whether decode(layout=) works: any list of scales
 
     def spec_for(self, size: int) -> TokenSpec:
         """Specification of the tokens of size x size images; ValueError where the family cannot take them."""

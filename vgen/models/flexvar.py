@@ -95,6 +95,15 @@ class FlexVAR(VAR):
             raise ValueError(f"sides={list(sides)}: start with 1, grow, and stay among {list(self.known_sides)}")
         return SequenceLayout.scales(sides)
 
+    def set_sides(self, sides: Sequence[int]) -> None:
+        """Sample on any list of sides, seen in training or not, up to the position table's. Decode what is written then
+        with `decode(tokens, layout=free_layout)`."""
+        sides = tuple(sides)
+        whole = all(isinstance(side, int) for side in sides)
+        if not whole or len(sides) < 2 or sides[0] != 1 or sides[-1] > TABLE or sorted(set(sides)) != list(sides):
+            raise ValueError(f"sides={list(sides)}: give at least two that start with 1, grow, and end by {TABLE}")
+        self.layout = self.free_layout = SequenceLayout.scales(sides)
+
     # --- lists of scales ----------------------------------------------------------------------------------------------
 
     def arrange(self, tokens: Tensor, layout: SequenceLayout | None = None) -> Canvas:
@@ -105,10 +114,11 @@ class FlexVAR(VAR):
     def restore(self, canvas: Canvas) -> Tensor:
         """Tokens [B, L] of the spec; scales that were not written hold zeros (a decoder reads the last one alone).
 
-        Sides that the spec lacks: the tokens as they are, to be decoded with the layout of the canvas.
+        Sides that the spec lacks, or that `set_sides` chose: the tokens as they are, to be decoded with the layout of
+        the canvas.
         """
         sides = {side for side, _ in canvas.layout.sides}
-        if canvas.layout == self.spec.layout or not sides <= set(self.known_sides):
+        if canvas.layout in (self.spec.layout, self.free_layout) or not sides <= set(self.known_sides):
             return canvas.tokens
         tokens = canvas.tokens.new_zeros(len(canvas.tokens), self.spec.layout.length, *canvas.tokens.shape[2:])
         tokens[:, self._places(canvas.layout, tokens)] = canvas.tokens
