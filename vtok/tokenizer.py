@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -141,12 +141,14 @@ class Quantizer(Configured, nn.Module):
     differences of large distances.
 
     `forward(z)` takes [B, L, C] or a map [B, h, w, C]; multi-scale quantizers need the map. One that `draws` takes
-    `forward(z, noise)` with a SampleNoise, or None for its mean.
+    `forward(z, noise)` with a SampleNoise, or None for its mean. scales: what codes on maps of several sides are, parts
+    of one sum or each map a whole image; None where there is one side.
     """
 
     vocab_size: int | None
     channels: int
     draws: bool = False
+    scales: Literal["residual", "independent"] | None = None
 
     @property
     def width(self) -> int:

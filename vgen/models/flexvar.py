@@ -20,7 +20,7 @@ from vgen.conditioning import Cond
 from vgen.generator import Canvas
 from vgen.guidance import Progress
 from vgen.heads import DrawRule
-from vgen.models.var import VAR
+from vgen.models.var import VAR, scales_of
 from vtok.layers.packed import float32_linear
 from vtok.layers.trunk import Inputs
 from vtok.layout import SequenceLayout
@@ -74,7 +74,7 @@ class FlexVAR(VAR):
     def accepts(cls, spec: TokenSpec) -> None:
         if not spec.discrete or len(spec.parts) != 1 or spec.quantizer is None:
             raise ValueError("FlexVAR embeds codes of one codebook; choose a tokenizer that hands over its quantizer")
-        if spec.quantizer["family"] == "MultiScaleVQ":
+        if scales_of(spec) == "residual":
             raise ValueError("FlexVAR predicts maps, not residuals of maps: choose tokenizer=flexvar_*, or model=var_*")
         sides = [side for side, _ in spec.layout.sides]
         if spec.layout != SequenceLayout.scales(sides) or sides[0] != 1 or len(sides) < 2:
