@@ -16,9 +16,9 @@ from vgen.generator import Generator
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
-from vgen.training import build_module
+from vgen.training import build_module, contradictions
 from vtok.checkpoint import save_folder
-from vtok.config import instantiate
+from vtok.config import describe, instantiate
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.optim import make_optimizer
@@ -151,6 +151,16 @@ def test_every_pair_fits_or_says_why(capsys):
 
 def spec_of(layout: SequenceLayout, vocab_size: int | None = 24) -> TokenSpec:
     return TokenSpec(layout, (Part(layout.length, vocab_size, 6),), 32)
+
+
+@pytest.mark.parametrize("name", names("tokenizer"))
+def test_a_tokenizers_configuration_agrees_with_what_is_made_of_it(name):
+    """Beside a model, tokenizer= is compared with the tokenizer of its tokens; only a change is a contradiction."""
+    said = OmegaConf.to_container(section("tokenizer", name).tokenizer, resolve=True)
+    found = describe(data_of(name).tokenizer)
+    assert contradictions(said, found, "tokenizer") == []
+    other = said | {"_target_": "vtok.models.other.Other"}
+    assert contradictions(other, found, "tokenizer") == [f"tokenizer=Other, not {found['family']}"]
 
 
 LINES = SequenceLayout.line(8)
