@@ -231,7 +231,7 @@ def test_next_scale_models_ask_what_a_quantizer_does_not_its_name(tmp_path):
     maps = replace(map_spec(), quantizer=describe(OwnMaps(**sizes, sides=(1, 2, 3))))
     model = var(sums)
     assert isinstance(model.quantizer, OwnSums) and isinstance(flexvar(maps).quantizer, OwnMaps)
-    with pytest.raises(ValueError, match="not residuals"):
+    with pytest.raises(ValueError, match="are residuals of maps"):
         FlexVAR.accepts(sums)
     with pytest.raises(ValueError, match="residual scales"):
         VAR.accepts(maps)

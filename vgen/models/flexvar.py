@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.conditioning import Cond
-from vgen.generator import Canvas
+from vgen.generator import Canvas, require_ids
 from vgen.guidance import Progress
 from vgen.heads import DrawRule
 from vgen.models.var import VAR, scales_of
@@ -72,10 +72,14 @@ class FlexVAR(VAR):
 
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
-        if not spec.discrete or len(spec.parts) != 1 or spec.quantizer is None:
-            raise ValueError("FlexVAR embeds codes of one codebook; choose a tokenizer that hands over its quantizer")
+        require_ids(spec, "FlexVAR")
+        if spec.quantizer is None:
+            raise ValueError(
+                "FlexVAR embeds codes, but these tokens come from quantizer none: choose tokenizer=flexvar_*"
+            )
         if scales_of(spec) == "residual":
-            raise ValueError("FlexVAR predicts maps, not residuals of maps: choose tokenizer=flexvar_*, or model=var_*")
+            made = f"these tokens are residuals of maps (quantizer {spec.quantizer['family']})"
+            raise ValueError(f"FlexVAR predicts maps, but {made}: choose tokenizer=flexvar_*, or model=var_*")
         sides = [side for side, _ in spec.layout.sides]
         if spec.layout != SequenceLayout.scales(sides) or sides[0] != 1 or len(sides) < 2:
             raise ValueError(f"FlexVAR writes square maps from 1 x 1 up, these tokens lie on {spec.layout.sides}")

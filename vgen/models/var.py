@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
-from vgen.generator import Canvas, Generator
+from vgen.generator import Canvas, Generator, require_ids
 from vgen.heads import CategoricalHead
 from vtok.config import build, describe, family_class, imported
 from vtok.layers.packed import float32_linear
@@ -96,8 +96,7 @@ class VAR(Generator):
 
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
-        if not spec.discrete or len(spec.parts) != 1:
-            raise ValueError("VAR predicts ids of one vocabulary; choose a tokenizer with one codebook")
+        require_ids(spec, "VAR")
         if scales_of(spec) != "residual":
             have = "none" if spec.quantizer is None else spec.quantizer["family"]
             raise ValueError(
