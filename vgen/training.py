@@ -70,6 +70,7 @@ def train(config: DictConfig) -> float | None:
         say(SLOW_BF16.format("precision=32-true"))
     resumed = runs.resume_from(folder, config.resume, config.ckpt_path, config.overwrite, say=say)
     seed_all(key(config.seed))
+    check_teacher(config, trust)
     data = build_data(config, trust)
     lit = build_module(config, data, trust)
     if config.get("checkpointing", False):
@@ -250,11 +251,38 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
         from vtok.losses.backbone import Backbone
         from vtok.losses.frozen import Frozen
 
-        given = OmegaConf.to_container(config.teacher, resolve=True) if OmegaConf.is_dict(config.teacher) else {}
-        if not {"model", "size"} <= set(given) <= {"model", "size", "weights_path"}:
-            raise ValueError(f"teacher={config.teacher}: give {{model: <timm name>, size: <pixels>}}, and weights_path")
-        teacher = Frozen(Backbone(**given, remedy="train another model, with teacher=null"))
+        backbone = Backbone(**teacher_options(config), remedy="train another model, with teacher=null")
+        if (got := backbone.patches) != (want := (module.layout.length, module.channels)):
+            raise ValueError(
+                f"the teacher gives {got[0]} patches of {got[1]} channels an image, expected {want[0]} of {want[1]}: "
+                "change teacher.size, teacher.model or model.channels"
+            )
+        teacher = Frozen(backbone)
     return LitGenerator(module, recipe, class_names=data.class_names, corruption=corruption, teacher=teacher)
+
+
+def teacher_options(config: DictConfig) -> dict[str, Any]:
+    """The keys of `teacher`. Raises ValueError unless they are a model's name, a size and, perhaps, weights_path."""
+    given = OmegaConf.to_container(config.teacher, resolve=True) if OmegaConf.is_dict(config.teacher) else {}
+    if not {"model", "size"} <= set(given) <= {"model", "size", "weights_path"}:
+        raise ValueError(f"teacher={config.teacher}: give {{model: <timm name>, size: <pixels>}}, and weights_path")
+    return given
+
+
+def check_teacher(config: DictConfig, trust: tuple[str, ...]) -> None:
+    """Mistakes with `teacher` that show before data are read and networks built: none where the model learns from one
+    alone, wrong keys, a name that timm does not know."""
+    if config.get("model") is None:
+        return
+    make = instantiate(config.model, trust=trust, _convert_="all", _partial_=True)
+    if "patches" not in getattr(make.func, "reads_also", ()):
+        return  # build_module refuses a teacher there
+    if config.get("teacher") is None:
+        name = make.func.__name__
+        raise ValueError(f"{name} aligns with a vision model: pass teacher={{model: <timm name>, size: <pixels>}}")
+    from vtok.losses.backbone import require_known
+
+    require_known(teacher_options(config)["model"], "teacher.model")
 
 
 def contradictions(said: Any, found: Any, key: str) -> list[str]:
