@@ -74,7 +74,7 @@ def test_u_vit_by_hand():
     y = block(3, trunk.skips[0](torch.cat([y, second], -1)))
     y = block(4, trunk.skips[1](torch.cat([y, first], -1)))
     want = torch.nn.functional.layer_norm(y, (16,), trunk.norm.weight, trunk.norm.bias, 1e-5)
-    torch.testing.assert_close(trunk(x), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(trunk(x, Cond(x[:, :1])), want, rtol=1e-4, atol=1e-4)
 
 
 def bent(logits, progress):

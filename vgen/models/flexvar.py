@@ -168,7 +168,7 @@ class FlexVAR(VAR):
         parts.append(float32_linear(self.map_embedding, maps))
         x = torch.cat(parts, dim=1) + torch.cat(spots, dim=2).transpose(1, 2)
         rank, pattern = layout.ranks(start, stop, device=x.device), layout.pattern(start, stop)
-        return Inputs(x=x, rank=rank, pattern=pattern, vector=cond.vector, at=cond.at)
+        return Inputs(x=x, rank=rank, pattern=pattern, vector=cond.vector)
 
 
 def positions(side: int, width: int) -> Tensor:

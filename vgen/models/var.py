@@ -184,7 +184,6 @@ class VAR(Generator):
             rank=canvas.layout.ranks(start, stop, device=x.device),
             pattern=canvas.layout.pattern(start, stop),
             vector=cond.vector,
-            at=cond.at,
         )
 
     def embed_maps(self, canvas: Canvas, start: int, stop: int) -> Tensor:
