@@ -172,6 +172,15 @@ def test_gigatok_and_retok_guide_the_first_token_fully():
         assert scales[0] == scale and set(scales[1:46]) == {1.0} and set(scales[46:]) == {scale}
 
 
+def test_har_is_guided_from_a_quarter_of_its_steps_on():
+    """1, 1, then full: k / 8 of nine steps, from 0.25 on."""
+    from vgen.guidance import Progress
+
+    entry = GENERATORS["har-l"]
+    schedule = guidance(3.75, entry.sampling["schedule"], **entry.sampling["schedule_options"]).schedule
+    assert [schedule(Progress(k, 9)) for k in range(9)] == [1.0, 1.0] + [3.75] * 7
+
+
 def test_the_hub_mixin_saves_loads_and_uploads(tmp_path, monkeypatch):
     import huggingface_hub
     from test_pipeline import LABELS, SEEDS, exported
