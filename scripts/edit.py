@@ -128,9 +128,10 @@ def edit(config: Mapping[str, Any]) -> Path:
     else:
         noise = SampleNoise(seeds.to(pipeline.device))
         if task == "prefix":
-            canvas = editing.prefix(generator, tokens, noise, int(config["keep"]))
+            canvas = editing.prefix(generator, tokens, noise, int(config["keep"]), rule.temperature)
         else:
-            canvas = editing.region(generator, tokens, noise, keep.to(pipeline.device), int(config["keep_scales"]))
+            kept = keep.to(pipeline.device), int(config["keep_scales"])
+            canvas = editing.region(generator, tokens, noise, *kept, rule.temperature)
         edited = editing.complete(pipeline, canvas, labels, seeds, guide=guide, rule=rule)
     columns = {"original": [original] * count}
     if keep is not None:

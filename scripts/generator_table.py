@@ -247,7 +247,7 @@ COLUMNS: tuple[Column, ...] = (
     ("train img/s", "train_images_per_second", "{:.0f}"), ("sample img/s", "sample_images_per_second", "{:.1f}"),
     ("held-out loss", "held_out_loss", "{:.3f}"), ("below baseline", "below_baseline", "{:.3f}"),
     ("class accuracy", "class_accuracy", "{:.3f}"), ("FD[cifar]", "FD", "{:.2f}"),
-    ("drawn with", "draw", "{}"), ("seed", "seed", "{}"), ("commit", "commit", "{}"),
+    ("drawn with", "draw", "{}"), ("seed", "seed", "{}"), ("commit", "commit", "{}"), ("command", "command", "`{}`"),
 )  # fmt: skip
 
 

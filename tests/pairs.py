@@ -51,6 +51,7 @@ PAIRS = {
     "mar": ("cnn_kl", MAR, HEAD | {"steps": 3, "buffer": 2}),
     "mar_flow": ("titok_kl", MAR, HEAD | {"steps": 3, "buffer": 2, "head": "flow"}),
     "xar": ("cnn_kl", XAR, {"solver_steps": 2}),
+    "xar_scale": ("cnn_kl", XAR, {"solver_steps": 2, "entity": "scale"}),
     "flowar": ("cnn_kl", FlowAR, HEAD),
     "ecar": ("cnn_kl", ECAR, HEAD),
     "dtm": ("cnn_kl", DTM, HEAD | {"levels": 2}),

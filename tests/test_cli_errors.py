@@ -87,6 +87,28 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("data=fake", "data.image_size=16", "model=var_tiny", "tokenizer_from={tokenizer}"),
         ("VAR", "residual"),
     ),
+    "a tokenizer beside a model that is another": (
+        (*LLAMAGEN, "tokenizer_from={tokenizer}", "tokenizer=llamagen_vq16"),
+        ("tokenizer.channels=128, not 8", "leave tokenizer= away"),
+    ),
+    "a tokenizer beside a model of another family": (
+        (*LLAMAGEN, "tokenizer_from={tokenizer}", "tokenizer=var_small"),
+        ("leave tokenizer= away", "tokenizer=VARTokenizer, not CNNTokenizer"),
+    ),
+    "a tokenizer beside codes": (
+        ("data=codes", "data.folder={empty}", "model=llamagen_tiny", "tokenizer=llamagen_vq16"),
+        ("data=codes", "leave tokenizer= away"),
+    ),
+    "two tokenizers of codes": (
+        (
+            "data=codes",
+            "data.folder={empty}",
+            "model=llamagen_tiny",
+            "tokenizer_from={tokenizer}",
+            "data.tokenizer={run}",
+        ),
+        ("data.tokenizer={run}", "tokenizer_from={tokenizer}", "leave one of them away"),
+    ),
     "codes for a tokenizer": (
         ("data=codes", "data.folder={empty}", "tokenizer=llamagen_vq16"),
         ("images", "data=digits"),

@@ -1,15 +1,29 @@
 """What is particular to RAR, FlexVAR, the grouped families, Hita, LlamaGen-REPA and VAR's progressive training."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from generators import CLASSES, grid_spec, line_spec, make, map_spec, rar, small, tokens_of
+from generators import (
+    CLASSES,
+    flexvar,
+    grid_spec,
+    line_spec,
+    make,
+    map_spec,
+    rar,
+    scale_spec,
+    small,
+    tokens_of,
+    var,
+)
 from hydra import compose, initialize_config_dir
 from runs import CONFIGS, GENERATOR, losses, run, tokenizer_folder
 
 from vgen.generator import Canvas
 from vgen.heads import DrawRule
+from vgen.models import FAMILIES
 from vgen.models.detailflow import CORRECTED, DetailFlow
 from vgen.models.flexvar import FlexVAR, greedy_beyond, positions
 from vgen.models.har import HAR
@@ -17,11 +31,15 @@ from vgen.models.hita import HitaGPT
 from vgen.models.nbp import NBP
 from vgen.models.par import PAR
 from vgen.models.repa import LlamaGenREPA
-from vtok.config import instantiate
+from vgen.models.var import VAR
+from vtok.checkpoint import load_module, save_folder
+from vtok.config import Families, describe, instantiate
 from vtok.data.codes import OnlineTokens
 from vtok.layout import SequenceLayout
 from vtok.noise import sample_seeds
 from vtok.optim import rate
+from vtok.quantize.independent import IndependentVQ
+from vtok.quantize.residual import MultiScaleVQ
 
 KEYS = sample_seeds(5, 0, 2000)
 
@@ -197,6 +215,34 @@ def test_flexvar_positions_and_greedy_scales():
     assert [rule(Progress(k, 4)).temperature for k in range(4)] == [1.0, 0.0, 1.0, 0.0]
     rising = Linear(3.5, reached=9)
     assert rising(Progress(9, 13)) == 3.5 and rising(Progress(12, 13)) > 3.5 and rising(Progress(5, 6)) == 3.5
+
+
+class OwnSums(MultiScaleVQ):
+    """A residual quantizer of a user's own module."""
+
+
+class OwnMaps(IndependentVQ):
+    """One of independent maps."""
+
+
+def test_next_scale_models_ask_what_a_quantizer_does_not_its_name(tmp_path):
+    sizes = {"vocab_size": 24, "channels": 6}
+    sums = replace(scale_spec(), quantizer=describe(OwnSums(**sizes, sides=(1, 2, 3, 4), phi=2)))
+    maps = replace(map_spec(), quantizer=describe(OwnMaps(**sizes, sides=(1, 2, 3))))
+    model = var(sums)
+    assert isinstance(model.quantizer, OwnSums) and isinstance(flexvar(maps).quantizer, OwnMaps)
+    with pytest.raises(ValueError, match="are residuals of maps"):
+        FlexVAR.accepts(sums)
+    with pytest.raises(ValueError, match="residual scales"):
+        VAR.accepts(maps)
+    save_folder(model, tmp_path)
+    with pytest.raises(ValueError, match=rf"trust=\[{__name__}\]"):
+        load_module(tmp_path, FAMILIES, "ema")
+    assert isinstance(load_module(tmp_path, Families(FAMILIES, [__name__]), "ema").quantizer, OwnSums)
+    away = {"family": "no_such_module:Own", "arguments": {}}
+    for family in (VAR, FlexVAR):  # nothing is imported because a spec names it
+        with pytest.raises(ValueError, match=r"trust=\[no_such_module\]"):
+            family.accepts(replace(scale_spec(), quantizer=away))
 
 
 # --- VAR's progressive training, REPA, the schedule -------------------------------------------------------------------

@@ -9,6 +9,8 @@ from test_generators import assert_same, draw
 
 from vgen.editing import composite, constrain, has_places, kept_cells, prefix, region, swap_parts
 from vgen.flow_draw import pinned
+from vgen.heads import DrawRule
+from vgen.latents import scale_map
 from vgen.masking import random_order
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, sample_seeds
@@ -161,6 +163,33 @@ def test_given_tokens_of_a_step_bend_the_flow_of_the_rest_of_it(name):
         torch.testing.assert_close(after.tokens[:, :a], free[:, :a], rtol=1e-4, atol=1e-4)
         results.append(after.tokens[:, (a + b) // 2 :])
     assert not torch.allclose(*results, atol=1e-3)
+
+
+@pytest.mark.parametrize("heat", [1.0, 0.5])
+def test_kept_tokens_of_ecar_lie_on_the_path_of_the_draw(heat):
+    """Closed form: from where `path` starts stage k, at time high, the straight way to the data ends, at time low, at
+    (1 - low) data + low e with the noise e = (start - (1 - high) coarse) / high."""
+    model, seeds = make("ecar"), SampleNoise(sample_seeds(0, 0, 2))
+    tokens, rule = tokens_of(model, 2), DrawRule(temperature=heat)
+    data, held = model.arrange(tokens).tokens, model.hold(tokens, seeds, heat)
+    layout = model.layout
+    for k, (high, low) in enumerate(zip(model.starts, model.ends)):
+        a, b = layout.written(k, k + 1)
+        start, span = model.path(held, k, seeds, torch.arange(a, b), rule)
+        assert span == (low, high)
+        coarse = 0.0
+        if k:  # nearest enlargement by hand
+            coarse = scale_map(data, layout, k - 1).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
+        error = (start - (1 - high) * coarse) / high
+        torch.testing.assert_close(held.tokens[:, a:b], (1 - low) * data[:, a:b] + low * error, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dtm", "artm", "fhtm"])
+def test_kept_tokens_of_the_first_level_are_the_noise_of_the_draw(name):
+    model, seeds, rule = make(name), sample_seeds(0, 0, 3), DrawRule(temperature=0.5)
+    held = model.hold(tokens_of(model, 3), SampleNoise(seeds), 0.5)
+    a, b = model.layout.written(0, 1)
+    assert torch.equal(held.tokens[:, a:b], draw(model, LABELS, seeds, rule=rule, stop=1).tokens[:, a:b])
 
 
 def test_a_pinned_velocity_sees_the_straight_path():

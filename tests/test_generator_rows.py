@@ -16,7 +16,8 @@ from vtok.models import FAMILIES as TOKENIZERS
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.generator_table import FAMILIES, SHARED, tokenizer_options  # noqa: E402
+from scripts.generator_table import FAMILIES, PAGE, ROWS_AT, SHARED, page, tokenizer_options  # noqa: E402
+from scripts.tables import rows  # noqa: E402
 
 
 def built(name):
@@ -52,3 +53,10 @@ def test_every_family_has_a_row():
         text = (ROOT / "configs" / "model" / f"{file}.yaml").read_text()
         found.add(text.split("_target_:")[1].split()[0].rpartition(".")[2])
     assert found == wanted
+
+
+def test_the_page_shows_every_row_with_its_command():
+    found, text = rows(ROWS_AT), PAGE.read_text()
+    assert found and text == page(found)
+    for row in found:
+        assert sum(row["command"] in line and f"/{row['family']}.png" in line for line in text.splitlines()) == 1

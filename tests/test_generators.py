@@ -215,6 +215,67 @@ def test_known_tokens_are_kept_and_stop_leaves_the_rest(name):
     assert torch.equal(part.tokens[:, :b], free.tokens[:, :b]) and (part.tokens[:, b:] == 0).all()
 
 
+def with_prefix(cond: Cond, seed: int) -> Cond:
+    drawer = torch.Generator().manual_seed(seed)
+    return replace(cond, prefix=torch.randn(len(cond.start), 2, cond.start.shape[-1], generator=drawer))
+
+
+@every_family
+def test_every_prediction_sees_the_prefix(name):
+    model = make(name)
+    canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
+    plain, seen = model(canvas, cond), model(canvas, with_prefix(cond, 0))
+    predicts = (plain != 0).any(-1)  # all but DTM's first level, which is noise
+    assert seen.shape == plain.shape and predicts.any()
+    assert ((seen - plain).abs().amax(-1) > 1e-5)[predicts].all()
+
+
+@every_family
+def test_a_prefix_is_read_once_and_belongs_to_its_row(name):
+    """Kept keys and values, whole passes and single rows draw the same; each stream of guidance has its own prefix."""
+    model, seeds = make(name), sample_seeds(0, 0, 3)
+    streams = [with_prefix(model.conditioner(LABELS), 1), with_prefix(model.conditioner.null(3), 2)]
+    options = {"guide": guidance(2.0), "rule": DrawRule(temperature=0.9)}
+    cond = Cond.cat(streams)
+    made = model.sampler(model, cond, noise=SampleNoise(seeds), **options).tokens
+    if model.caches:
+        canvas, cache, parts = model.arrange(tokens_of(model, 3)), model.cache(3, prefix=2), []
+        for k in range(model.layout.steps):
+            parts.append(model(canvas, streams[0], k, k + 1, cache))
+            cache.commit(model.layout.reads[k] + 2 * (k == 0))
+        torch.testing.assert_close(torch.cat(parts, 1), model(canvas, streams[0]), rtol=1e-5, atol=1e-5)
+        whole = model.sampler(model, cond, noise=SampleNoise(seeds), cached=False, **options)
+        assert_same(made, whole.tokens)
+    alone = [
+        Cond(c.start[1:2], prefix=c.prefix[1:2], vector=None if c.vector is None else c.vector[1:2]) for c in streams
+    ]
+    row = model.sampler(model, Cond.cat(alone), noise=SampleNoise(seeds[1:2]), **options)
+    assert_same(row.tokens, made[1:2])
+
+
+@every_family
+def test_edits_are_made_on_entry_to_every_block(name):
+    """Of one stream and not of the other; where the family has an edit of its own (xAR, FlowAR), after that."""
+    model = make(name)
+    canvas, cond, null = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS), model.conditioner.null(3)
+    stacks = model.trunk.values() if isinstance(model.trunk, torch.nn.ModuleDict) else [model.trunk]
+    count = sum(len(stack.blocks) for stack in stacks)
+    plain, other = model(canvas, cond), model(canvas, null)
+
+    def push(h):
+        return h + torch.linspace(-1, 1, h.shape[-1])
+
+    for block in range(count):
+        assert torch.equal(model(canvas, replace(cond, at={block: lambda h: h})), plain)
+        pushed = replace(cond, at={block: push})
+        moved = model(canvas, pushed)
+        assert not torch.allclose(moved, plain, atol=1e-3)
+        both = model(canvas.repeat(2), Cond.cat([pushed, null]))
+        torch.testing.assert_close(both, torch.cat([moved, other]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=rf"edits of blocks \[{count}\]"):
+        model(canvas, replace(cond, at={count: push}))
+
+
 # families with a likelihood, so small that all of their sequences can be listed
 TINY = {
     "llamagen": lambda: llamagen(grid_spec(2, 2, 3)),

@@ -6,9 +6,7 @@ from references import assert_close, read
 from sampling import Schedule, greedy
 
 from vgen.convert import convert
-from vgen.guidance import ClassifierFree, Constant, Linear, Unguided
-
-ALMOST = 1 + 1e-4  # the originals' "off", which keeps their null rows running
+from vgen.guidance import ClassifierFree, Constant, Interval, Linear, Unguided
 
 
 def loaded(family, name):
@@ -30,7 +28,7 @@ def test_gigatok():
     model, inputs, outputs = loaded("gigatok", "gigatok_gpt")
     assert_close(teacher_forced(model, inputs["indices"], inputs["label"]), outputs["logits"])
     last = model.layout.steps - 1
-    step = Schedule(lambda p: 2.0 if p.step == 0 or p.step / last >= 0.3 else ALMOST)  # token 0 is always guided
+    step = Interval(2.0, low=0.3, first=True)  # token 0 is always guided; off is 1.0001 there
     ramp = Schedule(lambda p: 2.0 if p.step == 0 else 1 + p.step / last + 1e-4)
     guides = {"greedy_cfg": ClassifierFree(Constant(2.0)), "greedy_nocfg": Unguided()}
     guides |= {"greedy_step": ClassifierFree(step), "greedy_linear": ClassifierFree(ramp)}

@@ -17,6 +17,7 @@ from vgen.guidance import ClassifierFree, Constant, Cosine, Interval, Linear, Pr
         (Cosine(3.0), {0: 1.0, 5: 2.0}),
         (Cosine(16.0, power=2.75), {0: 1.0, 5: 1 + 15 * math.sin(math.pi / 2**3.75) ** 2}),  # RAR-B
         (Interval(4.0, low=0.3, high=0.7), {0: 1.0, 3: 4.0, 6: 4.0, 7: 1.0}),
+        (Interval(4.0, low=0.3, first=True), {0: 4.0, 1: 1.0, 2: 1.0, 3: 4.0, 9: 4.0}),  # GigaTok, ReToK
     ],
 )
 def test_schedule_tables(schedule, values):

@@ -74,17 +74,23 @@ def test_u_vit_by_hand():
     y = block(3, trunk.skips[0](torch.cat([y, second], -1)))
     y = block(4, trunk.skips[1](torch.cat([y, first], -1)))
     want = torch.nn.functional.layer_norm(y, (16,), trunk.norm.weight, trunk.norm.bias, 1e-5)
-    torch.testing.assert_close(trunk(x), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(trunk(x, Cond(x[:, :1])), want, rtol=1e-4, atol=1e-4)
+
+
+def bent(logits, progress):
+    """A processor for which it matters whether the temperature came before."""
+    return 4 * torch.tanh(logits / 4)
 
 
 @BOTH
-def test_every_step_keeps_the_surest_by_brute_force(name):
+@pytest.mark.parametrize("process", [lambda logits, progress: logits, bent], ids=["plain", "bent"])
+def test_every_step_keeps_the_surest_by_brute_force(name, process):
+    """Guidance, temperature, processors, then the noise: of a token and, in the same units, of its confidence."""
     model, states = make(name), []
     guide, top = guidance(2.0, "previous"), 3.0
     cond = Cond.cat([model.conditioner(LABELS), model.conditioner.null(3)])
-    done = refine(
-        model, cond, noise=NOISE, guide=guide, rule=DrawRule(temperature=top), on_step=lambda c, p: states.append(c)
-    )
+    rule = DrawRule(temperature=top, processors=(process,))
+    done = refine(model, cond, noise=NOISE, guide=guide, rule=rule, on_step=lambda c, p: states.append(c))
     ids = [[None] * 16 for _ in range(3)]
     for step in range(5):
         known = torch.tensor([[i is not None for i in row] for row in ids])
@@ -93,12 +99,13 @@ def test_every_step_keeps_the_surest_by_brute_force(name):
         c, u = model.head.logits(h)[0].unflatten(0, (2, 3))
         logits = (u + (1 + step / 5) * (c - u)).detach()
         heat = top * (1 - (step + 1) / 5)
-        cells = torch.arange(16)
-        token = (logits + heat * NOISE.gumbel(cells, torch.arange(24), step)).argmax(-1)
+        logits = process(logits / heat, None) if heat else process(logits, None)
+        cells, noisy = torch.arange(16), float(heat > 0)
+        token = (logits + noisy * NOISE.gumbel(cells, torch.arange(24), step)).argmax(-1)
         race = NOISE.gumbel(cells, torch.zeros(1, dtype=torch.int64), CONFIDENCE_STREAM + step)[..., 0]
         for row in range(3):
             open_ = [i for i in range(16) if ids[row][i] is None]
-            open_.sort(key=lambda i: -float(logits[row, i, token[row, i]] + heat * race[row, i]))
+            open_.sort(key=lambda i: -float(logits[row, i, token[row, i]] + noisy * race[row, i]))
             for i in open_[: model.layout.sizes[step]]:
                 ids[row][i] = int(token[row, i])
         assert torch.equal(states[step].known, torch.tensor([[i is not None for i in row] for row in ids]))

@@ -14,6 +14,7 @@ from vtok.config import describe, instantiate
 from vtok.layout import SequenceLayout
 from vtok.quantize.fsq import FSQ
 from vtok.quantize.independent import IndependentVQ
+from vtok.quantize.residual import MultiScaleVQ
 from vtok.tokenizer import Part, TokenSpec
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -42,8 +43,27 @@ def maps() -> TokenSpec:
     return TokenSpec(layout, (Part(layout.length, 8912, 32),), 256, quantizer)
 
 
+def residuals(sides: tuple[int, ...], vocab_size: int = 4096, channels: int = 32) -> TokenSpec:
+    layout = SequenceLayout.scales(sides)
+    quantizer = describe(MultiScaleVQ(vocab_size=vocab_size, channels=channels, sides=sides))
+    return TokenSpec(layout, (Part(layout.length, vocab_size, channels),), 16 * sides[-1], quantizer)
+
+
+SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 KL16, KL_SMALL = latents(16, 16), latents(8, 8)
 PUBLISHED = {
+    "llamagen_b": (grid(16, 16384), 110_888_448),
+    "llamagen_l": (grid(16, 16384), 342_910_976),
+    "llamagen_xl": (grid(16, 16384), 774_699_520),
+    "llamagen_xxl": (grid(16, 16384), 1_410_972_672),
+    "llamagen_3b": (grid(16, 16384), 3_096_659_200),
+    # no d12 was published; its count by hand: 12 (18 d^2 + 14 d + 12) + 2 d^2 + 5823 d + 4096 with d = 768
+    "var_d12": (residuals(SIDES), 133_186_960),
+    "var_d16": (residuals(SIDES), 310_283_520),
+    "var_d20": (residuals(SIDES), 600_917_136),
+    "var_d24": (residuals(SIDES), 1_033_399_360),
+    "var_d30": (residuals(SIDES), 2_010_020_356),
+    "var_d36": (residuals((1, 2, 3, 4, 6, 9, 13, 18, 24, 32)), 2_353_893_904),
     "rar_b": (grid(16, 1024), 260_923_648),
     "rar_l": (grid(16, 1024), 461_668_352),
     "rar_xl": (grid(16, 1024), 955_425_024),
@@ -81,6 +101,8 @@ STATED = {  # a header states the count: no published one is exact, or there is 
     **dict.fromkeys(("elm_xxl", "elm_2b"), grid(16, 2**24)),
 }
 SMALL = {
+    **dict.fromkeys(("llamagen_tiny", "llamagen_small"), grid(8, 1024)),
+    **dict.fromkeys(("var_tiny", "var_small"), residuals((1, 2, 4, 8), 1024, 8)),
     "rar_small": grid(8, 1024),
     "gigatok_small": line(32, 1024),
     "dar_small": line(32, 1024),
@@ -121,6 +143,11 @@ def trained(model: Generator) -> int:
 def header(name: str) -> str:
     text = (CONFIGS / "model" / f"{name}.yaml").read_text().split("_target_")[0]
     return " ".join(line[2:] for line in text.splitlines())
+
+
+def test_every_configuration_is_built():
+    found = sorted(file.stem for file in (CONFIGS / "model").glob("*.yaml"))
+    assert sorted([*PUBLISHED, *STATED, *SMALL]) == found
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,5 +1,6 @@
 """`python sample.py` draws for every family, shows the steps of coarse-to-fine ones, and `scripts/edit.py` edits."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vgen.models import FAMILIES as TABLE
 from vgen.models.llamagen import LlamaGen
 from vgen.pipeline import Pipeline
 from vgen.previews import Previews, preview_ends, previews
+from vgen.samplers.ancestral import ancestral
 from vgen.sampling import sample
 from vtok.data.transforms import to_float, to_uint8
 from vtok.layout import SequenceLayout
@@ -31,6 +33,7 @@ from scripts.edit import cropped, edit, kept_pixels  # noqa: E402
 # pairs whose steps are pictures, with the tokens that each shown step ends
 COARSE = {"var": [1, 5, 21], "flexvar": [1, 5, 21], "har": [1, 2, 4, 8], "detailflow": [1, 2, 4, 6, 8]}
 COARSE |= {key: [1, 2, 3, 4, 5, 6, 7, 8] for key in ("dar", "retok", "flextok")}
+MAPS = {key: [1, 5, 21] for key in ("flowar", "ecar", "xar_scale")}  # one latent map at growing resolution
 
 
 def config(name: str, **options):
@@ -49,17 +52,17 @@ def test_every_family_has_a_pair():
 @pytest.mark.parametrize("name", PAIRS)
 def test_sample_draws_for_every_family(name, tmp_path):
     folder, out = pair_folder(name, tmp_path / "run"), tmp_path / "images.npz"
-    options = {"preview": str(tmp_path / "strip.png")} if name in COARSE else {}
+    options = {"preview": str(tmp_path / "strip.png")} if name in COARSE | MAPS else {}
     guidance = {} if name == "maskgit" else {"guidance": 2.0}
     sample(config("sample", **{"from": str(folder), "out": str(out), "classes": [2], "per_class": 2, "chunk": 2},
                   **guidance, **options))  # fmt: skip
     images = np.load(out)["arr_0"]
     assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
     assert (images[0] != images[1]).any(), "two seeds give two images"
-    if name in COARSE:  # the last column of the strip is the image
+    if name in COARSE | MAPS:  # the last column of the strip is the image
         strip = np.asarray(Image.open(tmp_path / "strip.png"))[14:]
         cell = 4 * 16 + 2
-        assert strip.shape == (2 * cell, len(COARSE[name]) * cell, 3)
+        assert strip.shape == (2 * cell, len((COARSE | MAPS)[name]) * cell, 3)
         for row in range(2):
             last = strip[row * cell : row * cell + 64, -cell:-2]
             np.testing.assert_array_equal(last[::4, ::4], images[row])
@@ -79,6 +82,33 @@ def test_previews_end_in_the_image_and_show_the_tokens_so_far(name):
     for k, end in enumerate(COARSE[name]):  # the canvas as the sampler had it after that step
         assert torch.equal(frames[:, k], to_uint8(pipeline.tokenizer.decode(written[k], keep=end)))
     assert (frames[:, 0] != frames[:, -1]).any()
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_of_growing_resolution_are_shown_at_that_of_the_image(name, tmp_path):
+    """After each step, the map that the sampler had written then, enlarged by hand and decoded."""
+    pipeline, seeds, maps = Pipeline(*pair(name), chunk=2), sample_seeds(0, 0, 2), []
+
+    def keep(canvas, progress):
+        a, b = canvas.layout.written(progress.step, progress.step + 1)
+        maps.append(canvas.tokens[:, a:b].clone().transpose(1, 2).unflatten(2, (2**progress.step,) * 2))
+
+    pipeline.tokens(torch.tensor([0, 1]), seeds, guide=Unguided(), rule=DrawRule(), on_step=keep)
+    shown = Previews(pipeline, tmp_path / "strip.png", seeds)
+    assert shown.ends == MAPS[name]
+    images = pipeline(torch.tensor([0, 1]), seeds, on_tokens=shown)
+    frames = torch.from_numpy(shown.frames(images.numpy()))
+    assert torch.equal(frames[:, -1], images)
+    for frame, coarse in zip(frames.unbind(1), maps):
+        full = torch.nn.functional.interpolate(coarse, (4, 4), mode="bicubic") if coarse.shape[-1] < 4 else coarse
+        assert torch.equal(frame, to_uint8(pipeline.tokenizer.decode(full.flatten(2).transpose(1, 2))))
+    assert (frames[:, 0] != frames[:, -1]).any()
+
+
+def test_levels_of_one_resolution_are_no_previews():
+    """DTM writes whole maps too, but each as large as the image: only growing sides are coarse to fine."""
+    with pytest.raises(ValueError, match="whole images"):
+        preview_ends(*pair("dtm"))
 
 
 def test_a_long_sequence_is_shown_in_sixteen_pictures():
@@ -105,6 +135,36 @@ def test_a_preview_is_a_strip_or_an_animation(tmp_path):
     with Image.open(tmp_path / "steps.gif") as animation:
         assert animation.n_frames == 3
     np.testing.assert_array_equal(shown.frames(images)[:, -1], images)
+
+
+@pytest.mark.parametrize("sides, size", [([1, 3, 6], 24), ([1, 2], 8), ([1, 2, 3, 4], 16)])
+def test_flexvar_draws_on_lists_of_scales_of_your_own(sides, size, tmp_path):
+    """Sides that its tokens lack, and lists that end early: the pictures of the canvas of that layout."""
+    folder, out = pair_folder("flexvar", tmp_path / "run"), tmp_path / "images.npz"
+    options = {"classes": [1], "per_class": 2, "chunk": 2, "sides": sides, "packed": False}
+    options |= {"preview": str(tmp_path / "strip.png")}
+    sample(config("sample", **{"from": str(folder), "out": str(out), **options}))
+    (generator, tokenizer), layout = pair("flexvar"), SequenceLayout.scales(sides)
+    cond, noise = generator.conditioner(torch.tensor([1, 1])), SampleNoise(sample_seeds(0, 0, 2))
+    canvas = ancestral(generator, cond, noise=noise, canvas=generator.blank(2, layout))
+    want = to_uint8(tokenizer.decode(canvas.tokens, layout=layout)).numpy()
+    assert want.shape == (2, size, size, 3)
+    np.testing.assert_array_equal(np.load(out)["arr_0"], want)
+    assert json.loads((tmp_path / "images.metadata.json").read_text())["sides"] == sides
+    zoom = max(1, 64 // size)
+    assert Image.open(tmp_path / "strip.png").size[0] == len(sides) * (size * zoom + 2)
+
+
+@pytest.mark.parametrize(
+    "name, sides, words",
+    [
+        *(("flexvar", sides, "start with 1, grow") for sides in ([1], [2, 4], [1, 2, 2], [1, 4, 2], [1, 40], [1, 2.5])),
+        *((name, [1, 2, 4], "leave sides away") for name in ("var", "llamagen", "mar", "har")),
+    ],
+)
+def test_lists_of_scales_that_cannot_be_drawn_are_refused(name, sides, words):
+    with pytest.raises(ValueError, match=rf"sides=\[{sides[0]}.*{words}"):
+        Pipeline(*pair(name)).set_sides(sides)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """Keys of train.py that change what a generator learns from, each by a tiny training through the command: corruption of
 the context, corrections of a tokenizer that repairs, a teacher to align with."""
 
+import lightning
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from runs import CONFIGS, GENERATOR, losses, run, state, tokenizer_folder
 
+from vgen import training
 from vgen.models import FAMILIES
 from vtok.checkpoint import load_module, save_folder
 from vtok.config import instantiate
@@ -108,14 +110,26 @@ def test_a_model_that_learns_nothing_from_it_refuses_it(key, tmp_path):
         run(*GENERATOR, "model=dar_small", *THIN, *options, f"tokenizer_from={folder}", f"run_dir={tmp_path / 'run'}")
 
 
-def test_mistakes_with_a_teacher_are_named(teacher, tmp_path):
+def test_mistakes_with_a_teacher_are_named_before_anything_long(teacher, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(lightning.Trainer, "fit", never)
     folder = tokenizer_folder(tmp_path / "tokenizer")
     base = (*REPA, f"tokenizer_from={folder}", f"run_dir={tmp_path / 'run'}")
     with pytest.raises(ValueError, match="pass teacher="):
         run(*base)
-    with pytest.raises(ValueError, match=r"patches \(8, 4, 384\).*change teacher.size"):
+    with pytest.raises(ValueError, match="4 patches of 384 channels an image, expected 16 of 384: change"):
         run(*base, f"+teacher.model={TEACHER}", "+teacher.size=28", f"+teacher.weights_path={teacher}")
     with pytest.raises(ValueError, match=r"teacher=.*give \{model"):
         run(*base, f"+teacher.model={TEACHER}")
     with pytest.raises(ValueError, match=f"(?s){TEACHER}.safetensors.*teacher=null"):
         run(*base, f"+teacher.model={TEACHER}", "+teacher.size=56", f"+teacher.weights_path={tmp_path / 'none'}")
+    wide = (f"+teacher.model={TEACHER}", "+teacher.size=56", f"+teacher.weights_path={teacher}", "model.channels=768")
+    with pytest.raises(ValueError, match="16 patches of 384 channels an image, expected 16 of 768: change"):
+        run(*base, *wide)
+    monkeypatch.setattr(training, "build_data", never)  # these need neither data nor weights
+    with pytest.raises(ValueError, match=r"teacher.model='vit_nothing': timm has no such model"):
+        run(*base, "+teacher.model=vit_nothing", "+teacher.size=56")
+    with pytest.raises(ValueError, match="LlamaGenREPA aligns with a vision model: pass teacher="):
+        run(*base)

@@ -159,13 +159,26 @@ def test_what_the_user_says_replaces_the_papers_settings(capsys):
     assert resolve({"from": "outputs/run", "guidance": 2.0}) == PLAIN | {"guidance": 2.0}
 
 
-def test_gigatok_guides_the_first_token_fully():
+def test_gigatok_and_retok_guide_the_first_token_fully():
+    """Token j stands at j / 255 of the steps; guided are token 0 and those from 0.18 on."""
     from vgen.guidance import Progress
 
-    entry = GENERATORS["gigatok-xl-vq-bl"]
-    schedule = guidance(1.75, entry.sampling["schedule"], **entry.sampling["schedule_options"]).schedule
-    scales = [schedule(Progress(k, 256)) for k in range(256)]
-    assert scales[0] == 1.75 and set(scales[1:46]) == {1.0} and set(scales[46:]) == {1.75}
+    entries = [entry for entry in GENERATORS.values() if entry.family in ("gigatok", "retok")]
+    assert {entry.tokenizer.partition("-")[0] for entry in entries} == {"gigatok", "retok"}
+    for entry in entries:
+        scale = entry.sampling["guidance"]
+        schedule = guidance(scale, entry.sampling["schedule"], **entry.sampling["schedule_options"]).schedule
+        scales = [schedule(Progress(k, 256)) for k in range(256)]
+        assert scales[0] == scale and set(scales[1:46]) == {1.0} and set(scales[46:]) == {scale}
+
+
+def test_har_is_guided_from_a_quarter_of_its_steps_on():
+    """1, 1, then full: k / 8 of nine steps, from 0.25 on."""
+    from vgen.guidance import Progress
+
+    entry = GENERATORS["har-l"]
+    schedule = guidance(3.75, entry.sampling["schedule"], **entry.sampling["schedule_options"]).schedule
+    assert [schedule(Progress(k, 9)) for k in range(9)] == [1.0, 1.0] + [3.75] * 7
 
 
 def test_the_hub_mixin_saves_loads_and_uploads(tmp_path, monkeypatch):

@@ -14,7 +14,9 @@ class Cond:
     """Conditions of R rows. R = streams * B, stream-major: all rows of the first stream, then of the next.
 
     start [R, 1, D]: what takes the place of the token before the first. prefix [R, P, D] or None: positions every token
-    sees. vector [R, 1, D] or None: for modulation. at: block -> edit of h, for spatial control.
+    sees, such as a text's. vector [R, 1, D] or None: for modulation. at: block -> edit of h [R, l, D] on entry to that
+    block, of the l positions that are read at a time (not those of the prefix), for spatial control; the blocks of two
+    stacks (xAR, FlowAR, E-CAR, MAR) are counted through.
     """
 
     start: Tensor
@@ -28,8 +30,6 @@ class Cond:
         first = streams[0]
         if len(streams) == 1:
             return first
-        if any(s.at for s in streams):
-            raise ValueError("streams with per-block edits are joined by their conditioner, not by Cond.cat")
 
         def join(name: str) -> Tensor | None:
             values = [getattr(s, name) for s in streams]
@@ -37,7 +37,24 @@ class Cond:
                 raise ValueError(f"some streams fill `{name}` and others do not")
             return None if values[0] is None else torch.cat(values)
 
-        return Cond(join("start"), join("prefix"), join("vector"))
+        blocks = sorted({block for s in streams for block in s.at})
+        return Cond(join("start"), join("prefix"), join("vector"), {block: _each(streams, block) for block in blocks})
+
+    def ahead(self, step: int) -> int:
+        """How many positions of the prefix are read together with a step: all with the first."""
+        return self.prefix.shape[1] if step == 0 and self.prefix is not None else 0
+
+
+def _each(streams: list[Cond], block: int) -> Callable[[Tensor], Tensor]:
+    """The edit of h that has each stream's own on its rows; a model may have several rows for one of the condition."""
+    rows = [len(stream.start) for stream in streams]
+
+    def change(h: Tensor) -> Tensor:
+        times = len(h) // sum(rows)
+        parts = zip(streams, h.split([times * count for count in rows]))
+        return torch.cat([stream.at[block](part) if block in stream.at else part for stream, part in parts])
+
+    return change
 
 
 class ClassConditioner(nn.Module):

@@ -55,12 +55,19 @@ def kept_cells(layout: SequenceLayout, keep: Tensor, keep_scales: int = 0) -> Te
     return torch.stack([parts[s][r, c] for s, r, c in layout.coords])
 
 
-def constrain(generator: Generator, tokens: Tensor, noise: SampleNoise, cells: Callable[[Canvas], Tensor]) -> Canvas:
+def constrain(
+    generator: Generator,
+    tokens: Tensor,
+    noise: SampleNoise,
+    cells: Callable[[Canvas], Tensor],
+    temperature: float = 1.0,
+) -> Canvas:
     """The canvas to be completed of tokens [B, L] in the tokenizer's order; cells(canvas): bool [L] of its layout.
 
     Tokens that are not kept are blanked. Where a sample has an order of its own, the kept ones come first in it.
+    temperature: of the draw that will complete it, for families that write noisy values on the way (E-CAR).
     """
-    canvas = generator.hold(tokens, noise)
+    canvas = generator.hold(tokens, noise, temperature)
     known = cells(canvas).to(tokens.device).expand(len(tokens), -1)
     values, order = canvas.tokens, canvas.order
     if order is not None:
@@ -72,28 +79,35 @@ def constrain(generator: Generator, tokens: Tensor, noise: SampleNoise, cells: C
     return replace(canvas, tokens=values, order=order, known=known if bool(known.any()) else None)
 
 
-def region(generator: Generator, tokens: Tensor, noise: SampleNoise, keep: Tensor, keep_scales: int = 1) -> Canvas:
-    """The canvas that keeps the tokens of the pixels `keep` bool [H, W]; see kept_cells. Raises ValueError where the
-    tokens have no places."""
+def region(
+    generator: Generator,
+    tokens: Tensor,
+    noise: SampleNoise,
+    keep: Tensor,
+    keep_scales: int = 1,
+    temperature: float = 1.0,
+) -> Canvas:
+    """The canvas that keeps the tokens of the pixels `keep` bool [H, W]; see kept_cells and constrain. Raises
+    ValueError where the tokens have no places."""
     if not has_places(generator.spec.layout):
         raise ValueError(
             f"these {generator.spec.layout.length} tokens stand on a line, not at places of the picture, so that no "
             "region of it can be kept: task=prefix keep=<k> keeps the first k of them; for a region choose a model on "
             "a grid or on scales"
         )
-    return constrain(generator, tokens, noise, lambda canvas: kept_cells(canvas.layout, keep, keep_scales))
+    return constrain(generator, tokens, noise, lambda canvas: kept_cells(canvas.layout, keep, keep_scales), temperature)
 
 
-def prefix(generator: Generator, tokens: Tensor, noise: SampleNoise, count: int) -> Canvas:
+def prefix(generator: Generator, tokens: Tensor, noise: SampleNoise, count: int, temperature: float = 1.0) -> Canvas:
     """The canvas that keeps the first `count` tokens in the generator's order (of a model with several whole levels:
-    of each). Raises ValueError where there are not that many."""
+    of each); see constrain. Raises ValueError where there are not that many."""
     length, levels = generator.layout.length, 1
     if length > generator.spec.layout.length and length % generator.spec.layout.length == 0:
         levels = length // generator.spec.layout.length
     if not 0 <= count <= length // levels:
         raise ValueError(f"keep={count}: choose 0 .. {length // levels} tokens")
     kept = (torch.arange(length // levels) < count).repeat(levels)
-    return constrain(generator, tokens, noise, lambda canvas: kept)
+    return constrain(generator, tokens, noise, lambda canvas: kept, temperature)
 
 
 def swap_parts(spec: TokenSpec, content: Tensor, style: Tensor) -> Tensor:

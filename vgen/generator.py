@@ -7,7 +7,7 @@ the cache. A paper is one subclass in vgen/models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +62,7 @@ class Generator(Configured, nn.Module):
     """
 
     caches: bool = True
+    free_layout: SequenceLayout | None = None  # of `restore`d tokens, where it is not that of the spec (set_sides)
     closed: bool = True  # whether log_prob is a likelihood of the ids: no, where steps choose what they decide
     reads_also: tuple[str, ...] = ()
     spec: TokenSpec
@@ -112,14 +113,19 @@ class Generator(Configured, nn.Module):
         """An empty canvas of the samples of `noise`; a family that draws an order for each sample does it here."""
         return self.blank(len(noise.seeds))
 
-    def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
+    def hold(self, tokens: Tensor, noise: SampleNoise, temperature: float = 1.0) -> Canvas:
         """The canvas that sampling with `noise` would leave if it drew tokens [B, L] (the tokenizer's order), of which
-        token constraints keep a part (vgen/editing.py). Families that write noisy values on the way noise them here."""
+        token constraints keep a part (vgen/editing.py). Families that write noisy values on the way noise them here, at
+        the draw's temperature."""
         return self.arrange(tokens)
 
     def set_steps(self, steps: int) -> None:
         """Sample in that many steps; only for families whose training does not depend on it (MAR, MaskGIT)."""
         raise ValueError(f"steps={steps}: {type(self).__name__} samples in {self.layout.steps} steps; leave steps away")
+
+    def set_sides(self, sides: Sequence[int]) -> None:
+        """Sample on that list of scales; only for families to which any list will do (FlexVAR)."""
+        raise ValueError(f"sides={list(sides)}: {type(self).__name__} has no free scales; leave sides away")
 
     @property
     def sampler(self) -> Callable[..., Canvas]:
@@ -131,7 +137,7 @@ class Generator(Configured, nn.Module):
     # --- one step or many -------------------------------------------------------------------------------------------
 
     def inputs(self, canvas: Canvas, cond: Cond, start: int, stop: int) -> Inputs:
-        """What the trunk reads in steps start..stop-1. This is the paper."""
+        """What the trunk reads in steps start..stop-1, without prefix and edits of `cond`. This is the paper."""
         raise NotImplementedError
 
     def run(self, inputs: Inputs, cache: KVCache | None = None) -> Tensor:
@@ -143,7 +149,8 @@ class Generator(Configured, nn.Module):
         self, canvas: Canvas, cond: Cond, start: int = 0, stop: int | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """Hidden states for the tokens written in steps start..stop-1, [R, n, D]. With start > 0 a cache is needed."""
-        return self.run(self.inputs(canvas, cond, start, canvas.layout.steps if stop is None else stop), cache)
+        inputs = self.inputs(canvas, cond, start, canvas.layout.steps if stop is None else stop)
+        return self.run(conditioned(inputs, cond, start), cache)
 
     def cache(self, rows: int, *, prefix: int = 0, layout: SequenceLayout | None = None) -> KVCache | None:
         """An empty cache for `rows` rows (streams included) of whole sequences behind `prefix` extra positions.
@@ -186,7 +193,7 @@ class Generator(Configured, nn.Module):
             progress=Progress.of(layout, k),
         )
         if cache is not None:
-            cache.commit(layout.reads[k])
+            cache.commit(layout.reads[k] + cond.ahead(k))
         return tokens
 
     # --- training and likelihood ------------------------------------------------------------------------------------
@@ -223,6 +230,20 @@ class Generator(Configured, nn.Module):
         """log p of every token given those of earlier steps, float32 [B, L]."""
         h = self(canvas if context is None else context, cond)
         return self.head.log_prob(h, canvas.tokens, canvas.layout.sizes)
+
+
+def conditioned(inputs: Inputs, cond: Cond, start: int = 0) -> Inputs:
+    """What the trunk reads from step `start` on, with the edits of `cond` after the family's own and, where it starts,
+    behind the prefix."""
+    at = dict(inputs.at)
+    for block, edit in cond.at.items():
+        at[block] = _then(at[block], edit) if block in at else edit
+    inputs = replace(inputs, at=at)
+    return inputs.behind(cond.prefix) if cond.ahead(start) else inputs
+
+
+def _then(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda h: second(first(h))
 
 
 def require_ids(spec: TokenSpec, family: str, instead: str = "") -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule, draw_ids
-from vtok.config import build
+from vtok.config import build, imported
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise
@@ -35,7 +35,7 @@ def check_factors(
     "auto": those of the described quantizer of a TokenSpec; ValueError where it has one factor only.
     """
     if factors == "auto":
-        factors = () if quantizer is None else build(quantizer, FAMILIES).factors
+        factors = () if quantizer is None else build(quantizer, imported(FAMILIES, quantizer)).factors
         if len(factors) < 2:
             name = "none" if quantizer is None else quantizer["family"]
             raise ValueError(

@@ -25,7 +25,10 @@ def require_grid(spec: TokenSpec, family: str) -> tuple[int, int]:
         raise ValueError(f"{family} takes one kind of latents, but these tokens have {len(spec.parts)} parts")
     height, width = spec.layout.sides[0]
     if len(spec.layout.sides) != 1 or height * width != spec.layout.length or 1 in (height, width):
-        raise ValueError(f"{family} needs latents that fill one grid of rows and columns; choose a 2D tokenizer")
+        where = f"these {spec.layout.length} tokens lie on {spec.layout.sides}"
+        raise ValueError(
+            f"{family} needs latents that fill one grid of rows and columns, but {where}; choose a 2D tokenizer"
+        )
     return height, width
 
 

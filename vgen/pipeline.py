@@ -143,7 +143,38 @@ class Pipeline:
     def device(self) -> torch.device:
         return next(self.generator.parameters()).device
 
+    def set_sides(self, sides: Sequence[int]) -> None:
+        """Write another list of scales, seen in training or not (FlexVAR); an image has the last side times the
+        tokenizer's stride."""
+        if not self.tokenizer.layouts:
+            name = type(self.tokenizer).__name__
+            raise ValueError(f"sides={list(sides)}: {name} decodes no other scales than its own; leave sides away")
+        self.generator.set_sides(sides)
+
     @torch.no_grad()
+    def write(
+        self,
+        labels: Tensor,
+        seeds: Tensor,
+        *,
+        guide: Guidance,
+        rule: DrawRule | Callable[[Progress], DrawRule],
+        on_step: Callable[[Canvas, Progress], None] | None = None,
+        canvas: Canvas | None = None,
+    ) -> Canvas:
+        """The finished canvas of labels and seeds [B], in one batch.
+
+        canvas: what is given already (vgen/editing.py); None starts from an empty one.
+        """
+        generator = self.generator
+        labels, seeds = labels.to(self.device), seeds.to(self.device)
+        streams = [generator.conditioner(labels)]
+        streams += [generator.conditioner.null(len(labels)) for _ in range(guide.streams - 1)]
+        start = {} if canvas is None else {"canvas": canvas}
+        return self.sampler(
+            generator, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, on_step=on_step, **start
+        )
+
     def tokens(
         self,
         labels: Tensor,
@@ -154,19 +185,9 @@ class Pipeline:
         on_step: Callable[[Canvas, Progress], None] | None = None,
         canvas: Canvas | None = None,
     ) -> Tensor:
-        """Tokens in the tokenizer's order, [B, L], of labels and seeds [B], in one batch.
-
-        canvas: what is given already (vgen/editing.py); None starts from an empty one.
-        """
-        generator = self.generator
-        labels, seeds = labels.to(self.device), seeds.to(self.device)
-        streams = [generator.conditioner(labels)]
-        streams += [generator.conditioner.null(len(labels)) for _ in range(guide.streams - 1)]
-        start = {} if canvas is None else {"canvas": canvas}
-        canvas = self.sampler(
-            generator, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, on_step=on_step, **start
-        )
-        return generator.restore(canvas)
+        """Tokens in the tokenizer's order, [B, L], of the canvas that `write` finishes; its arguments."""
+        canvas = self.write(labels, seeds, guide=guide, rule=rule, on_step=on_step, canvas=canvas)
+        return self.generator.restore(canvas)
 
     def decode(self, tokens: Tensor, seeds: Tensor | None = None, *, keep: int | None = None) -> Tensor:
         """Images float32 [B, 3, H, W] of tokens [B, L], `decode_chunk` of them at once.
@@ -174,9 +195,10 @@ class Pipeline:
         seeds int64 [B]: of decoders that draw, such as flows; None starts all images from one noise. keep: tokens of a
         prefix, for tokenizers that decode them.
         """
-        noise = None if seeds is None else SampleNoise(seeds.to(tokens.device))
-        options = dict(dtype=self.decoder_dtype, at_once=self.decode_chunk, noise=noise, size=self.size, keep=keep)
-        return decode_images(self.tokenizer, tokens, **options)
+        noise, free = None if seeds is None else SampleNoise(seeds.to(tokens.device)), self.generator.free_layout
+        options = dict(dtype=self.decoder_dtype, at_once=self.decode_chunk, noise=noise, keep=keep)
+        place = {"size": self.size} if free is None else {"layout": free}  # which gives the size too
+        return decode_images(self.tokenizer, tokens, **options, **place)
 
     @torch.no_grad()
     def __call__(
@@ -193,7 +215,8 @@ class Pipeline:
         """uint8 images [N, H, W, 3] of labels and seeds int64 [N].
 
         labels: 0..num_classes - 1, or num_classes for "no class". guidance: a scale for all steps, or a Guidance.
-        on_chunk: called with the first index and the images of every finished chunk; on_tokens: so with its tokens.
+        on_chunk: called with the first index and the images of every finished chunk; on_tokens: so with its canvas's
+        tokens, as the generator wrote them.
         size: side to which the decoded images are brought before rounding (bicubic without antialiasing, as LlamaGen
         does with 384 px models before evaluation); None leaves them as decoded.
         """
@@ -210,14 +233,14 @@ class Pipeline:
         for start in range(0, len(labels), self.chunk):
             stop = min(start + self.chunk, len(labels))
             index = torch.arange(start, start + self.chunk).clamp(max=stop - 1)  # padding repeats the last image
-            tokens = self.tokens(labels[index], seeds[index], guide=guide, rule=rule)
-            decoded = self.decode(tokens, seeds[index])
+            canvas = self.write(labels[index], seeds[index], guide=guide, rule=rule)
+            decoded = self.decode(self.generator.restore(canvas), seeds[index])
             if size is not None:
                 decoded = functional.interpolate(decoded.float(), (size, size), mode="bicubic")
             images = to_uint8(decoded)[: stop - start].cpu()
             done.append(images)
             if on_tokens is not None:
-                on_tokens(start, tokens[: stop - start])
+                on_tokens(start, canvas.tokens[: stop - start])
             if on_chunk is not None:
                 on_chunk(start, images)
         return torch.cat(done)

@@ -66,6 +66,10 @@ def sample(config: Mapping[str, Any]) -> Path:
     )
     if drawn["steps"]:
         pipeline.generator.set_steps(int(drawn["steps"]))
+    given, sides = config.get("sides"), {}
+    if given is not None:
+        sides["sides"] = [given] if isinstance(given, (int, str)) else list(given)
+        pipeline.set_sides(sides["sides"])
     known, names = pipeline.generator.num_classes, pipeline.class_names
     labels = plan(config["classes"], config["per_class"], config["num_images"], known, names, grid=out.suffix == ".png")
     seeds = sample_seeds(int(config["seed"]), 0, len(labels))
@@ -84,6 +88,7 @@ def sample(config: Mapping[str, Any]) -> Path:
         **{k: config[k] for k in ("dtype", "chunk")},
         **{k: config[k] for k in ("quant", "packed", "cuda_graphs", "decoder_dtype", "decode_chunk") if k in config},
         **drawn,
+        **sides,
         "device": device.type,
         "torch": torch.__version__,
         **({"evaluation": evaluation} if evaluation else {}),

@@ -70,6 +70,7 @@ def train(config: DictConfig) -> float | None:
         say(SLOW_BF16.format("precision=32-true"))
     resumed = runs.resume_from(folder, config.resume, config.ckpt_path, config.overwrite, say=say)
     seed_all(key(config.seed))
+    check_teacher(config, trust)
     data = build_data(config, trust)
     lit = build_module(config, data, trust)
     if config.get("checkpointing", False):
@@ -136,6 +137,8 @@ def settle(config: DictConfig) -> DictConfig:
         config.run_dir = HydraConfig.get().runtime.output_dir  # every job of a sweep has its own
     if config.get("model") is None and _cached(config):
         raise ValueError(f"{TRAINS_ON_IMAGES} (data=codes trains a generator: pass model=<name>)")
+    if config.get("tokenizer") is not None and _cached(config):  # whose image size it could not even read
+        raise ValueError("data=codes comes with the tokenizer that made them: leave tokenizer= away")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no default: pass {missing[0]}=<value>")
@@ -169,6 +172,9 @@ def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
         return data
     source = config.tokenizer_from
     if _cached(config):
+        if source and config.data.tokenizer not in (None, source):
+            both = f"data.tokenizer={config.data.tokenizer} and tokenizer_from={source}"
+            raise ValueError(f"{both} name two tokenizers: leave one of them away")
         if config.get("corrections", False):
             raise ValueError("corrections=true encodes images anew, data=codes has none: pass data=... of images")
         given = {"tokenizer": source, "weights": config.tokenizer_weights}
@@ -213,6 +219,14 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
         objective = instantiate(fitted(config.objective, module.spec), trust=trust, _convert_="all")
         adversary = OmegaConf.to_container(config.discriminator_optimizer, resolve=True)
         return LitTokenizer(module, objective, recipe, discriminator_optimizer=adversary)
+    if config.get("tokenizer") is not None:
+        said = OmegaConf.to_container(config.tokenizer, resolve=True)
+        if wrong := contradictions(said, describe(data.tokenizer), "tokenizer"):
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(
+                "tokenizer= contradicts the tokenizer that made the tokens (tokenizer_from): "
+                f"{', '.join(wrong[:3])}{more}; leave tokenizer= away, or give a run of that tokenizer"
+            )
     make = instantiate(config.model, trust=trust, _convert_="all", _partial_=True)
     if not (isinstance(make.func, type) and issubclass(make.func, Generator)):
         raise ValueError(f"model._target_={config.model._target_} is not a generator")
@@ -237,11 +251,55 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
         from vtok.losses.backbone import Backbone
         from vtok.losses.frozen import Frozen
 
-        given = OmegaConf.to_container(config.teacher, resolve=True) if OmegaConf.is_dict(config.teacher) else {}
-        if not {"model", "size"} <= set(given) <= {"model", "size", "weights_path"}:
-            raise ValueError(f"teacher={config.teacher}: give {{model: <timm name>, size: <pixels>}}, and weights_path")
-        teacher = Frozen(Backbone(**given, remedy="train another model, with teacher=null"))
+        backbone = Backbone(**teacher_options(config), remedy="train another model, with teacher=null")
+        if (got := backbone.patches) != (want := (module.layout.length, module.channels)):
+            raise ValueError(
+                f"the teacher gives {got[0]} patches of {got[1]} channels an image, expected {want[0]} of {want[1]}: "
+                "change teacher.size, teacher.model or model.channels"
+            )
+        teacher = Frozen(backbone)
     return LitGenerator(module, recipe, class_names=data.class_names, corruption=corruption, teacher=teacher)
+
+
+def teacher_options(config: DictConfig) -> dict[str, Any]:
+    """The keys of `teacher`. Raises ValueError unless they are a model's name, a size and, perhaps, weights_path."""
+    given = OmegaConf.to_container(config.teacher, resolve=True) if OmegaConf.is_dict(config.teacher) else {}
+    if not {"model", "size"} <= set(given) <= {"model", "size", "weights_path"}:
+        raise ValueError(f"teacher={config.teacher}: give {{model: <timm name>, size: <pixels>}}, and weights_path")
+    return given
+
+
+def check_teacher(config: DictConfig, trust: tuple[str, ...]) -> None:
+    """Mistakes with `teacher` that show before data are read and networks built: none where the model learns from one
+    alone, wrong keys, a name that timm does not know."""
+    if config.get("model") is None:
+        return
+    make = instantiate(config.model, trust=trust, _convert_="all", _partial_=True)
+    if "patches" not in getattr(make.func, "reads_also", ()):
+        return  # build_module refuses a teacher there
+    if config.get("teacher") is None:
+        name = make.func.__name__
+        raise ValueError(f"{name} aligns with a vision model: pass teacher={{model: <timm name>, size: <pixels>}}")
+    from vtok.losses.backbone import require_known
+
+    require_known(teacher_options(config)["model"], "teacher.model")
+
+
+def contradictions(said: Any, found: Any, key: str) -> list[str]:
+    """Where a configuration with `_target_`s says otherwise than a module's description (vtok.config.describe), as
+    "key=value, not value"; what it leaves out is no contradiction."""
+    if isinstance(said, dict) and "_target_" in said and isinstance(found, dict) and "family" in found:
+        name, family = said["_target_"].rpartition(".")[2], found["family"].rpartition(":")[2]
+        if name != family:
+            return [f"{key}={name}, not {family}"]
+        inner = [(n, value, found["arguments"].get(n)) for n, value in said.items() if not n.startswith("_")]
+        return [line for n, value, there in inner for line in contradictions(value, there, f"{key}.{n}")]
+    if isinstance(said, list) and isinstance(found, list) and len(said) == len(found):
+        pairs = enumerate(zip(said, found))
+        return [line for i, (value, there) in pairs for line in contradictions(value, there, f"{key}[{i}]")]
+    if isinstance(said, dict):
+        said = {str(name): value for name, value in said.items()}  # as a description has them
+    return [] if said == found else [f"{key}={said}, not {found}"]
 
 
 def fitted(objective: DictConfig, spec: TokenSpec) -> DictConfig:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,16 @@ def build(description: Mapping, families: Mapping[str, str]) -> Any:
     if not isinstance(description, Mapping) or set(description) != {"family", "arguments"}:
         raise ValueError(f"a module's description holds `family` and `arguments`, got {description!r:.200}")
     name = description["family"]
+    cls = family_class(name, families)
+    arguments = {k: _built(v, families) for k, v in description["arguments"].items()}
+    unknown = set(arguments) - set(inspect.signature(cls.__init__).parameters)
+    if unknown:
+        raise ValueError(f"{name} has no argument {', '.join(sorted(unknown))}")
+    return cls(**arguments)
+
+
+def family_class(name: Any, families: Mapping[str, str]) -> type[Configured]:
+    """The class of a family name. Raises ValueError where it is in no module of the table or of those trusted."""
     if not isinstance(name, str) or name not in families:
         if isinstance(name, str) and ":" in name:
             module = name.partition(":")[0]
@@ -102,11 +113,14 @@ def build(description: Mapping, families: Mapping[str, str]) -> Any:
         raise ValueError(f"family {name!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
     if not (isinstance(cls, type) and issubclass(cls, Configured)):
         raise ValueError(f"family {name!r} is no tokenizer, generator or part of one")
-    arguments = {k: _built(v, families) for k, v in description["arguments"].items()}
-    unknown = set(arguments) - set(inspect.signature(cls.__init__).parameters)
-    if unknown:
-        raise ValueError(f"{name} has no argument {', '.join(sorted(unknown))}")
-    return cls(**arguments)
+    return cls
+
+
+def imported(families: Mapping[str, str], description: Mapping[str, Any]) -> Families:
+    """The table, trusting the module of a description's family too where this process has imported it: for parts that a
+    module takes over from one made under `trust`, as a next-scale generator its tokenizer's quantizer."""
+    module, _, attribute = str(description["family"]).partition(":")
+    return Families(families, (module,) if attribute and module in sys.modules else ())
 
 
 def instantiate(config: Any, *args: Any, trust: tuple[str, ...] = (), **kwargs: Any) -> Any:

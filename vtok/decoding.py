@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vtok.counters import count
 from vtok.layers.packed import can_pack, pack_linears
+from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Tokenizer
 
@@ -42,16 +43,18 @@ def decode_images(
     noise: SampleNoise | None = None,
     size: int | None = None,
     keep: int | None = None,
+    layout: SequenceLayout | None = None,
 ) -> Tensor:
     """Images float32 [B, 3, H, W] of tokens [B, ..], `at_once` of them at a time. dtype bfloat16: under autocast.
 
-    noise, size, keep: see Tokenizer.decode; keep only for tokenizers of prefixes.
+    noise, size, keep: see Tokenizer.decode; keep only for tokenizers of prefixes, layout only for those of any scales.
     """
     light, pieces = dtype != torch.float32, tokens.split(at_once or len(tokens))
     count("decode.bfloat16" if light else "decode.float32")
     if next((m for m in tokenizer.modules() if isinstance(m, nn.Conv2d) and _is_channels_last(m)), None) is not None:
         count("decode.channels_last")
-    given = {name: value for name, value in (("size", size), ("keep", keep)) if value is not None}
+    options = {"size": size, "keep": keep, "layout": layout}
+    given = {name: value for name, value in options.items() if value is not None}
     images, start = [], 0
     with torch.autocast(tokens.device.type, dtype, enabled=light):
         for part in pieces:

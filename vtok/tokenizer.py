@@ -141,12 +141,14 @@ class Quantizer(Configured, nn.Module):
     differences of large distances.
 
     `forward(z)` takes [B, L, C] or a map [B, h, w, C]; multi-scale quantizers need the map. One that `draws` takes
-    `forward(z, noise)` with a SampleNoise, or None for its mean.
+    `forward(z, noise)` with a SampleNoise, or None for its mean. scales: what codes on maps of several sides are, parts
+    of one sum or each map a whole image; None where there is one side.
     """
 
     vocab_size: int | None
     channels: int
     draws: bool = False
+    scales: Literal["residual", "independent"] | None = None
 
     @property
     def width(self) -> int:
@@ -205,6 +207,7 @@ class Tokenizer(Configured, nn.Module):
     prefixes: bool = False  # whether decode(keep=) works
     # whether a larger image has more tokens: no, squares only, or any H x W, one token for each cell of the stride
     grows: Literal["no", "squares", "any"] = "no"
+    layouts: bool = False  # whether decode(layout=) works: any list of scales
 
     def spec_for(self, size: int) -> TokenSpec:
         """Specification of the tokens of size x size images; ValueError where the family cannot take them."""

@@ -104,14 +104,19 @@ class ECAR(FlowAR):
             start = renoise(before, self.ends[k - 1], start.unflatten(1, canvas.layout.sides[k])).flatten(1, 2)
         return start, (self.ends[k], self.starts[k])
 
-    def stages(self, canvas: Canvas, noise: SampleNoise) -> tuple[Tensor, Tensor]:
+    def stages(
+        self, canvas: Canvas, noise: SampleNoise, stream: int = NOISE_STREAM, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """(starts, ends), each [B, L, C], of every stage's path, from the clean scales of `canvas`. Noise is carried
         from stage to stage as in sampling, so that the context has the law of the maps that a perfect flow would write.
+
+        stream, temperature: of the white noise; those of a draw are 0 and its rule's.
         """
         layout, starts, ends = canvas.layout, [], []
         for k, (high, low) in enumerate(zip(self.starts, self.ends)):
             position = torch.arange(*layout.written(k, k + 1), device=canvas.tokens.device)
-            white = noise.normal(position, self.head.channels, NOISE_STREAM).unflatten(1, layout.sides[k])
+            white = noise.normal(position, self.head.channels, stream) * temperature
+            white = white.unflatten(1, layout.sides[k])
             data, start, error = scale_map(canvas.tokens, layout, k), white, white
             if k:
                 start = renoise(ends[-1], self.ends[k - 1], white)
@@ -121,8 +126,9 @@ class ECAR(FlowAR):
             ends.append((1 - low) * data + low * error)
         return tuple(torch.cat([part.flatten(1, 2) for part in parts], dim=1) for parts in (starts, ends))
 
-    def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
-        return Canvas(self.stages(self.arrange(tokens), noise)[1], self.layout)
+    def hold(self, tokens: Tensor, noise: SampleNoise, temperature: float = 1.0) -> Canvas:
+        """Every stage's end, on the path that starts where the draw does."""
+        return Canvas(self.stages(self.arrange(tokens), noise, 0, temperature)[1], self.layout)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """FlowAR's loss on the straight paths of the stages; the trunk reads those of a context, of the same noise."""

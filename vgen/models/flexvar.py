@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.conditioning import Cond
-from vgen.generator import Canvas
+from vgen.generator import Canvas, require_ids
 from vgen.guidance import Progress
 from vgen.heads import DrawRule
-from vgen.models.var import VAR
+from vgen.models.var import VAR, scales_of
 from vtok.layers.packed import float32_linear
 from vtok.layers.trunk import Inputs
 from vtok.layout import SequenceLayout
@@ -68,10 +68,14 @@ class FlexVAR(VAR):
 
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
-        if not spec.discrete or len(spec.parts) != 1 or spec.quantizer is None:
-            raise ValueError("FlexVAR embeds codes of one codebook; choose a tokenizer that hands over its quantizer")
-        if spec.quantizer["family"] == "MultiScaleVQ":
-            raise ValueError("FlexVAR predicts maps, not residuals of maps: choose tokenizer=flexvar_*, or model=var_*")
+        require_ids(spec, "FlexVAR")
+        if spec.quantizer is None:
+            raise ValueError(
+                "FlexVAR embeds codes, but these tokens come from quantizer none: choose tokenizer=flexvar_*"
+            )
+        if scales_of(spec) == "residual":
+            made = f"these tokens are residuals of maps (quantizer {spec.quantizer['family']})"
+            raise ValueError(f"FlexVAR predicts maps, but {made}: choose tokenizer=flexvar_*, or model=var_*")
         sides = [side for side, _ in spec.layout.sides]
         if spec.layout != SequenceLayout.scales(sides) or sides[0] != 1 or len(sides) < 2:
             raise ValueError(f"FlexVAR writes square maps from 1 x 1 up, these tokens lie on {spec.layout.sides}")
@@ -91,6 +95,15 @@ class FlexVAR(VAR):
             raise ValueError(f"sides={list(sides)}: start with 1, grow, and stay among {list(self.known_sides)}")
         return SequenceLayout.scales(sides)
 
+    def set_sides(self, sides: Sequence[int]) -> None:
+        """Sample on any list of sides, seen in training or not, up to the position table's. Decode what is written then
+        with `decode(tokens, layout=free_layout)`."""
+        sides = tuple(sides)
+        whole = all(isinstance(side, int) for side in sides)
+        if not whole or len(sides) < 2 or sides[0] != 1 or sides[-1] > TABLE or sorted(set(sides)) != list(sides):
+            raise ValueError(f"sides={list(sides)}: give at least two that start with 1, grow, and end by {TABLE}")
+        self.layout = self.free_layout = SequenceLayout.scales(sides)
+
     # --- lists of scales ----------------------------------------------------------------------------------------------
 
     def arrange(self, tokens: Tensor, layout: SequenceLayout | None = None) -> Canvas:
@@ -101,10 +114,11 @@ class FlexVAR(VAR):
     def restore(self, canvas: Canvas) -> Tensor:
         """Tokens [B, L] of the spec; scales that were not written hold zeros (a decoder reads the last one alone).
 
-        Sides that the spec lacks: the tokens as they are, to be decoded with the layout of the canvas.
+        Sides that the spec lacks, or that `set_sides` chose: the tokens as they are, to be decoded with the layout of
+        the canvas.
         """
         sides = {side for side, _ in canvas.layout.sides}
-        if canvas.layout == self.spec.layout or not sides <= set(self.known_sides):
+        if canvas.layout in (self.spec.layout, self.free_layout) or not sides <= set(self.known_sides):
             return canvas.tokens
         tokens = canvas.tokens.new_zeros(len(canvas.tokens), self.spec.layout.length, *canvas.tokens.shape[2:])
         tokens[:, self._places(canvas.layout, tokens)] = canvas.tokens
@@ -150,7 +164,7 @@ class FlexVAR(VAR):
         parts.append(float32_linear(self.map_embedding, maps))
         x = torch.cat(parts, dim=1) + torch.cat(spots, dim=2).transpose(1, 2)
         rank, pattern = layout.ranks(start, stop, device=x.device), layout.pattern(start, stop)
-        return Inputs(x=x, rank=rank, pattern=pattern, vector=cond.vector, at=cond.at)
+        return Inputs(x=x, rank=rank, pattern=pattern, vector=cond.vector)
 
 
 def positions(side: int, width: int) -> Tensor:

@@ -116,7 +116,7 @@ class FlowAR(Generator):
             pattern=layout.pattern(start, stop),
             position=(self.cos[a:b], self.sin[a:b], None),
             vector=cond.vector,
-            at={**cond.at, len(self.trunk.blocks) // 2: self.stacks.edit(a, b)},
+            at={len(self.trunk.blocks) // 2: self.stacks.edit(a, b)},
         )
 
     def forward(
@@ -156,7 +156,7 @@ class FlowAR(Generator):
             given=canvas.tokens[:, a:b],
         )
         if cache is not None:
-            cache.commit(layout.reads[k])
+            cache.commit(layout.reads[k] + cond.ahead(k))
         return tokens
 
     def path(

@@ -131,8 +131,10 @@ class HitaGPT(LlamaGen):
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
         if not spec.discrete or len(spec.parts) != 2:
+            count = len(spec.parts)
+            have = f"have {count} part{'s'[: count - 1]}" if spec.discrete else "are continuous"
             raise ValueError(
-                f"Hita writes queries, then a grid, so it needs two parts of discrete tokens, not {spec.parts}; "
+                f"Hita writes queries, then a grid, so it needs two parts of ids, but these tokens {have}; "
                 "try model=llamagen_*"
             )
         grid = spec.layout.coords[spec.parts[0].count :]

@@ -165,7 +165,6 @@ class LlamaGen(Generator):
             pattern=layout.pattern(start, stop),
             position=None if self.cos is None else (self.cos[a:b], self.sin[a:b], None),
             vector=vector,
-            at=cond.at,
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

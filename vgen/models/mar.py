@@ -10,7 +10,7 @@ batch), so that it does not depend on the batch; the encoder is padded to the mo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
 from vgen.gaussian import Moments
-from vgen.generator import Canvas, Generator
+from vgen.generator import Canvas, Generator, conditioned
 from vgen.heads_diffusion import DiffusionHead
 from vgen.heads_token_flow import FlowHead
 from vgen.masking import masked_layout, random_order, ratio_uniform
 from vtok.layers.cache import KVCache
-from vtok.layers.trunk import Trunk
+from vtok.layers.trunk import Trunk, check_edits
 from vtok.layers.vit import together
 from vtok.noise import SampleNoise
 from vtok.tokenizer import TokenSpec
 
+Edit = Callable[[Tensor], Tensor]
 RATIO_MEAN, RATIO_STD = 1.0, 0.25  # of the normal whose part in [mask_ratio, 1] is the share hidden in training
 
 
@@ -143,7 +144,7 @@ class MAR(Generator):
     def begin(self, noise: SampleNoise) -> Canvas:
         return replace(self.blank(len(noise.seeds)), order=random_order(noise, self.layout.length))
 
-    def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
+    def hold(self, tokens: Tensor, noise: SampleNoise, temperature: float = 1.0) -> Canvas:
         return self.arrange(tokens, self.begin(noise).order)
 
     # --- hidden states ----------------------------------------------------------------------------------------------
@@ -175,28 +176,37 @@ class MAR(Generator):
         count: int64 [R], how many of them (the first ones) are there at all, where it differs between rows.
         """
         there = None if count is None else torch.arange(tokens.shape[1], device=tokens.device) < count[:, None]
-        return self.decode(self.encode(tokens, cells, cond, there), cells, there)
+        return self.decode(self.encode(tokens, cells, cond, there), cells, there, cond.at)
 
     def encode(self, tokens: Tensor, cells: Tensor, cond: Cond, there: Tensor | None = None) -> Tensor:
-        """Encoder output [R, buffer + m, D]; there: bool [R, m], which of the m tokens are no padding."""
+        """Encoder output [R, P + buffer + m, D], P of a prefix; there: bool [R, m], which tokens are no padding."""
         buffer, table = self.buffer, self.encoder_position
         x = self.embedding(tokens.to(self.embedding.weight.dtype)) + table[buffer:][cells]
         x = self.embedding_norm(torch.cat([cond.start + table[:buffer], x], dim=1))
         mask = None
         if there is not None:
             mask = torch.cat([there.new_ones(len(there), buffer), there], dim=1)[:, None, None]
-        return self.trunk["encoder"](together(x, mask=mask))
+        depth = len(self.trunk["encoder"].blocks)
+        check_edits(cond.at, depth + len(self.trunk["decoder"].blocks))
+        at = {block: edit for block, edit in cond.at.items() if block < depth}
+        return self.trunk["encoder"](conditioned(together(x, mask=mask), replace(cond, at=at)))
 
-    def decode(self, encoded: Tensor, cells: Tensor, there: Tensor | None = None) -> Tensor:
-        """Hidden states [R, L, D] of an encoder output whose tokens lie at `cells`."""
+    def decode(
+        self, encoded: Tensor, cells: Tensor, there: Tensor | None = None, at: Mapping[int, Edit] | None = None
+    ) -> Tensor:
+        """Hidden states [R, L, D] of an encoder output whose tokens lie at `cells`; at: see Cond."""
         x = self.decoder_embedding(encoded.to(self.decoder_embedding.weight.dtype))
-        slots, given = x[:, : self.buffer], x[:, self.buffer :]
+        ahead = x.shape[1] - self.buffer - cells.shape[1]  # a prefix
+        prefix, slots, given = x.split([ahead, self.buffer, cells.shape[1]], dim=1)
         if there is not None:
             given = torch.where(there.unsqueeze(-1), given, self.mask_token.to(given.dtype))
         filled = self.mask_token.to(x.dtype).expand(len(x), len(self.head_position), -1)
         filled = filled.scatter(1, cells.unsqueeze(-1).expand_as(given), given)
-        x = self.trunk["decoder"](together(torch.cat([slots, filled], dim=1) + self.decoder_position))
-        return x[:, self.buffer :] + self.head_position
+        depth, edits = len(self.trunk["encoder"].blocks), at or {}
+        inputs = together(torch.cat([slots, filled], dim=1) + self.decoder_position)
+        inputs = replace(inputs, at={block - depth: edit for block, edit in edits.items() if block >= depth})
+        x = self.trunk["decoder"](inputs.behind(prefix) if ahead else inputs)
+        return x[:, ahead + self.buffer :] + self.head_position
 
     # --- training ---------------------------------------------------------------------------------------------------
 

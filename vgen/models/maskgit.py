@@ -24,6 +24,7 @@ from vgen.masking import masked_layout, random_order, ratio_uniform
 from vtok.layers.attention import Attention
 from vtok.layers.block import FeedForward
 from vtok.layers.cache import KVCache
+from vtok.layers.trunk import check_edits, past
 from vtok.noise import SampleNoise
 from vtok.quantize.statistics import all_mean
 from vtok.tokenizer import TokenSpec
@@ -132,7 +133,7 @@ class MaskGIT(Generator):
         x = torch.cat([cond.start, x], dim=1) + self.position
         if self.segment is not None:
             x = x + self.segment[0]
-        return self.trunk(self.embedding_dropout(self.embedding_norm(x)))[:, 1:]
+        return self.trunk(self.embedding_dropout(self.embedding_norm(x)), cond)[:, 1:]
 
     def hide(self, batch: Mapping[str, Any]) -> Tensor:
         """Which tokens training hides, bool [B, L]: round(L r) of them, r = arccos(u) 2 / pi, at least one."""
@@ -187,11 +188,12 @@ class PostNormTrunk(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(MaskedBlock(post=True, **block) for _ in range(depth))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.blocks[0].attention.qkv.weight.dtype)
-        for block in self.blocks:
-            x = block(x)
-        return x
+    def forward(self, x: Tensor, cond: Cond) -> Tensor:
+        """[R, l, D] of positions x [R, l, D], with prefix and edits of `cond`."""
+        x, edits = opened(x.to(self.blocks[0].attention.qkv.weight.dtype), cond, len(self.blocks))
+        for i, block in enumerate(self.blocks):
+            x = block(edits[i](x))
+        return x[:, cond.ahead(0) :]
 
 
 class SkipTrunk(nn.Module):
@@ -209,13 +211,24 @@ class SkipTrunk(nn.Module):
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.blocks[0].attention.qkv.weight.dtype)
+    def forward(self, x: Tensor, cond: Cond) -> Tensor:
+        """[R, l, D] of positions x [R, l, D], with prefix and edits of `cond`."""
+        x, edits = opened(x.to(self.blocks[0].attention.qkv.weight.dtype), cond, len(self.blocks))
         half, kept = len(self.skips), []
-        for block in self.blocks[:half]:
-            x = block(x)
-            kept.append(x)
-        x = self.blocks[half](x)
-        for skip, block in zip(self.skips, self.blocks[half + 1 :]):
-            x = block(skip(torch.cat([x, kept.pop()], dim=-1)))
-        return self.norm(x)
+        for i, block in enumerate(self.blocks):
+            if i > half:
+                x = self.skips[i - half - 1](torch.cat([x, kept.pop()], dim=-1))
+            x = block(edits[i](x))
+            if i < half:
+                kept.append(x)
+        return self.norm(x[:, cond.ahead(0) :])
+
+
+def opened(x: Tensor, cond: Cond, blocks: int) -> tuple[Tensor, list[Callable[[Tensor], Tensor]]]:
+    """Positions x [R, l, D] behind the prefix of `cond`, and what changes them on entry to each block."""
+    check_edits(cond.at, blocks)
+    count = cond.ahead(0)
+    if count:
+        x = torch.cat([cond.prefix.to(x.dtype), x], dim=1)
+    plain = [cond.at.get(i, lambda h: h) for i in range(blocks)]
+    return x, [past(edit, count) for edit in plain] if count else plain

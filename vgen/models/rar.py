@@ -154,5 +154,4 @@ class RAR(Generator):
             pattern=canvas.layout.pattern(start, stop),
             vector=cond.vector + self.places[a:b],
             read=torch.arange(1, b, device=x.device) if start == 0 else None,
-            at=cond.at,
         )

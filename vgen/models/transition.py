@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
 from vgen.gaussian import Moments, posterior
-from vgen.generator import Canvas, Generator
+from vgen.generator import Canvas, Generator, conditioned
 from vgen.guidance import Guidance
 from vgen.heads import DrawRule
 from vgen.heads_token_flow import FlowHead
@@ -61,20 +61,23 @@ class Transition(Generator):
     def accepts(cls, spec: TokenSpec) -> None:
         require_grid(spec, cls.__name__)
 
-    def chain(self, tokens: Tensor, noise: SampleNoise | None = None) -> Tensor:
+    def chain(
+        self, tokens: Tensor, noise: SampleNoise | None = None, stream: int = NOISE_STREAM, temperature: float = 1.0
+    ) -> Tensor:
         """Levels [B, (T + 1) N, C] of tokens [B, N, C], each with noise of its own; None leaves the noise away."""
         count, parts = tokens.shape[1], []
         for level in range(self.levels + 1):
             position = torch.arange(level * count, (level + 1) * count, device=tokens.device)
-            error = 0 if noise is None else noise.normal(position, tokens.shape[2], NOISE_STREAM)
+            error = 0 if noise is None else noise.normal(position, tokens.shape[2], stream) * temperature
             parts.append(level / self.levels * tokens + (1 - level / self.levels) * error)
         return torch.cat(parts, dim=1)
 
     def arrange(self, tokens: Tensor) -> Canvas:
         return Canvas(self.chain(tokens), self.layout)
 
-    def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
-        return Canvas(self.chain(tokens, noise), self.layout)
+    def hold(self, tokens: Tensor, noise: SampleNoise, temperature: float = 1.0) -> Canvas:
+        """Level 0 is the noise from which the draw starts."""
+        return Canvas(self.chain(tokens, noise, 0, temperature), self.layout)
 
     def restore(self, canvas: Canvas) -> Tensor:
         return canvas.tokens[:, -self.spec.layout.length :]
@@ -94,7 +97,7 @@ class Transition(Generator):
             return super().draw(canvas, cond, k, cache=cache, noise=noise, guide=guide, rule=rule)
         if cache is not None:  # what the step reads, the class, is seen by later ones
             self(canvas.repeat(guide.streams), cond, 0, 1, cache)
-            cache.commit(canvas.layout.reads[0])
+            cache.commit(canvas.layout.reads[0] + cond.ahead(0))
         position = torch.arange(canvas.layout.sizes[0], device=canvas.tokens.device)
         return noise.normal(position, self.head.channels) * rule.temperature
 
@@ -170,22 +173,23 @@ class DTM(Transition):
             nn.init.zeros_(layer.weight)
         self.head.mlp.reset()
 
-    def hold(self, tokens: Tensor, noise: SampleNoise) -> Canvas:
+    def hold(self, tokens: Tensor, noise: SampleNoise, temperature: float = 1.0) -> Canvas:
         """One noise, the start of the draw, runs through all levels."""
-        start = noise.normal(torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[2])
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        start = noise.normal(position, tokens.shape[2]) * temperature
         shares = [level / self.levels for level in range(self.levels + 1)]
         return Canvas(torch.cat([share * tokens + (1 - share) * start for share in shares], dim=1), self.layout)
 
     def read(self, x: Tensor, time: Tensor, cond: Cond) -> Inputs:
         """One level a row: values x [R, N, C] at flow times [R]."""
-        return Inputs(
+        inputs = Inputs(
             x=self.project(x) + self.position.weight,
             rank=torch.zeros(x.shape[1], dtype=torch.int64, device=x.device),
             pattern="full",
             position=(self.cos, self.sin, None),
             vector=cond.vector + self.time(time)[:, None],
-            at=cond.at,
         )
+        return conditioned(inputs, cond)
 
     def forward(
         self, canvas: Canvas, cond: Cond, start: int = 0, stop: int | None = None, cache: KVCache | None = None
@@ -197,7 +201,9 @@ class DTM(Transition):
         if stop > first:
             before = canvas.tokens[:, (first - 1) * count : (stop - 1) * count].unflatten(1, (-1, count)).flatten(0, 1)
             time = 1 - torch.arange(first - 1, stop - 1, device=before.device) / self.levels
-            repeated = Cond(cond.start, vector=cond.vector.repeat_interleave(len(time), 0), at=cond.at)
+            each = {name: getattr(cond, name) for name in ("prefix", "vector")}
+            each = {name: None if v is None else v.repeat_interleave(len(time), 0) for name, v in each.items()}
+            repeated = Cond(cond.start, **each, at=cond.at)
             h = self.run(self.read(before, time.repeat(rows), repeated))
             parts.append(h.unflatten(0, (rows, -1)).flatten(1, 2))
         return torch.cat(parts, dim=1)

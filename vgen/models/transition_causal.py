@@ -97,6 +97,8 @@ class CausalTransition(Transition):
         if self.markov:  # of the levels before, only the one that it starts from; the class is group 0
             group = self.group[:b]
             mask = visible(rank[a:], rank) & ((group[a:, None] == group) | (group == 0))
+            if start and cond.prefix is not None:  # all of it stands in the cache, before the class
+                mask = torch.cat([mask.new_ones(len(mask), cond.prefix.shape[1]), mask], dim=1)
         w, v = layout.written(start, stop)
         return Inputs(
             x=x,
@@ -105,7 +107,6 @@ class CausalTransition(Transition):
             position=(self.cos[a:b], self.sin[a:b], None),
             read=self.last[w:v] - a,
             mask=mask,
-            at=cond.at,
         )
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:

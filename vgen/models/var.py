@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
-from vgen.generator import Canvas, Generator
+from vgen.generator import Canvas, Generator, require_ids
 from vgen.heads import CategoricalHead
-from vtok.config import build, describe
+from vtok.config import build, describe, family_class, imported
 from vtok.layers.packed import float32_linear
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.models import FAMILIES
@@ -66,7 +66,7 @@ class VAR(Generator):
         self.accepts(spec)
         width, heads = width or 64 * depth, heads or depth
         self.spec, self.num_classes, self.label_drop, self.layout = spec, num_classes, label_drop, spec.layout
-        self.quantizer = build(spec.quantizer, FAMILIES).requires_grad_(False)
+        self.quantizer = build(spec.quantizer, imported(FAMILIES, spec.quantizer)).requires_grad_(False)
         part = spec.parts[0]
         self.conditioner = ClassConditioner(num_classes=num_classes, dim=width, vector=True)
         self.map_embedding = nn.Linear(part.channels, width)
@@ -96,9 +96,8 @@ class VAR(Generator):
 
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
-        if not spec.discrete or len(spec.parts) != 1:
-            raise ValueError("VAR predicts ids of one vocabulary; choose a tokenizer with one codebook")
-        if spec.quantizer is None or spec.quantizer["family"] != "MultiScaleVQ":
+        require_ids(spec, "VAR")
+        if scales_of(spec) != "residual":
             have = "none" if spec.quantizer is None else spec.quantizer["family"]
             raise ValueError(
                 f"VAR builds its inputs from residual scales, but the tokens come from quantizer {have}; "
@@ -185,7 +184,6 @@ class VAR(Generator):
             rank=canvas.layout.ranks(start, stop, device=x.device),
             pattern=canvas.layout.pattern(start, stop),
             vector=cond.vector,
-            at=cond.at,
         )
 
     def embed_maps(self, canvas: Canvas, start: int, stop: int) -> Tensor:
@@ -195,3 +193,11 @@ class VAR(Generator):
             codes = given if given.is_floating_point() else self.quantizer.lookup(given)
             maps = self.quantizer.maps(codes.float(), start, stop)
             return float32_linear(self.map_embedding, maps)
+
+
+def scales_of(spec: TokenSpec) -> str | None:
+    """What the spec's quantizer says that codes on several maps are (`Quantizer.scales`); None where it has one map, or
+    the spec describes none."""
+    if spec.quantizer is None:
+        return None
+    return getattr(family_class(spec.quantizer["family"], imported(FAMILIES, spec.quantizer)), "scales", None)

@@ -121,7 +121,7 @@ class XAR(Generator):
             position=(self.cos[a:b], self.sin[a:b], None),
             vector=cond.vector + self.time(time[:, start:stop]),
             each=self.entities[a:b] - start if stop - start > 1 else None,
-            at={**cond.at, len(self.trunk.blocks) // 2: self.stacks.edit(a, b)},
+            at={len(self.trunk.blocks) // 2: self.stacks.edit(a, b)},
         )
 
     def draw(
@@ -139,7 +139,7 @@ class XAR(Generator):
         a, b = layout.written(k, k + 1)
         if cache is not None and k > 0:  # as context, the entity before is clean; read from the canvas: it may be given
             self(rows, cond, k - 1, k, cache)
-            cache.commit(layout.reads[k - 1])
+            cache.commit(layout.reads[k - 1] + cond.ahead(k - 1))
         tokens, time = rows.tokens.clone(), rows.tokens.new_zeros(len(rows.tokens), layout.steps)
         noised = Canvas(tokens, layout, time=time)
         position = torch.arange(a, b, device=tokens.device) if canvas.order is None else canvas.order[:, a:b]

@@ -1,8 +1,9 @@
 """Refinement: every step predicts all open tokens and keeps the surest (MaskGIT, Chang et al., arXiv 2202.04200).
 
-As TiTok's generators do it (arXiv 2406.07550): the confidence of a token is its guided logit, and one temperature,
-which falls to 0 at the last step, scales the Gumbel noise of both the token and its confidence. The layout says how
-many tokens each step decides; which ones, the confidences. A token once kept is never asked again.
+As TiTok's generators do it (arXiv 2406.07550): the confidence of a token is its guided logit, and one temperature T,
+which falls to 0 at the last step, scales the Gumbel noise of both the token and its confidence. Here the logits are
+divided by T, as every head does before it hands them to processors: logits + T g orders as logits / T + g. The layout
+says how many tokens each step decides; which ones, the confidences. A token once kept is never asked again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def refine(
     """Write a canvas of B = len(noise.seeds) samples; its `known` says what is decided, in the end everything.
 
     As `ancestral`, except: rule.temperature is that of a first step before the first, and falls linearly to 0 at the
-    last (TiTok's randomize_temperature); processors see the logits before it. With `stop`, open cells hold 0.
+    last (TiTok's randomize_temperature), where the logits stay as they are. With `stop`, open cells hold 0.
     """
     check_rows(cond, noise, guide)
     canvas = generator.begin(noise) if canvas is None else canvas
@@ -56,15 +57,17 @@ def refine(
         count("rows.single" if guide.streams == 1 else "rows.guided")
         h = generator(canvas.repeat(guide.streams), cond, k, k + 1)
         logits = guide(generator.head.logits(h)[0].unflatten(0, (guide.streams, -1)), progress)
+        if temperature:
+            logits = logits / temperature
         for process in chosen.processors:
             logits = process(logits, progress)
-        plain = replace(chosen, temperature=temperature, processors=())
+        plain = replace(chosen, temperature=1.0 if temperature else 0.0, processors=())
         drawn = draw_ids(logits, plain, noise, position, progress, stream=k)
         confidence = logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
         if temperature:
             zero = torch.zeros(1, dtype=torch.int64, device=tokens.device)
             race = noise.gumbel(position, zero, CONFIDENCE_STREAM + k)[..., 0]
-            confidence = confidence + temperature * race
+            confidence = confidence + race
         kept = canvas.known | ~least(confidence, ~canvas.known, layout.length - layout.written(k, k + 1)[1])
         filled = torch.where(canvas.known, canvas.tokens, drawn)
         canvas = replace(canvas, tokens=torch.where(kept, filled, 0), known=kept)

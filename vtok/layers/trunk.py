@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,36 @@ class Inputs:
     at: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     each: Tensor | None = None
 
+    def behind(self, prefix: Tensor) -> Inputs:
+        """These positions with prefix [R, P, D] in front of them, which all of them see, and which sees itself alone.
+        It stands nowhere (no rope, nothing added), is modulated as the first position is, is not edited and predicts
+        nothing. With a cache it goes in with the first step: commit P positions more."""
+        count, length = prefix.shape[1], self.x.shape[1]
+        position, vector, mask = self.position, self.vector, self.mask
+        if position is not None:
+            values = zip(position, (1.0, 0.0, 0.0))
+            position = tuple(None if t is None else F.pad(t, (0, 0, count, 0), value=v) for t, v in values)
+        if vector is not None and self.each is None and vector.shape[1] == length > 1:
+            vector = torch.cat([vector[:, :1].expand(-1, count, -1), vector], dim=1)
+        if mask is not None:
+            mask = F.pad(mask.expand(*mask.shape[:-2], length, -1), (count, 0), value=True)
+            first = mask.new_ones(*mask.shape[:-2], count, mask.shape[-1])
+            first[..., count:] = False
+            mask = torch.cat([first, mask], dim=-2)
+        own = torch.arange(length, device=prefix.device) if self.read is None else self.read
+        return replace(
+            self,
+            x=torch.cat([prefix.to(self.x.dtype), self.x], dim=1),
+            rank=F.pad(self.rank + 1, (count, 0)),
+            pattern="ranks",
+            position=position,
+            vector=vector,
+            read=own + count,
+            mask=mask,
+            at={block: past(edit, count) for block, edit in self.at.items()},
+            each=None if self.each is None else torch.cat([self.each[:1].expand(count), self.each]),
+        )
+
     def window(self, index: Tensor) -> Inputs:
         """The positions index [R, w] of every row, for ragged rows."""
         rows = torch.arange(len(index), device=index.device)[:, None]
@@ -61,6 +91,17 @@ class Inputs:
             vector = vector[rows, index]
         rank = self.rank[index] if self.rank.dim() == 1 else self.rank.gather(1, index)
         return Inputs(self.x[rows, index], rank, "ranks", position, vector, None, None, self.at)
+
+
+def check_edits(at: dict[int, Callable[[Tensor], Tensor]], blocks: int) -> None:
+    """ValueError where an edit is of a block that is not there."""
+    if wrong := sorted(set(at) - set(range(blocks))):
+        raise ValueError(f"edits of blocks {wrong} (Cond.at), but the model has the blocks 0 .. {blocks - 1}")
+
+
+def past(edit: Callable[[Tensor], Tensor], count: int) -> Callable[[Tensor], Tensor]:
+    """The edit of all but the first `count` positions."""
+    return lambda h: torch.cat([h[:, :count], edit(h[:, count:])], dim=1)
 
 
 class Trunk(nn.Module):
@@ -175,6 +216,7 @@ class Trunk(nn.Module):
         """h [R, l, D] after the final norm. Writes the cache provisionally; the caller commits."""
         # weights in bf16 mean a bf16 residual stream; under autocast the weights are float32 and x stays float32
         weight, mask = self.blocks[0].attention.qkv.weight, self.mask(inputs, cache)
+        check_edits(inputs.at, len(self.blocks))
         x = inputs.x.to(weight.dtype)
         self.count(weight, mask)
         vector = None if inputs.vector is None else F.silu(inputs.vector.to(x.dtype))

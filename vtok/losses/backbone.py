@@ -17,6 +17,14 @@ from torch import Tensor, nn
 from vtok.losses.frozen import DAMAGE, find_weights, read_weights
 
 
+def require_known(model: str, key: str = "model") -> None:
+    """ValueError, naming the key, unless timm has a model of that name, its tag left aside."""
+    import timm
+
+    if not timm.is_model(str(model).split(".")[0]):
+        raise ValueError(f"{key}={model!r}: timm has no such model")
+
+
 class Backbone(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] to (class token [B, D] or None, patch tokens [B, n, D]), after the final norm.
 
@@ -36,8 +44,7 @@ class Backbone(nn.Module):
         super().__init__()
         import timm
 
-        if not timm.is_model(model.split(".")[0]):
-            raise ValueError(f"model={model!r}: timm has no such model")
+        require_known(model)
         path = find_weights(weights_path, f"{model}.safetensors")
         if not path.is_file():
             with torch.device("meta"):
@@ -56,12 +63,19 @@ class Backbone(nn.Module):
         except DAMAGE as error:
             message = f"{path} does not fit timm's {model} at size={size} ({type(error).__name__}: {error})"
             raise ValueError(message.replace("\n", " ")[:400]) from None
+        if not hasattr(net, "num_prefix_tokens"):
+            raise ValueError(f"model={model!r} is no vision transformer: it has no patch tokens")
         self.net, self.size = net.eval(), size
         self.prefix = net.num_prefix_tokens
         self.has_class = getattr(net, "cls_token", None) is not None
         config = net.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """(n, D) of the patch tokens of an image."""
+        return self.net.patch_embed.num_patches, self.net.num_features
 
     def prepare(self, images: Tensor) -> Tensor:
         """What the network sees of images in [-1, 1]: normalised and resized."""

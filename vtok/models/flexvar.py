@@ -34,6 +34,8 @@ class FlexVARTokenizer(VARTokenizer):
     the same on all processes and in all parts of an accumulated batch; in eval mode it is the quantizer's own.
     """
 
+    layouts = True
+
     def __init__(
         self,
         *,

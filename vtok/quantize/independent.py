@@ -27,6 +27,8 @@ class IndependentVQ(VQ):
     sides: of the maps, growing; those of the methods' `sides` where none are given. The other arguments are VQ's.
     """
 
+    scales = "independent"
+
     def __init__(
         self,
         *,

@@ -29,6 +29,8 @@ class MultiScaleVQ(Quantizer):
     phi_weight: w of phi; 0 makes it the identity, without parameters. ema_decay, restart: see Codebook.
     """
 
+    scales = "residual"
+
     def __init__(
         self,
         *,
