@@ -54,7 +54,13 @@ FAMILIES: dict[str, list[str]] = {
     "retok": ["tokenizer=retok_small", *VIT, "batch_size=16"],
     # a flow of few registers learns from its one-step estimate; few images a step, since every step is dear
     "flextok": ["tokenizer=flextok_small", *VIT, "batch_size=8", "optimizer.lr=1e-3", "objective.pixel_weight=4"],
-    "detailflow": ["tokenizer=detailflow_small", *VIT, "batch_size=8", "tokenizer.depth=3", "tokenizer.decoder_depth=3"],
+    "detailflow": [
+        "tokenizer=detailflow_small",
+        *VIT,
+        "batch_size=8",
+        "tokenizer.depth=3",
+        "tokenizer.decoder_depth=3",
+    ],
     "dar": ["tokenizer=dar_small", *VIT],
 }
 # What 128 px need beside the options above, for half a second a step on one core: few channels where there are many

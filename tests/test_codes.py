@@ -27,8 +27,9 @@ from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.layout import SequenceLayout
 from vtok.models.cnn import CNNTokenizer
 from vtok.noise import SampleNoise, key
+from vtok.quantize.kl import KL
 from vtok.quantize.vq import VQ
-from vtok.tokenizer import Part, Tokenizer, TokenSpec
+from vtok.tokenizer import Part, Quantizer, Tokenizer, TokenSpec
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,9 +43,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def tokenizer(seed: int = 0, vocab_size: int = 32) -> CNNTokenizer:
+def tokenizer(seed: int = 0, vocab_size: int = 32, quantizer: Quantizer | None = None) -> CNNTokenizer:
     torch.manual_seed(seed)
-    quantizer = VQ(vocab_size=vocab_size, channels=4)
+    quantizer = quantizer or VQ(vocab_size=vocab_size, channels=4)
     return CNNTokenizer(
         image_size=16, quantizer=quantizer, channels=8, multipliers=(1, 1), blocks=1, z_channels=8, groups=4
     ).eval()
@@ -401,6 +402,15 @@ def test_another_tokenizer_is_refused(tmp_path):
         Codes(folder=str(tmp_path / "codes"), tokenizer=str(tmp_path / "other"))
     own = Codes(folder=str(tmp_path / "codes"))
     assert weights_hash(own.tokenizer.state_dict()) == weights_hash(tokenizer(0).state_dict())
+
+
+def test_the_same_weights_at_another_scale_are_refused(tmp_path):
+    made, other = tokenizer(quantizer=KL(channels=4, scale=0.5)), tokenizer(quantizer=KL(channels=4, scale=0.25))
+    write(tmp_path / "codes", made)
+    assert Codes(folder=str(tmp_path / "codes"), tokenizer=made).train_dataset()[0, 0]["tokens"].shape == (64, 4)
+    assert weights_hash(other.state_dict()) == weights_hash(made.state_dict())
+    with pytest.raises(CheckpointError, match=r"same weights with another quantizer\..*scale"):
+        Codes(folder=str(tmp_path / "codes"), tokenizer=other)
 
 
 @pytest.mark.parametrize(

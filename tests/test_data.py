@@ -495,6 +495,8 @@ def test_val_folder(tmp_path):
     make_folder(tmp_path / "val", ["c"], 1)
     with pytest.raises(ValueError, match=r"lacks: \['c'\]"):
         folder_data(tmp_path / "train", val_folder=str(tmp_path / "val")).setup()
+    with pytest.raises(ValueError, match="has no class folders"):
+        folder_data(tmp_path / "train", val_folder=str(tmp_path / "val" / "b")).setup()
 
 
 def test_folder_mistakes(tmp_path):

@@ -7,7 +7,8 @@ and decoded with another gives noise, and no loss shows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,7 @@ class Codes(StepData):
         check_hash(self.train.manifest, self.tokenizer, folder, source)
         self.image_size = int(self.train.manifest["image_size"])
         self.spec = spec_at(self.tokenizer, self.image_size)
+        check_spec(self.train.manifest, self.spec, folder)
         self.class_names = list(self.train.manifest["class_names"])
         self.limit_train, self.limit_val = limit_train, limit_val
 
@@ -246,3 +248,25 @@ def check_hash(manifest: Mapping, tokenizer: Tokenizer, folder: str | Path, sour
             f"codes in {folder} were made by the tokenizer {made_by[:16]}, but {name} is {found[:16]}: "
             "give data.tokenizer=null to use the copy beside the codes, or extract them again with this one"
         )
+
+
+def check_spec(manifest: Mapping, spec: TokenSpec, folder: str | Path) -> None:
+    """Raise CheckpointError unless a tokenizer of the same weights still writes these tokens: its scales or the scale
+    of its latents may have been set otherwise. Arguments of the quantizer that only one of the two names do not count.
+    """
+    made, now = (dict(flat(part)) for part in (manifest["spec"], json.loads(json.dumps(spec.to_config()))))
+    different = [name for name in made.keys() & now.keys() if made[name] != now[name]]
+    if different:
+        raise CheckpointError(
+            f"codes in {folder} were made by the same weights with another {' and '.join(sorted(different))}: set the "
+            "tokenizer as it was, or extract them again"
+        )
+
+
+def flat(tree: Mapping, above: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of what lies in nested mappings."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value

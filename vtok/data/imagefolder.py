@@ -105,6 +105,11 @@ class ImageFolder(ImageData):
         else:
             train_names, val_root = names, self.val_folder
             val_names, val_classes = find(self.val_folder, ignore_classes=not classes)
+            if classes and not val_classes:
+                raise ValueError(
+                    f"data.val_folder={self.val_folder} has no class folders, but data.folder has: sort its images "
+                    "into folders of the same names, or set data.num_classes=0"
+                )
             if not set(val_classes) <= set(classes):
                 extra = sorted(set(val_classes) - set(classes))
                 raise ValueError(f"data.val_folder={self.val_folder} has classes that data.folder lacks: {extra[:3]}")
