@@ -132,9 +132,9 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                 continue
             job = work[part]
             own = part in ("sample", "decode")  # these bring their precision with them
-            counters.reset()
             with nullcontext() if own else autocast, nullcontext() if job.graded else torch.inference_mode():
                 operations, smallest = floor(job.plain or job.run, job.passes * weight_bytes(job.module), rate, speed)
+                counters.reset()  # only what is timed counts, with the run that warms it up
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 spent = seconds(job.run, device, int(config["repeats"]))
@@ -188,7 +188,7 @@ def jobs(
     decode = lambda: decode_images(tokenizer, tokens, dtype=dtype, noise=noise)  # noqa: E731
     found = {
         "encode": Job(lambda: tokenizer.encode(images, noise=noise), tokenizer, 1, False, paths.Asked()),
-        "decode": Job(decode, tokenizer, 1, False, paths.decoding(dtype=dtype, tokenizer=tokenizer)),
+        "decode": Job(decode, tokenizer, 1, False, paths.decoding(dtype=dtype)),
     }
     if generator is None:
         return found

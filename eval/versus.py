@@ -122,7 +122,7 @@ def asked(config: Mapping[str, Any], generator: Any | None, part: str, dtype: to
     if part == "encode":
         return paths.Asked()
     if part == "decode":
-        return paths.decoding(dtype=dtype, tokenizer=generator)
+        return paths.decoding(dtype=dtype)
     if part == "train":
         return paths.training(generator, batch=int(config["batch"]), device=torch.device("cpu"))
     return paths.sampling(generator, dtype=dtype, guided=True, **storage(config))

@@ -1,5 +1,6 @@
 """`python -m eval.throughput`: its counts against closed forms, and the command from end to end on tiny modules."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,9 @@ from hydra import compose, initialize_config_dir
 from runs import CONFIGS
 from torch import nn
 
-from eval.throughput import evaluate, floor, table, weight_bytes
+from eval import paths
+from eval.throughput import Job, evaluate, floor, table, weight_bytes
+from vtok import counters
 from vtok.layers.packed import packable
 
 TINY = (
@@ -61,8 +64,8 @@ def test_command_measures_every_part_and_keeps_earlier_rows(tmp_path, monkeypatc
         assert row["matmul_operations_per_image"] > 0
         assert row["paths"] or row["part"] == "encode"
     decode, sample, train = rows[1:]
-    assert decode["paths"] == {"decode.float32": 3} and sample["paths"]["rows.guided"] == 3 * 16
-    assert train["paths"]["loss.whole"] == 3 and "step.recomputed" not in sample["paths"]
+    assert decode["paths"]["decode.float32"] == 2 and sample["paths"]["rows.guided"] == 2 * 16
+    assert train["paths"]["loss.whole"] == 2 and "step.recomputed" not in sample["paths"]
     assert train["parameters"] == sample["parameters"] != decode["parameters"]
     again = evaluate(config(f"out={out}", "parts=[decode]"))
     more = evaluate(config(f"out={out}", "parts=[decode]", "batches=[1]"))
@@ -88,11 +91,23 @@ def test_packed_weights_are_counted_as_plain_ones_and_their_path_is_asked_for(dt
     monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e12)
     common = ("model=llamagen_tiny", f"dtype={dtype}", "parts=[decode,sample]", f"out={tmp_path / 't.json'}")
     plain, packed = evaluate(config(*common, "packed=false")), evaluate(config(*common))
-    assert packed[0]["paths"].get("decode.bfloat16", 0) == (3 if dtype == "bfloat16" else 0)
+    assert packed[0]["paths"].get("decode.bfloat16", 0) == (2 if dtype == "bfloat16" else 0)
     assert packed[1]["paths"]["linear.packed"] > 0 == plain[1]["paths"].get("linear.packed", 0)
     for name in ("parameters", "matmul_operations_per_image", "roofline_ms_per_image"):
         assert packed[1][name] == pytest.approx(plain[1][name])
     assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 4, "other settings are other rows"
+
+
+def test_only_what_is_timed_counts(tmp_path, monkeypatch):
+    """The plain run that operations are counted on takes the slow path; the timed one must not pass for it."""
+    monkeypatch.setattr("eval.throughput.matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)
+    run, made = Job(lambda: None, nn.Linear(1, 1), 1, False, paths.Asked({"step.cached"})), []
+    plain = dataclasses.replace(run, plain=lambda: made.append(counters.count("step.cached")))
+    monkeypatch.setattr("eval.throughput.jobs", lambda *_: {"sample": plain})
+    with pytest.raises(ValueError, match=r"sample at batch 2 fell back.*not taken: step\.cached"):
+        evaluate(config("parts=[sample]", f"out={tmp_path / 'x.json'}"))
+    assert made == [None]
 
 
 def test_a_fallback_is_no_measurement(tmp_path, monkeypatch):
