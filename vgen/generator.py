@@ -83,6 +83,11 @@ class Generator(Configured, nn.Module):
         """Parameters without weight decay beside those of fewer than two dimensions (vtok/optim.py)."""
         return []
 
+    @property
+    def vectors(self) -> int:
+        """Condition vectors that modulate the blocks in a pass over a whole image, where anything does."""
+        return 1
+
     # --- the tokenizer's order <-> our own --------------------------------------------------------------------------
 
     def arrange(self, tokens: Tensor) -> Canvas:
