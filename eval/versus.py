@@ -33,6 +33,7 @@ from vtok.cli import entry
 
 TOLERANCE = 1e-4  # of max|a - b| / max|b|; ids must be equal
 LEAST = 7  # turns, fewer are no measurement
+ITSELF = 0.95, 1.05  # the ratio of a module against itself
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -189,6 +190,12 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     kept = [row for row in earlier if tuple(row.get(k) or None for k in key) not in done]
     write_json(out, {"rows": kept + rows})
     print(f"wrote {out}")
+    ratio, (low, high) = rows[-1]["ratio"], ITSELF
+    if config["selftest"] and not low <= ratio <= high:
+        raise ValueError(
+            f"selftest: a module against itself gives {ratio:.3f}, not {low} to {high}, so no ratio of this machine "
+            "counts now: end what else runs on it, or raise turns and least_seconds"
+        )
     return rows
 
 

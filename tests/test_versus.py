@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from runs import CONFIGS
 
 from eval.peers import SOURCES, Options, pair
-from eval.versus import agree, alternate, evaluate
+from eval.versus import CLOCKS, agree, alternate, evaluate
 
 
 def config(*overrides):
@@ -74,16 +74,33 @@ def test_short_runs_are_repeated_as_often_on_both_sides():
     assert got(0.9)["runs_a_turn"] == 1 and order.count("b") == 1 + 7  # long enough, were it 9 seconds or a tenth
 
 
-def test_selftest_command_writes_one_row_and_keeps_others(tmp_path):
+def seconds_of(monkeypatch, first):
+    """A clock by which a run of the first side takes that long, and one of the second a second."""
+    readings = itertools.chain.from_iterable((0.0, first if side == "a" else 1.0) for side in "ab" + "abba" * 4)
+    monkeypatch.setitem(CLOCKS, "wall", lambda: next(readings))
+
+
+@pytest.mark.parametrize("first", [0.94, 1.06])
+def test_selftest_fails_outside_its_range(tmp_path, monkeypatch, first):
+    seconds_of(monkeypatch, first)
+    out = tmp_path / "versus.json"
+    with pytest.raises(ValueError, match=f"selftest: a module against itself gives {first:.3f}, not 0.95 to 1.05"):
+        evaluate(config("selftest=true", "steps=2", f"out={out}"))
+    assert json.loads(out.read_text())["rows"][0]["ratio"] == pytest.approx(first)
+
+
+def test_selftest_command_writes_one_row_and_keeps_others(tmp_path, monkeypatch):
     out = tmp_path / "versus.json"
     out.write_text(json.dumps({"rows": [dict.fromkeys(("peer", "size", "part", "batch", "dtype", "threads"), "x")
                                         | {"device": "x", "setting": "x", "clock": "x"}]}))  # fmt: skip
     options = ["selftest=true", "steps=2", "least_seconds=0.05", f"out={out}"]
-    for _ in range(2):
+    for first in (0.96, 1.04):
+        seconds_of(monkeypatch, first)
         (row,) = evaluate(config(*options))
     rows = json.loads(out.read_text())["rows"]
     assert [r["peer"] for r in rows] == ["x", "itself"]
     assert row["turns"] == 7 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    assert row["ratio"] == pytest.approx(1.04)
 
 
 @pytest.mark.parametrize("peer", SOURCES)
