@@ -105,7 +105,7 @@ def cpu_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for title, peer, size, part, batches, wanted in WANTED:
         for batch in batches:
             key = (peer, size, part, batch)
-            found = [r for r in rows if (r["peer"], r["size"], r["part"], r["batch"]) == key]
+            found = [r for r in rows if (r["peer"], r["size"], r["part"], r["batch"]) == key and r.get("on") != "cuda"]
             for row in found:
                 span = f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
                 seconds = f"{row['original_seconds']:.2f}, {row['our_seconds']:.2f}"

@@ -116,6 +116,7 @@ def test_page_says_not_measured_where_there_is_no_row(tmp_path):
     assert "| float32 | >= 2.0 | 2.50 (2.25 to 2.75) | yes | 5.00, 2.00 | 256 tokens | wall, a CPU |" in text
     cells = sum(len(batches) for *_, batches, _ in benchmarks.WANTED)
     assert benchmarks.cpu_table([row]).count("not measured") == cells - 1
+    assert benchmarks.cpu_table([row | {"on": "cuda"}]).count("not measured") == cells
     assert benchmarks.gpu_table(tmp_path).count(f"| {name} | sample |  | 1 | 2.00 | 500.0 | 30% |  | a GPU |") == 1
 
 
