@@ -44,6 +44,31 @@ def test_cached_tokens_are_those_of_whole_prefixes(name, rule):
     assert torch.equal(fast.tokens, draw(model, LABELS, seeds, guidance(3.0), rule, cached=False).tokens)
 
 
+def test_var_adds_one_map_a_step_to_a_sum_with_the_bits_of_all_maps_added_anew(monkeypatch):
+    model, added = make("var"), []
+    canvas, steps = model.arrange(tokens_of(model, 3)), model.layout.steps
+    codes, contribution = model.quantizer.lookup(canvas.tokens), model.quantizer._contribution
+    want = [model.quantizer.maps(codes, k, k + 1) for k in range(1, steps)]
+    monkeypatch.setattr(model.quantizer, "_contribution", lambda *given: added.append(given[1]) or contribution(*given))
+    cache = model.cache(3)
+    cache.commit(model.layout.reads[0])
+    for k in range(1, steps):
+        if k == 2:  # a step that is run again before it is committed reads the tokens anew
+            other = model.arrange((canvas.tokens + 1) % 24)
+            assert not torch.equal(model.next_map(other, k, cache), want[k - 1])
+        assert torch.equal(model.next_map(canvas, k, cache), want[k - 1])
+        cache.commit(model.layout.reads[k])
+    assert added == [0, 1, 1, 2]
+    cache.truncate(model.layout.read(0, 2)[1])
+    assert torch.equal(model.next_map(canvas, 2, cache), want[1])
+    cache.take(torch.tensor([2, 0, 1]))
+    turned = model.arrange(canvas.tokens[[2, 0, 1]])
+    torch.testing.assert_close(model.next_map(turned, 3, cache), want[2][[2, 0, 1]])
+    added.clear()
+    draw(model, LABELS, sample_seeds(3, 0, 3), guidance(3.0), DrawRule(top_k=9))
+    assert added == list(range(steps - 1)), "each map once an image"
+
+
 @pytest.mark.parametrize("name", ["llamagen", "var", "rar", "hita"])
 def test_bf16_trunk_is_within_its_rounding(name):
     """Eight bits of mantissa through two blocks: a few percent of the largest logit, on every position."""

@@ -58,12 +58,14 @@ class Generator(Configured, nn.Module):
 
     spec: the tokens it was built for; num_classes: 0 = unconditional; label_drop: share of training samples whose class
     is hidden; layout: its own order; caches: whether earlier steps stay as they are, so that their keys and values can
-    be kept; reads_also: which of "patches" (of a teacher) and "corrupted" (corrections) its loss takes from a batch.
+    be kept, in a cache of cache_kind; reads_also: which of "patches" (of a teacher) and "corrupted" (corrections) its
+    loss takes from a batch.
     """
 
     caches: bool = True
     closed: bool = True  # whether log_prob is a likelihood of the ids: no, where steps choose what they decide
     reads_also: tuple[str, ...] = ()
+    cache_kind: type[KVCache] = KVCache
     spec: TokenSpec
     num_classes: int
     label_drop: float
@@ -161,7 +163,7 @@ class Generator(Configured, nn.Module):
         weight = self.trunk.blocks[0].attention.qkv.weight
         dtype = torch.get_autocast_dtype(weight.device.type) if _autocast(weight) else weight.dtype
         reads = (self.layout if layout is None else layout).reads
-        return self.trunk.cache(rows, sum(reads) + prefix, dtype=dtype, device=weight.device)
+        return self.trunk.cache(rows, sum(reads) + prefix, dtype=dtype, device=weight.device, kind=self.cache_kind)
 
     def draw(
         self,
