@@ -36,6 +36,11 @@ class MapCache(KVCache):
     summed: tuple[Tensor | None, int] = (None, 0)
     pending: tuple[Tensor | None, int] | None = None
 
+    def first(self, rows: int) -> MapCache:
+        part, (total, scales) = super().first(rows), self.summed
+        part.summed, part.pending = (None if total is None else total[:rows], scales), None
+        return part
+
     def commit(self, n: int | Tensor) -> None:
         super().commit(n)
         if not isinstance(n, int):  # rows stand at different places

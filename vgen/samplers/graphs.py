@@ -22,7 +22,7 @@ from vgen.conditioning import Cond
 from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule
-from vgen.samplers.ancestral import PLAIN, UNGUIDED, ancestral, check_rows, empty_cache, write_step
+from vgen.samplers.ancestral import PLAIN, UNGUIDED, ancestral, check_rows, empty_cache, phases, write_step
 from vtok.counters import count
 from vtok.layers.cache import KVCache
 from vtok.noise import SampleNoise
@@ -154,14 +154,14 @@ class GraphSampler:
         cond = replace(cond, **{name: _own(getattr(cond, name)) for name in COND})
         begun, canvas = canvas, replace(canvas, **{name: _own(getattr(canvas, name)) for name in CANVAS})
         noise = SampleNoise(noise.seeds.clone())
-        options = {"noise": noise, "guide": guide, "rule": rule}
-        capture.warm(lambda: ancestral(generator, cond, canvas=canvas, stop=stop, **options))
+        options = {"noise": noise, "rule": rule}
+        capture.warm(lambda: ancestral(generator, cond, canvas=canvas, stop=stop, guide=guide, **options))
         made = Recording(cond, noise, canvas, cache, [])
         made.load(cond, noise, begun)
-        for k in range(layout.steps if stop is None else stop):
+        for k, given, kept, now in phases(cond, cache, guide, canvas, layout.steps if stop is None else stop):
             seen: list[Progress] = []
-            step = lambda k=k, seen=seen: seen.append(write_step(generator, canvas, cond, k, cache=cache, **options))  # noqa: E731
-            made.steps.append((capture(step), *seen))
+            step = functools.partial(write_step, generator, canvas, given, k, cache=kept, guide=now, **options)
+            made.steps.append((capture(lambda step=step, seen=seen: seen.append(step())), *seen))
             count("graph.captured")
         return made
 
