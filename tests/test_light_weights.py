@@ -184,6 +184,14 @@ def test_pipeline_decodes_apart_from_the_generator_and_says_what_does_not_fit():
         Pipeline(*parts, cuda_graphs=True)
 
 
+def test_eight_bits_are_told_to_be_smaller_and_not_faster(tmp_path, capsys):
+    needs_torchao()
+    source, chosen = exported(tmp_path / "model"), {"classes": [3], "per_class": 1, "guidance": 1.0, "chunk": 1}
+    for quant in (None, "int8"):
+        sample(settings(source, tmp_path / f"{quant}.npz", **chosen, packed=False, quant=quant))
+        assert ("quant=int8 halves the memory of the weights, not the time" in capsys.readouterr().out) == bool(quant)
+
+
 def test_sampling_command_takes_the_keys_and_records_them(tmp_path):
     needs_packing(torch.float32)
     source = exported(tmp_path / "model")
