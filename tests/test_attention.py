@@ -64,6 +64,21 @@ def test_block_mask_equals_bool_mask_on_cuda():
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")
+def test_drawn_lengths_share_kernels_on_cuda():
+    """More lengths than dynamo compiles by itself, all of one or two tiles: two graphs, the values of the bool mask."""
+    from torch._dynamo.utils import counters as compiled
+
+    torch._dynamo.reset()
+    before = compiled["stats"]["unique_graphs"]
+    for last in range(20, 60, 2):  # 115 to 153 positions
+        ranks = SequenceLayout.levels((1, 4, 90, last)).ranks(device="cuda")
+        q, k, v = torch.randn(3, 1, 2, len(ranks), 64, device="cuda").unbind(0)
+        want = attend(q, k, v, mask=visible(ranks, ranks))
+        torch.testing.assert_close(attend(q, k, v, mask=block_mask(ranks)), want, rtol=1e-2, atol=1e-2)
+    assert compiled["stats"]["unique_graphs"] - before <= 2
+
+
 def test_rope_is_a_complex_rotation():
     x = torch.randn(2, 3, 5, 8)
     cos, sin = rope_1d(torch.arange(5), 8)

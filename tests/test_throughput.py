@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from generators import make, tokens_of
+from generators import CLASSES, make, scale_spec, tokens_of
 from hydra import compose, initialize_config_dir
 from runs import CONFIGS
 from test_generators import draw
@@ -14,6 +14,7 @@ from eval import paths
 from eval.throughput import Job, counted, evaluate, table, trainer, training_cost, weight_bytes
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
+from vgen.models.var import VAR
 from vtok import counters
 from vtok.acceleration import training_operations
 from vtok.layers.packed import packable
@@ -94,6 +95,20 @@ def test_training_is_counted_as_in_mfu_and_on_the_cpu_where_there_is_no_closed_f
     batch["tokens"] = tokens_of(mar, 3)
     got, _ = training_cost(mar, batch)
     assert got == counted(trainer(mar, batch), mar)[0] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_var_trains_on_block_masks_on_cuda(compiled):
+    device = torch.device("cuda")
+    model = VAR(scale_spec(), CLASSES, depth=2, width=64, heads=2).to(device)
+    batch = {"tokens": tokens_of(model, 3), "label": torch.tensor([0, 1, 2]), "key": sample_seeds(0, 0, 3)}
+    batch = {name: value.to(device) for name, value in batch.items()}
+    assert training_cost(model, batch)[0] == 3 * training_operations(model)
+    step = trainer(model, batch, dtype=torch.bfloat16, compiled=compiled)
+    counters.reset()
+    step()
+    paths.training(model, batch=3, device=device, compiled=compiled).check(counters.read(), "train")
 
 
 def test_autocast_spans_the_loss_alone(monkeypatch):
