@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from vgen.cross_entropy import MOST
 from vgen.generator import Generator
@@ -82,7 +81,7 @@ def training(generator: Generator, *, batch: int, device: torch.device, compiled
     """For a training step on whole sequences."""
     asked = Asked()
     if compiled:
-        asked.taken.add("block.compiled")
+        asked.one_of("block.compiled", "block.plain")
     trunk, layout = generator.trunk, generator.layout
     if isinstance(generator.head, CategoricalHead) and generator.caches:
         many = batch * layout.length * generator.head.vocab_size > MOST
@@ -97,14 +96,13 @@ def training(generator: Generator, *, batch: int, device: torch.device, compiled
     return asked
 
 
-def decoding(*, dtype: torch.dtype, tokenizer: nn.Module) -> Asked:
-    """For images of tokens: bfloat16 means channels-last convolutions too."""
+def decoding(*, dtype: torch.dtype) -> Asked:
+    """For images of tokens: bfloat16 means channels-last convolutions too, where there are any."""
     asked = Asked()
     light = dtype != torch.float32
     asked.one_of("decode.bfloat16" if light else "decode.float32", "decode.bfloat16", "decode.float32")
-    wide = [m for m in tokenizer.modules() if isinstance(m, nn.Conv2d) and min(m.weight.shape[1:]) > 1]
-    if light and wide:
-        asked.taken.add("decode.channels_last")
+    if light:
+        asked.never.add("decode.channels_first")
     return asked
 
 

@@ -2,14 +2,17 @@
 
 Nothing of the originals is here. Their modules are imported from the folder that the user names, get random weights,
 and are converted by vgen.convert; from then on both sides hold the same numbers. Code that insists on CUDA runs on the
-CPU through the stand-ins of `on_cpu`.
+CPU through the stand-ins of `on_cpu`. On CUDA in bfloat16 the originals run as their own scripts do: LlamaGen with its
+weights in it, the others under autocast, and so does training on both sides.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
+import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -26,17 +29,20 @@ from vgen.convert import convert
 from vgen.guidance import ClassifierFree, Constant, Cosine, Count, Guidance, Linear
 from vgen.heads import DrawRule
 from vgen.masking import masked_layout
+from vgen.samplers.graphs import GraphSampler
 from vtok.acceleration import light_weights
 from vtok.low_bit import LowBit
 from vtok.noise import SampleNoise, sample_seeds
 
 Run = Callable[[], Any]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Options:
     """What is timed. size: the original's name of it, or tiny; steps: of sampling, None for the peer's own. dtype,
-    packed, quant: how our trunk's weights are stored for sampling (vtok/acceleration.py)."""
+    packed, quant: how our trunk's weights are stored for sampling (vtok/acceleration.py). device: of both sides.
+    cuda_graphs: our sampling is recorded once and replayed."""
 
     size: str | None
     batch: int
@@ -44,6 +50,20 @@ class Options:
     dtype: torch.dtype = torch.float32
     packed: bool | None = None
     quant: LowBit | None = None
+    device: torch.device = CPU
+    cuda_graphs: bool = False
+
+    @property
+    def light(self) -> bool:
+        """Whether the originals and training run in `dtype` too: on the CPU they stay in float32."""
+        return self.device.type == "cuda" and self.dtype != torch.float32
+
+    def precision(self) -> torch.autocast:
+        """What the originals sample, and both sides compute their losses, under."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.light)
+
+    def labels(self) -> Tensor:
+        return torch.arange(self.batch, device=self.device)
 
 
 @dataclass
@@ -79,7 +99,10 @@ def pair(peer: str, folder: str | None, options: Options) -> Pair:
             "(this project holds none of its code)"
         )
     sys.path.insert(0, str(Path(folder).resolve()))
-    on_cpu()
+    if options.device.type == "cpu":
+        on_cpu()
+    elif importlib.util.find_spec("flash_attn") is None:
+        own_flash()
     torch.manual_seed(0)
     from eval.tokenizer_peers import BUILDERS as TOKENIZERS
 
@@ -95,13 +118,16 @@ def pair(peer: str, folder: str | None, options: Options) -> Pair:
 
 
 def on_cpu() -> None:
-    """Stand-ins for CUDA-only calls, in this process, where there is no GPU."""
-    if torch.cuda.is_available():
-        return
+    """Stand-ins for CUDA-only calls, in this process, with a GPU in the machine or without."""
     torch.Tensor.cuda = lambda self, *a, **k: self
     nn.Module.cuda = lambda self, *a, **k: self
     torch.cuda.amp.autocast = lambda *a, **k: _Nothing()
     torch.backends.cuda.sdp_kernel = lambda *a, **k: contextlib.nullcontext()
+    own_flash()
+
+
+def own_flash() -> None:
+    """PyTorch's attention in the place of the package flash_attn, which is not installed."""
     flash = types.ModuleType("flash_attn")
     flash.flash_attn_func = _flash
     flash.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
@@ -126,6 +152,19 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Products and convolutions of the check in float32: CUDA's may be TF32, which keeps ten bits of each factor."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @contextlib.contextmanager
@@ -159,37 +198,62 @@ def fill(module: nn.Module, std: float = 0.02) -> nn.Module:
 
 
 @torch.inference_mode()
-def draw(model: Any, labels: Tensor, guide: Guidance, rule: DrawRule, noise: Any = None, **options: Any) -> Tensor:
-    """Tokens in our order, by the family's own sampler."""
+def draw(
+    model: Any,
+    labels: Tensor,
+    guide: Guidance,
+    rule: DrawRule,
+    noise: Any = None,
+    sampler: Any = None,
+    **options: Any,
+) -> Tensor:
+    """Tokens in our order, by the family's own sampler unless another one is given."""
     streams = [model.conditioner(labels)] + [model.conditioner.null(len(labels))] * (guide.streams - 1)
-    noise = SampleNoise(sample_seeds(0, 0, len(labels))) if noise is None else noise
-    canvas = model.sampler(model, Cond.cat(streams), noise=noise, guide=guide, rule=rule, **options)
+    noise = SampleNoise(sample_seeds(0, 0, len(labels)).to(labels.device)) if noise is None else noise
+    write = model.sampler if sampler is None else sampler
+    canvas = write(model, Cond.cat(streams), noise=noise, guide=guide, rule=rule, **options)
     return model.restore(canvas)
 
 
-def learn(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
+def drawn(model: Any, labels: Tensor, guide: Guidance, rule: DrawRule, options: Options, **more: Any) -> Run:
+    """Our sampling as it is timed."""
+    sampler = GraphSampler(model) if options.cuda_graphs else None
+    return lambda: draw(model, labels, guide, rule, sampler=sampler, **more)
+
+
+def shipped(run: Run, options: Options) -> Run:
+    """The original's sampling as it is timed."""
+
+    def call() -> Any:
+        with options.precision():
+            return run()
+
+    return call
+
+
+def learn(model: nn.Module, loss: Callable[[], Tensor], options: Options) -> Run:
     """Forward and backward pass in training mode."""
 
     def step() -> None:
         model.train()
         model.zero_grad(set_to_none=True)
-        loss().backward()
+        with options.precision():
+            found = loss()
+        found.backward()
         model.eval()
 
     return step
 
 
-def trained(model: Any, tokens: Tensor, labels: Tensor) -> Run:
-    batch = {"tokens": tokens, "label": labels, "key": sample_seeds(0, 0, len(labels))}
-    return learn(model, lambda: model.loss(batch, progress=0.0)["loss"])
+def trained(model: Any, tokens: Tensor, labels: Tensor, options: Options) -> Run:
+    batch = {"tokens": tokens, "label": labels, "key": sample_seeds(0, 0, len(labels)).to(labels.device)}
+    return learn(model, lambda: model.loss(batch, progress=0.0)["loss"], options)
 
 
 def cast(model: Any, options: Options) -> Any:
     """The trunk's weights as the options say, as Pipeline.load does it; a copy where that changes them."""
     if options.dtype == torch.float32 and options.packed is False and options.quant is None:
         return model
-    import copy
-
     model = copy.deepcopy(model)
     light_weights(model, options.dtype, packed=options.packed, quant=options.quant)
     return model
@@ -213,17 +277,20 @@ def llamagen(folder: Path, options: Options) -> Pair:
         theirs = gpt.GPT_models[options.size or "GPT-B"](**common)
     fill(theirs)
     ours = convert("llamagen", theirs.state_dict(), {"Transformer_ModelArgs": vars(theirs.config)})
-    length, labels = ours.layout.length, torch.arange(options.batch)
-    tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, length))
+    for side in (theirs, ours):
+        side.to(options.device)
+    length, labels = ours.layout.length, options.labels()
+    tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, length)).to(options.device)
     steps, guide, fast = options.steps or length, ClassifierFree(Constant(4.0)), cast(ours, options)
     settings = {"cfg_scale": 4.0, "cfg_interval": -1, "temperature": 1.0, "top_p": 1.0}
+    quick = copy.deepcopy(theirs).to(options.dtype) if options.light else theirs  # its cache has its weights' dtype
 
     def plain(*, learning: bool) -> tuple[Tensor, Tensor | None]:
         for layer in theirs.layers:
             layer.attention.kv_cache = None  # sampling leaves one
         if learning:
             return theirs(tokens[:, :-1], labels, targets=tokens)
-        return theirs(tokens[:, :-1], labels, input_pos=torch.arange(length))[0], None
+        return theirs(tokens[:, :-1], labels, input_pos=torch.arange(length, device=tokens.device))[0], None
 
     def same() -> list[tuple[str, Tensor, Tensor]]:
         few = min(steps, 32)
@@ -236,10 +303,10 @@ def llamagen(folder: Path, options: Options) -> Pair:
 
     parts = {
         "sample": (
-            lambda: sampling.generate(theirs, labels, steps, top_k=2000, sample_logits=True, **settings),
-            lambda: draw(fast, labels, guide, DrawRule(top_k=2000), stop=steps),
+            lambda: sampling.generate(quick, labels, steps, top_k=2000, sample_logits=True, **settings),
+            drawn(fast, labels, guide, DrawRule(top_k=2000), options, stop=steps),
         ),
-        "train": (learn(theirs, lambda: plain(learning=True)[1]), trained(ours, tokens, labels)),
+        "train": (learn(theirs, lambda: plain(learning=True)[1], options), trained(ours, tokens, labels, options)),
     }
     return Pair(same, parts, fast, f"{steps} tokens, guidance 4, top_k 2000, without decoding")
 
@@ -257,8 +324,11 @@ def var(folder: Path, options: Options) -> Pair:
     sides = list(theirs.patch_nums)
     arguments = {"VAR": {"patch_nums": sides, "cond_drop_rate": theirs.cond_drop_rate}, "VQVAE": {}}
     ours = convert("var", state, arguments)
-    fast, labels = cast(ours, options), torch.arange(options.batch)
-    tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, ours.layout.length))
+    for side in (vae, theirs, ours):
+        side.to(options.device)
+    theirs.rng = torch.Generator(device=options.device)  # it takes CUDA wherever there is one
+    fast, labels = cast(ours, options), options.labels()
+    tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, ours.layout.length)).to(options.device)
     maps = vae.quantize.idxBl_to_var_input([t.contiguous() for t in tokens.split([s * s for s in sides], dim=1)])
     vae.fhat_to_img = lambda f: f.clone()  # sampling excludes decoding
     guide, draws = ClassifierFree(Linear(5.0)), module.sample_with_top_k_top_p_  # the original's cfg = 4 is 1 + 4
@@ -289,8 +359,8 @@ def var(folder: Path, options: Options) -> Pair:
 
     rule = DrawRule(top_k=min(900, ours.spec.parts[0].vocab_size), top_p=0.95)
     parts = {
-        "sample": (lambda: sample(rule.top_k, 0.95), lambda: draw(fast, labels, guide, rule)),
-        "train": (learn(theirs, loss), trained(ours, tokens, labels)),
+        "sample": (shipped(lambda: sample(rule.top_k, 0.95), options), drawn(fast, labels, guide, rule, options)),
+        "train": (learn(theirs, loss, options), trained(ours, tokens, labels, options)),
     }
     return Pair(same, parts, fast, "ten scales, cfg 4, top_k 900, top_p 0.95, without decoding")
 
@@ -305,9 +375,11 @@ def rar(folder: Path, options: Options) -> Pair:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_seq_len")
     arguments = {"generator": {name: g[name] for name in names}}
     ours = convert("rar", theirs.state_dict(), {"RAR_config": {"model": arguments}})
-    fast, labels = cast(ours, options), torch.arange(options.batch)
+    for side in (theirs, ours):
+        side.to(options.device)
+    fast, labels = cast(ours, options), options.labels()
     vocabulary = ours.spec.parts[0].vocab_size
-    tokens = torch.randint(vocabulary, (options.batch, ours.layout.length))
+    tokens = torch.randint(vocabulary, (options.batch, ours.layout.length)).to(options.device)
     guide = ClassifierFree(Cosine(float(g.guidance_scale), float(g.guidance_scale_pow)))
     settings = {k: g[k] for k in ("guidance_scale", "randomize_temperature", "guidance_scale_pow")}
 
@@ -335,8 +407,8 @@ def rar(folder: Path, options: Options) -> Pair:
 
     rule = DrawRule(temperature=float(g.randomize_temperature))
     parts = {
-        "sample": (sample, lambda: draw(fast, labels, guide, rule)),
-        "train": (learn(theirs, loss), trained(ours, tokens, labels)),
+        "sample": (shipped(sample, options), drawn(fast, labels, guide, rule, options)),
+        "train": (learn(theirs, loss, options), trained(ours, tokens, labels, options)),
     }
     return Pair(same, parts, fast, f"{ours.layout.length} tokens, guidance of rar.yaml, without decoding")
 
@@ -345,7 +417,7 @@ class Tape:
     """Normal numbers read from left to right, on our side in the place of keyed noise and on theirs of torch.randn."""
 
     def __init__(self, numbers: Tensor, rows: int) -> None:
-        self.numbers, self.seeds, self.at = numbers, torch.zeros(rows, dtype=torch.int64), 0
+        self.numbers, self.seeds, self.at = numbers, torch.zeros(rows, dtype=torch.int64, device=numbers.device), 0
 
     def take(self, *shape: int) -> Tensor:
         count = int(torch.Size(shape).numel())
@@ -368,8 +440,10 @@ def xar(folder: Path, options: Options) -> Pair:
     heads = theirs.encoder_blocks[0].attn.num_heads
     arguments = {"encoder_num_heads": heads, "decoder_num_heads": heads}
     ours = convert("xar", theirs.state_dict(), {"xAR": arguments})
-    fast, labels, steps = cast(ours, options), torch.arange(options.batch), options.steps or 10
-    latents = torch.randn(options.batch, ours.channels, 16, 16)
+    for side in (theirs, ours):
+        side.to(options.device)
+    fast, labels, steps = cast(ours, options), options.labels(), options.steps or 10
+    latents = torch.randn(options.batch, ours.channels, 16, 16).to(options.device)
     tokens, guide = latents.flatten(2).transpose(1, 2), ClassifierFree(Linear(2.7))
 
     def sample(count: int) -> Tensor:
@@ -377,7 +451,7 @@ def xar(folder: Path, options: Options) -> Pair:
             return theirs.sample_tokens(num_steps=count, cfg=2.7, label=labels)
 
     def same() -> list[tuple[str, Tensor, Tensor]]:
-        numbers = torch.randn(3 * options.batch * ours.layout.length * ours.channels)
+        numbers = torch.randn(3 * options.batch * ours.layout.length * ours.channels).to(options.device)
         tape = Tape(numbers, options.batch)
         like = lambda x, **_: tape.take(*x.shape).to(x.dtype)  # noqa: E731
         with replaced(torch, "randn", lambda shape, **_: tape.take(*shape)), replaced(torch, "randn_like", like):
@@ -388,10 +462,11 @@ def xar(folder: Path, options: Options) -> Pair:
 
     rule = DrawRule(solver="euler_maruyama", solver_steps=steps)
     parts = {
-        "sample": (lambda: sample(steps), lambda: draw(fast, labels, guide, rule)),
+        "sample": (shipped(lambda: sample(steps), options), drawn(fast, labels, guide, rule, options)),
     }
     if options.batch > 1:  # its training takes a batch of one for no batch at all
-        parts["train"] = (learn(theirs, lambda: theirs(latents, labels)), trained(ours, tokens, labels))
+        theirs_loss = learn(theirs, lambda: theirs(latents, labels), options)
+        parts["train"] = (theirs_loss, trained(ours, tokens, labels, options))
     return Pair(same, parts, fast, f"4 cells x {steps} Euler-Maruyama steps, guidance 2.7, without decoding")
 
 
@@ -408,23 +483,25 @@ def mar(folder: Path, options: Options) -> Pair:
     given = {k: v for k, v in given.items() if not k.startswith(("encoder", "decoder", "norm"))}
     heads = {f"{side}_num_heads": theirs.encoder_blocks[0].attn.num_heads for side in ("encoder", "decoder")}
     ours = convert("mar", theirs.state_dict(), {"MAR": given | heads})
-    fast, labels, length = cast(ours, options), torch.arange(options.batch), ours.layout.length
+    for net in (theirs, ours):
+        net.to(options.device)
+    fast, labels, length = cast(ours, options), options.labels(), ours.layout.length
     fast.layout = masked_layout(fast.spec.layout, steps, "cosine")
     side, channels = int(length**0.5), ours.head.channels
-    latents = torch.randn(options.batch, channels, side, side)
+    latents = torch.randn(options.batch, channels, side, side).to(options.device)
     tokens = latents.flatten(2).transpose(1, 2)
     guide = ClassifierFree(Count(2.9, tokens=length))
 
     def same() -> list[tuple[str, Tensor, Tensor]]:
         known = length // 4
-        cells = torch.rand(options.batch, length).argsort(1)[:, :known].sort(1).values
-        mask = torch.ones(options.batch, length).scatter(1, cells, 0.0)
+        cells = torch.rand(options.batch, length).argsort(1)[:, :known].sort(1).values.to(options.device)
+        mask = torch.ones(options.batch, length, device=options.device).scatter(1, cells, 0.0)
         with torch.no_grad():
             classes = theirs.class_emb(labels)
             states = theirs.forward_mae_decoder(theirs.forward_mae_encoder(tokens, mask, classes), mask)
             seen = tokens.gather(1, cells.unsqueeze(-1).expand(-1, -1, channels))
             mine = ours.states(seen, cells, ours.conditioner(labels))
-            x, t = tokens.flatten(0, 1), torch.randint(1000, (options.batch * length,))
+            x, t = tokens.flatten(0, 1), torch.randint(1000, (options.batch * length,)).to(options.device)
             net = theirs.diffloss.net(x, t, states.flatten(0, 1))
             return [("states", states, mine), ("head", net, ours.head.mlp(x, t / 1000, mine.flatten(0, 1)))]
 
@@ -435,8 +512,8 @@ def mar(folder: Path, options: Options) -> Pair:
             )
 
     parts = {
-        "sample": (sample, lambda: draw(fast, labels, guide, DrawRule())),
-        "train": (learn(theirs, lambda: theirs(latents, labels)), trained(ours, tokens, labels)),
+        "sample": (shipped(sample, options), drawn(fast, labels, guide, DrawRule(), options)),
+        "train": (learn(theirs, lambda: theirs(latents, labels), options), trained(ours, tokens, labels, options)),
     }
     return Pair(same, parts, fast, f"{steps} iterations of 100 diffusion steps, guidance 2.9, without decoding")
 

@@ -4,8 +4,11 @@
 
 Random weights of the published sizes: speed does not depend on their values. For each part the smallest possible time
 is the larger of (matrix operations counted / measured matmul rate) and (bytes of weights read / measured bandwidth);
-`fraction` is that over the measured time. Weights are read once a pass; sampling makes one pass for each step of the
-layout. Sampling does not include decoding. Training is forward, backward and a fused AdamW update, as in train.py.
+`fraction` is that over the measured time. What is counted is a plain run, eager and without graphs: products by
+PyTorch's counter, weights whenever a module that has them is called, so that passes of a solver and a second reading of
+finished entities are in it. A training step counts as in MFU (vtok/acceleration.py) and reads its weights three times.
+Sampling does not include decoding. Training is forward and backward, the loss under autocast as in train.py, and a
+fused AdamW update; `mfu` is its share of the peak that the GPU's maker states.
 
 Every row holds the paths that were taken (vtok/counters.py), and a setting whose path was not is an error: a fallback
 is no measurement of it (eval/paths.py). compile is for training, cuda_graphs, packed and quant are for sampling.
@@ -18,9 +21,10 @@ import json
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ from eval import paths
 from eval.fid import CONFIGS
 from eval.protocol import library_versions
 from vtok import counters
-from vtok.acceleration import compile_blocks, light_weights
+from vtok.acceleration import compile_blocks, light_weights, peak_rate, training_operations, utilisation
 from vtok.cli import entry
 from vtok.decoding import channels_last, decode_images
 from vtok.layers.packed import PackedLinear
@@ -42,24 +46,25 @@ PRODUCTS = {  # operations of what PyTorch's counter does not know: shapes of x 
     torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x.numel() * weight[0]
 }
 OPTIONS = ("compile", "cuda_graphs", "packed", "quant")
+STEPS = ("steps", "solver_steps")  # of sampling
 
 
 @dataclass
 class Job:
-    """What is timed: `run` reads the weights of `module` `passes` times. graded: with gradients. asked: the paths to be
-    taken. plain: what counts its operations, where `run` hides them (replayed graphs)."""
+    """What is timed. cost: (operations of its matrix products, bytes of weights read). module: whose weights those are.
+    asked: the paths to be taken. graded: with gradients. facts: what else tells its row from others, of STEPS."""
 
     run: Callable[[], Any]
+    cost: Callable[[], tuple[float, float]]
     module: nn.Module
-    passes: int
-    graded: bool
     asked: paths.Asked
-    plain: Callable[[], Any] | None = None
+    graded: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
@@ -88,16 +93,26 @@ def bandwidth(device: torch.device) -> float:
     return x.numel() * 4 / min(seconds(lambda: x.sum(), device, 5))
 
 
-def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the weights that every pass reads: all but lookup tables, as they are stored."""
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    return sum(stored_bytes(t) for t in stored(module) if id(t) not in tables)
+def weight_bytes(module: nn.Module, calls: Mapping[nn.Module, int] | None = None) -> int:
+    """Bytes of the weights that a pass reads: all but lookup tables, as they are stored.
+
+    calls: how often each module inside was called in a run, whose bytes are wanted; a module that never was has its
+    weights read by the one that holds it, as often as that was called.
+    """
+    times: dict[str, int] = {}
+    total = 0
+    for name, part in module.named_modules():  # owners first
+        times[name] = 1 if calls is None else calls.get(part) or times.get(name.rpartition(".")[0], 0)
+        if not isinstance(part, nn.Embedding):
+            total += times[name] * sum(stored_bytes(t) for t in stored(part, recurse=False))
+    return total
 
 
-def stored(module: nn.Module) -> list[Tensor]:
+def stored(module: nn.Module, *, recurse: bool = True) -> list[Tensor]:
     """All weights, packed ones too."""
-    packed = [t for m in module.modules() if isinstance(m, PackedLinear) for t in (m.weight, m.bias) if t is not None]
-    return [*module.parameters(), *packed]
+    inside = module.modules() if recurse else [module]
+    packed = [t for m in inside if isinstance(m, PackedLinear) for t in (m.weight, m.bias) if t is not None]
+    return [*module.parameters(recurse), *packed]
 
 
 def stored_bytes(tensor: Tensor) -> int:
@@ -108,12 +123,27 @@ def stored_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def floor(run: Callable[[], Any], bytes_read: float, rate: float, speed: float) -> tuple[float, float]:
-    """(operations of matrix products in `run`, the smallest seconds that they and `bytes_read` allow)."""
-    with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
-        run()
-    operations = float(counter.get_total_flops())
-    return operations, max(operations / rate, bytes_read / speed)
+def counted(run: Callable[[], Any], module: nn.Module) -> tuple[float, float]:
+    """(operations of the matrix products of a run, bytes of the weights of `module` that it reads)."""
+    calls: Counter[nn.Module] = Counter()
+    hooks = [part.register_forward_pre_hook(lambda part, _: calls.update([part])) for part in module.modules()]
+    try:
+        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return float(counter.get_total_flops()), weight_bytes(module, calls)
+
+
+def training_cost(generator: Any, batch: Mapping[str, Tensor]) -> tuple[float, float]:
+    """The same of a training step, in closed form where there is one. Else one image's operations are counted on the
+    CPU: PyTorch's counter cannot see into FlexAttention, which is compiled, and fails on it."""
+    operations, copied = training_operations(generator), generator
+    if operations is None:
+        row, copied = {name: value[:1].cpu() for name, value in batch.items()}, copy.deepcopy(generator).cpu()
+        operations, _ = counted(trainer(copied, row), copied)
+    return operations * len(batch["label"]), 3.0 * weight_bytes(generator)
 
 
 def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Module | None) -> list[dict[str, Any]]:
@@ -131,34 +161,40 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
             if part not in work:
                 continue
             job = work[part]
-            own = part in ("sample", "decode")  # these bring their precision with them
-            counters.reset()
-            with nullcontext() if own else autocast, nullcontext() if job.graded else torch.inference_mode():
-                operations, smallest = floor(job.plain or job.run, job.passes * weight_bytes(job.module), rate, speed)
+            given = autocast if part == "encode" else nullcontext()  # the others bring their precision with them
+            with given, nullcontext() if job.graded else torch.inference_mode():
+                operations, bytes_read = job.cost()
+                counters.reset()  # only what is timed counts, with the run that warms it up
                 if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
+                    torch.cuda.reset_peak_memory_stats(device)
                 spent = seconds(job.run, device, int(config["repeats"]))
             taken = counters.read()
             job.asked.check(taken, f"{part} at batch {batch}")
-            middle = statistics.median(spent)
+            middle, smallest = statistics.median(spent), max(operations / rate, bytes_read / speed)
+            peak = peak_rate(device) if part == "train" and dtype == torch.bfloat16 else None
             rows.append(
                 {
                     "part": part,
                     "batch": int(batch),
+                    **dict.fromkeys(STEPS),
+                    **job.facts,
                     "images_per_second": batch / middle,
                     "ms_per_image": 1000 * middle / batch,
                     "seconds": sorted(spent),
                     "roofline_ms_per_image": 1000 * smallest / batch,
                     "fraction": smallest / middle,
+                    "mfu": utilisation(batch / middle, operations / batch, peak, 1),
                     "matmul_operations_per_image": operations / batch,
-                    "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+                    "weight_bytes_read": bytes_read,
+                    "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
                     "parameters": sum(t.numel() for t in stored(job.module)),
                     "paths": taken,
                 }
             )
             print(
                 f"{part:7} batch {batch:4}  {rows[-1]['images_per_second']:9.2f} images/s  "
-                f"{rows[-1]['ms_per_image']:9.1f} ms/image  {rows[-1]['fraction']:6.1%} of the roofline\n"
+                f"{rows[-1]['ms_per_image']:9.1f} ms/image  {rows[-1]['fraction']:6.1%} of the roofline"
+                f"{'' if rows[-1]['mfu'] is None else '  MFU ' + mfu(rows[-1])}\n"
                 f"        paths: {', '.join(f'{path} {times}' for path, times in taken.items()) or 'none counted'}",
                 flush=True,
             )
@@ -185,10 +221,11 @@ def jobs(
     with torch.inference_mode():
         tokens = tokenizer.encode(images, noise=noise)
     dtype = getattr(torch, config["dtype"])
+    encode = lambda: tokenizer.encode(images, noise=noise)  # noqa: E731
     decode = lambda: decode_images(tokenizer, tokens, dtype=dtype, noise=noise)  # noqa: E731
     found = {
-        "encode": Job(lambda: tokenizer.encode(images, noise=noise), tokenizer, 1, False, paths.Asked()),
-        "decode": Job(decode, tokenizer, 1, False, paths.decoding(dtype=dtype, tokenizer=tokenizer)),
+        "encode": Job(encode, lambda: counted(encode, tokenizer), tokenizer, paths.Asked()),
+        "decode": Job(decode, lambda: counted(decode, tokenizer), tokenizer, paths.decoding(dtype=dtype)),
     }
     if generator is None:
         return found
@@ -202,13 +239,14 @@ def jobs(
         fast, plain = Pipeline(light, tokenizer, cuda_graphs=graphs), Pipeline(light, tokenizer)
         draw = lambda pipeline: pipeline.tokens(labels, seeds, guide=guide, rule=DrawRule())  # noqa: E731
         asked = paths.sampling(light, dtype=dtype, guided=guide.streams > 1, cuda_graphs=graphs, **storage(config))
-        found["sample"] = Job(lambda: draw(fast), light, light.layout.steps, False, asked, lambda: draw(plain))
+        facts = {"steps": light.layout.steps, "solver_steps": config["model"].get("solver_steps")}
+        cost = lambda: counted(lambda: draw(plain), light)  # noqa: E731
+        found["sample"] = Job(lambda: draw(fast), cost, light, asked, facts=facts)
     if "train" in config["parts"]:
         compiled, given = bool(config["compile"]), {"tokens": tokens.clone(), "label": labels, "key": seeds}
         asked = paths.training(generator, batch=batch, device=device, compiled=compiled)
-        step = trainer(generator, given, compiled=compiled)
-        plain_step = lambda: trainer(generator, given)()  # noqa: E731 (nothing of it stays in memory)
-        found["train"] = Job(step, generator, 3, True, asked, plain_step if compiled else None)
+        step = trainer(generator, given, dtype=dtype, compiled=compiled)
+        found["train"] = Job(step, lambda: training_cost(generator, given), generator, asked, graded=True)
     return found
 
 
@@ -217,9 +255,12 @@ def storage(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"packed": config["packed"], "quant": config["quant"]}
 
 
-def trainer(generator: Any, batch: Mapping[str, Tensor], *, compiled: bool = False) -> Callable[[], None]:
-    """One optimizer step on a copy of the generator."""
+def trainer(
+    generator: Any, batch: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32, compiled: bool = False
+) -> Callable[[], None]:
+    """One optimizer step on a copy of the generator. dtype: of autocast, around the loss alone."""
     model = copy.deepcopy(generator).float().train()
+    device = next(model.parameters()).device
     if compiled:
         compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -227,7 +268,9 @@ def trainer(generator: Any, batch: Mapping[str, Tensor], *, compiled: bool = Fal
     def step() -> None:
         with torch.inference_mode(False):
             optimizer.zero_grad(set_to_none=True)
-            model.loss(batch, progress=0.5)["loss"].backward()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = model.loss(batch, progress=0.5)["loss"]
+            loss.backward()
             optimizer.step()
 
     return step
@@ -247,15 +290,24 @@ def describe(device: torch.device) -> str:
 
 def table(rows: list[Mapping[str, Any]]) -> str:
     """Markdown of all rows."""
-    lines = ["| tokenizer | model | part | dtype | batch | images/s | ms/image | roofline ms | of it | on |"]
-    lines.append("|" + "---|" * 10)
+    names = ("tokenizer", "model", "part", "steps", "dtype", "batch", "images/s", "ms/image", "roofline ms", "of it")
+    lines = [f"| {' | '.join((*names, 'MFU', 'on'))} |", "|" + "---|" * (len(names) + 2)]
     for row in rows:
         lines.append(
-            f"| {row['tokenizer']} | {row['model'] or ''} | {row['part']} | {row['dtype']} | {row['batch']} "
-            f"| {row['images_per_second']:.2f} | {row['ms_per_image']:.1f} | {row['roofline_ms_per_image']:.1f} "
-            f"| {row['fraction']:.0%} | {row['device']} |"
+            f"| {row['tokenizer']} | {row['model'] or ''} | {row['part']} | {steps(row)} | {row['dtype']} "
+            f"| {row['batch']} | {row['images_per_second']:.2f} | {row['ms_per_image']:.1f} "
+            f"| {row['roofline_ms_per_image']:.1f} | {row['fraction']:.0%} | {mfu(row)} | {row['device']} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def steps(row: Mapping[str, Any]) -> str:
+    """Of sampling, and of the solver in each of them: "16 x 100"; empty for other parts."""
+    return " x ".join(str(row[name]) for name in STEPS if row.get(name))
+
+
+def mfu(row: Mapping[str, Any]) -> str:
+    return "" if row.get("mfu") is None else f"{row['mfu']:.0%}"
 
 
 def plot(path: str, rows: list[Mapping[str, Any]]) -> None:
@@ -311,7 +363,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     names = {"tokenizer": choices.get("tokenizer"), "model": choices.get("model"), "dtype": config["dtype"]}
     names |= {key: config[key] for key in OPTIONS}
     rows = [{**names, **row} for row in measure(config, tokenizer, generator)]
-    key = ("tokenizer", "model", "dtype", *OPTIONS, "part", "batch", "device")
+    key = ("tokenizer", "model", "dtype", *OPTIONS, "part", "batch", *STEPS, "device")
     out = Path(config["out"])
     earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
     done = {tuple(row.get(k) for k in key) for row in rows}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.peers import Options, Pair, fill, resets_kept
+from eval.peers import Options, Pair, exact, fill, resets_kept, shipped
 from vtok.convert import convert
 from vtok.decoding import decode_images, light_tokenizer
 from vtok.tokenizer import Tokenizer
@@ -30,10 +30,10 @@ def compare(
     clamped: the original's decode ends by clamping to [-1, 1]. Where it does not, neither side is clamped for the
     check: random weights leave that range several times over, and so does the rounding that the check allows for.
     """
-    size, fast = ours.spec.image_size, copy.deepcopy(ours)
+    size, fast = ours.spec.image_size, copy.deepcopy(ours.to(options.device))
     light_tokenizer(fast, options.dtype)
-    images = torch.rand(options.batch, 3, size, size) * 2 - 1
-    with torch.inference_mode():
+    images = (torch.rand(options.batch, 3, size, size) * 2 - 1).to(options.device)
+    with torch.inference_mode(), exact():
         ids = encode(images)
 
     def inferred(run: Callable[[Tensor], Any], given: Tensor) -> Callable[[], Tensor]:
@@ -50,9 +50,14 @@ def compare(
                 plain, quick = plain.clamp(-1, 1), quick.clamp(-1, 1)
             return [("ids", ids, ours.encode(images)), ("images", theirs, plain), ("fast images", theirs, quick)]
 
+    def quick_encode(given: Tensor) -> Tensor:
+        with options.precision():
+            return fast.encode(given)
+
+    theirs = [shipped(inferred(run, given), options) for run, given in ((encode, images), (decode, ids))]
     parts = {
-        "encode": (inferred(encode, images), inferred(fast.encode, images)),
-        "decode": (inferred(decode, ids), inferred(lambda x: decode_images(fast, x, dtype=options.dtype), ids)),
+        "encode": (theirs[0], inferred(quick_encode, images)),
+        "decode": (theirs[1], inferred(lambda x: decode_images(fast, x, dtype=options.dtype), ids)),
     }
     return Pair(same, parts, fast, f"{size} px, {ids.shape[1]} tokens")
 
@@ -71,6 +76,7 @@ def llamagen_vq(folder: Path, options: Options) -> Pair:
     module = importlib.import_module("tokenizer.tokenizer_image.vq_model")
     theirs = spread(module.VQ_models[options.size or "VQ-16"](codebook_size=16384, codebook_embed_dim=8))
     ours = convert("llamagen", theirs.state_dict(), {"VQModel_ModelArgs": vars(theirs.config)})
+    theirs.to(options.device)
     side, channels = int(ours.spec.layout.length**0.5), theirs.config.codebook_embed_dim
 
     def decode(ids: Tensor) -> Tensor:
@@ -88,6 +94,7 @@ def var_vqvae(folder: Path, options: Options) -> Pair:
     spread(vae)
     sides = vae.quantize.v_patch_nums
     ours = convert("var", vae.state_dict(), {"VQVAE": {"v_patch_nums": sides}})
+    vae.to(options.device)
 
     def decode(ids: Tensor) -> Tensor:
         return vae.idxBl_to_img(list(ids.split([s * s for s in sides], 1)), same_shape=True, last_one=True)
@@ -100,6 +107,7 @@ def titok(folder: Path, options: Options) -> Pair:
     config = omegaconf.OmegaConf.load(folder / f"configs/infer/TiTok/{options.size or 'titok_l32'}.yaml")
     theirs = spread(module.TiTok(config).eval())
     ours = convert("titok", theirs.state_dict(), {"TiTok_config": omegaconf.OmegaConf.to_container(config)})
+    theirs.to(options.device)
 
     def encode(images: Tensor) -> Tensor:
         return theirs.encode((images + 1) / 2)[1]["min_encoding_indices"].view(len(images), -1)

@@ -5,7 +5,8 @@
 First the outputs must agree: teacher-forced logits (or states) within 1e-4 of the largest, equal greedy tokens. Then
 the two take turns in one process, the first to go changing every time, and the ratio is the original's time over ours:
 the median over the turns, with its 10-90 % range. A shared machine slows both sides of a turn, so ratios outlive it
-where times do not; clock=cpu with threads=1 counts this process's own seconds alone. The original's code comes from
+where times do not; clock=cpu with threads=1 counts this process's own seconds alone. On device=cuda both sides are warm
+and waited for, and in bfloat16 the original runs in it too (eval/peers.py). The original's code comes from
 `dir`; without it the command says what to clone. A row holds the paths that our side took (vtok/counters.py); where
 one that the settings ask for was not taken, the command fails (eval/paths.py).
 """
@@ -17,6 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from eval import paths
 from eval.fid import CONFIGS
-from eval.peers import Options, draw, pair
+from eval.peers import Options, draw, exact, pair
 from eval.protocol import library_versions
 from eval.throughput import describe, storage, wait
 from vtok import counters
@@ -33,6 +35,7 @@ from vtok.cli import entry
 
 TOLERANCE = 1e-4  # of max|a - b| / max|b|; ids must be equal
 LEAST = 7  # turns, fewer are no measurement
+ITSELF = 0.95, 1.05  # the ratio of a module against itself
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -66,7 +69,8 @@ def alternate(
     clock: Callable[[], float] = time.perf_counter,
     least: float = 0.0,
 ) -> dict[str, Any]:
-    """Seconds a run of both in turns after one run each to warm up, and the ratios first / second of every turn.
+    """Seconds a run of both in turns after one run each to warm up (on CUDA three: kernels are chosen, graphs recorded,
+    the clock raised), and the ratios first / second of every turn.
 
     least: seconds that the second's side of a turn lasts at least: both then run as often, so that what else the
     machine does for a moment weighs little. How often is told by a second run to warm up.
@@ -81,6 +85,9 @@ def alternate(
         wait(device)
         return (clock() - start) / times
 
+    for _ in range(0 if device.type == "cpu" else 2):
+        timed(0, 1)
+        timed(1, 1)
     timed(0, 1)
     spent = timed(1, 1)
     if spent < 10 * least:  # the first one may have compiled
@@ -101,7 +108,7 @@ def alternate(
     }
 
 
-def itself(batch: int, steps: int | None) -> Callable[[], Any]:
+def itself(batch: int, steps: int | None, device: torch.device) -> Callable[[], Any]:
     """A small LlamaGen's sampling, for timing it against itself."""
     from vgen.guidance import guidance
     from vgen.heads import DrawRule
@@ -110,27 +117,28 @@ def itself(batch: int, steps: int | None) -> Callable[[], Any]:
     from vtok.tokenizer import Part, TokenSpec
 
     spec = TokenSpec(SequenceLayout.raster(8, 8), (Part(64, 512, 8),), 64)
-    model = LlamaGen(spec, 10, depth=4, width=128, heads=4, multiple_of=64).eval()
-    labels = torch.arange(batch) % 10
+    model = LlamaGen(spec, 10, depth=4, width=128, heads=4, multiple_of=64).eval().to(device)
+    labels = torch.arange(batch, device=device) % 10
     return lambda: draw(model, labels, guidance(2.0), DrawRule(top_k=100), stop=steps)
 
 
-def asked(config: Mapping[str, Any], generator: Any | None, part: str, dtype: torch.dtype) -> paths.Asked:
+def asked(config: Mapping[str, Any], generator: Any | None, part: str, options: Options) -> paths.Asked:
     """The paths that our side has to take; of the self-test's model, at least cached and guided steps."""
     if generator is None:
         return paths.Asked({"step.cached", "rows.guided"}, {"step.recomputed"})
     if part == "encode":
         return paths.Asked()
     if part == "decode":
-        return paths.decoding(dtype=dtype, tokenizer=generator)
+        return paths.decoding(dtype=options.dtype)
     if part == "train":
-        return paths.training(generator, batch=int(config["batch"]), device=torch.device("cpu"))
-    return paths.sampling(generator, dtype=dtype, guided=True, **storage(config))
+        return paths.training(generator, batch=options.batch, device=options.device)
+    given = {"dtype": options.dtype, "cuda_graphs": options.cuda_graphs, **storage(config)}
+    return paths.sampling(generator, guided=True, **given)
 
 
 def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The command: checks, times, prints, adds to `out`; returns the rows of this call."""
-    from vgen.sampling import resolve_dtype
+    from vgen.sampling import resolve_device, resolve_dtype
     from vtok.checkpoint import write_json
 
     if config["turns"] < LEAST:
@@ -145,18 +153,25 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"least_seconds={config['least_seconds']}: seconds that a side of a turn lasts, 0 or more")
     if config["batch"] < 1:
         raise ValueError(f"batch={config['batch']}: at least one image is made at once")
+    device, dtype, steps, both = resolve_device(config["device"]), resolve_dtype(config["dtype"]), config["steps"], None
+    if config["clock"] == "cpu" and device.type != "cpu":
+        raise ValueError(f"clock=cpu does not see what device={device} does: pass clock=wall")
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
-    device, dtype, steps, both = torch.device("cpu"), resolve_dtype(config["dtype"]), config["steps"], None
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # where an original's bare .cuda() goes
+    options = Options(config["size"], int(config["batch"]), steps, dtype, device=device, **storage(config))
+    options = replace(options, cuda_graphs=bool(config["cuda_graphs"]))
     name, setting, differences = config["peer"], "", {}
     if config["selftest"]:
-        run = itself(int(config["batch"]), steps)
+        run = itself(options.batch, steps, device)
         parts, name = {"sample": (run, run)}, "itself"
     elif name is None:
         raise ValueError("pass peer=<family> and dir=<checkout of the original>, or selftest=true")
     else:
-        both = pair(name, config["dir"], Options(config["size"], int(config["batch"]), steps, dtype, **storage(config)))
-        differences, setting = agree(both.same()), both.setting
+        both = pair(name, config["dir"], options)
+        with exact():
+            differences, setting = agree(both.same()), both.setting
         told = ", ".join(f"{k} {v:.1e}" for k, v in differences.items())
         print(f"{name}: same weights, same outputs ({told})", flush=True)
         parts = {k: v for k, v in both.parts.items() if k in config["parts"]}
@@ -169,10 +184,12 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             theirs, ours, int(config["turns"]), device, clock=CLOCKS[config["clock"]], least=config["least_seconds"]
         )
         row["paths"] = counters.read()
-        asked(config, both.ours if both else None, part, dtype).check(row["paths"], f"{name} {part}")
-        facts = {"peer": name, "size": config["size"], "part": part, "batch": int(config["batch"])}
+        asked(config, both.ours if both else None, part, options).check(row["paths"], f"{name} {part}")
+        facts = {"peer": name, "size": config["size"], "part": part, "batch": options.batch}
         facts |= {"dtype": config["dtype"], "threads": torch.get_num_threads(), "device": describe(device)}
         facts |= {"clock": config["clock"], **storage(config), "packed": bool(row["paths"].get("linear.packed"))}
+        facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}
+        facts |= {"cuda_graphs": options.cuda_graphs}
         more = {"setting": setting, "differences": differences, "date": time.strftime("%Y-%m-%d")}
         rows.append(facts | row | more | {"note": config["note"], "versions": library_versions()})
         print(
@@ -183,12 +200,18 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             flush=True,
         )
     out, key = Path(config["out"]), ("peer", "size", "part", "batch", "dtype", "threads", "device", "setting", "clock")
-    key += ("packed", "quant")
+    key += ("packed", "quant", "cuda_graphs")
     earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
     done = {tuple(row.get(k) or None for k in key) for row in rows}  # rows of before have no storage: a plain one
     kept = [row for row in earlier if tuple(row.get(k) or None for k in key) not in done]
     write_json(out, {"rows": kept + rows})
     print(f"wrote {out}")
+    ratio, (low, high) = rows[-1]["ratio"], ITSELF
+    if config["selftest"] and not low <= ratio <= high:
+        raise ValueError(
+            f"selftest: a module against itself gives {ratio:.3f}, not {low} to {high}, so no ratio of this machine "
+            "counts now: end what else runs on it, or raise turns and least_seconds"
+        )
     return rows
 
 

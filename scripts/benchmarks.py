@@ -17,7 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_gpu import ROWS  # noqa: E402
+from eval.throughput import mfu, steps  # noqa: E402
+from scripts.bench_gpu import ROWS, measured  # noqa: E402
 from vtok.cli import entry  # noqa: E402
 
 NONE = "not measured"
@@ -104,7 +105,7 @@ def cpu_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for title, peer, size, part, batches, wanted in WANTED:
         for batch in batches:
             key = (peer, size, part, batch)
-            found = [r for r in rows if (r["peer"], r["size"], r["part"], r["batch"]) == key]
+            found = [r for r in rows if (r["peer"], r["size"], r["part"], r["batch"]) == key and r.get("on") != "cuda"]
             for row in found:
                 span = f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
                 seconds = f"{row['original_seconds']:.2f}, {row['our_seconds']:.2f}"
@@ -121,16 +122,15 @@ def cpu_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def gpu_table(folder: Path) -> str:
-    lines = ["| row | part | batch | images/s | ms/image | roofline reached | GPU |", "|" + "---|" * 7]
+    lines = ["| row | part | steps | batch | images/s | ms/image | roofline reached | MFU | GPU |", "|" + "---|" * 9]
     for name in ROWS:
-        file = folder / f"{name}.json"
-        if not file.is_file():
-            lines.append(f"| {name} | | | {NONE} | {NONE} | {NONE} | |")
-            continue
-        for row in json.loads(file.read_text())["rows"]:
+        rows = measured(folder / f"{name}.json")
+        if not rows:
+            lines.append(f"| {name} | | | | {NONE} | {NONE} | {NONE} | | |")
+        for row in rows:
             lines.append(
-                f"| {name} | {row['part']} | {row['batch']} | {row['images_per_second']:.2f} "
-                f"| {row['ms_per_image']:.1f} | {row['fraction']:.0%} | {row['device']} |"
+                f"| {name} | {row['part']} | {steps(row)} | {row['batch']} | {row['images_per_second']:.2f} "
+                f"| {row['ms_per_image']:.1f} | {row['fraction']:.0%} | {mfu(row)} | {row['device']} |"
             )
     return "\n".join(lines)
 
@@ -180,7 +180,8 @@ plain path, up to bfloat16's and int8's rounding where those are named.
 ## One GPU, bf16
 
 `make bench-gpu`, then `python scripts/benchmarks.py`. The roofline is the larger of the time of the matrix products at
-the measured rate and of reading the weights at the measured bandwidth.
+the measured rate and of reading the weights at the measured bandwidth; MFU is the share of the rate that the GPU's
+maker states for bf16. Steps are those of sampling, and of the solver in each of them.
 
 {gpu_table(gpu)}
 

@@ -1,5 +1,7 @@
 """Faster and smaller ways to the same numbers: pieces of the cross-entropy, compiled and recomputed blocks, MFU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,6 +139,24 @@ def test_operations_are_what_torch_counts_up_to_attention_and_modulation():
     assert counted == pytest.approx(3 * ours)
 
 
+TRUNKS = ["llamagen", "gigatok_adaln", "gigatok_shared", "rar", "var", "var_shared_modulation", "flexvar", "har"]
+
+
+@pytest.mark.parametrize("name", [*TRUNKS, "hita", "xar_cell", "xar_scale"])
+def test_operations_are_those_that_torch_counts_in_trunk_and_head(name):
+    """Projections of condition vectors too: RAR has one a position, xAR one an entity, the others one an image."""
+    model = make(name)
+    canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(torch.tensor([0, 1, 2]))
+    inputs = replace(model.inputs(canvas, cond, 0, model.layout.steps), at={})  # xAR's edit stands between the blocks
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.trunk(inputs)
+    found = counter.get_flop_counts()["Global"].items()
+    products = sum(v for k, v in found if not any(word in str(k) for word in ("attention", "bmm")))
+    head = 2 * 3 * model.head.linear.weight.numel() * model.layout.length
+    ours = training_operations(model) - 12 * model.trunk.dim * len(model.trunk.blocks) * pairs(model.layout)
+    assert products + head == ours, "forward of three images is what forward and backward of one are"
+
+
 def test_utilisation_is_the_share_of_the_peak_and_unknown_without_one():
     assert utilisation(100.0, 2e9, 1e12, 2) == pytest.approx(0.1)
     assert utilisation(100.0, None, 1e12, 1) is None and utilisation(100.0, 2e9, None, 1) is None
@@ -158,7 +178,7 @@ def test_training_command_takes_both_keys(tmp_path, capsys, monkeypatch):
     assert len(rows[0]) == 2 and rows[0] == rows[1]
     assert [float(x) for x in rows[2]] == pytest.approx([float(x) for x in rows[0]], rel=1e-5)
     said = capsys.readouterr().out
-    assert "MFU" in said and "6 matmul parameters x positions + 12 width x depth x pairs" in said
+    assert "MFU" in said and "= 6 matmul parameters x positions + 6 modulation parameters x vectors + 12 width" in said
     with pytest.raises(ValueError, match="compile=true"):
         run("data=fake", "tokenizer=llamagen_vq16", "data.image_size=16", "compile=true", f"run_dir={tmp_path / 'x'}")
 

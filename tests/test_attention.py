@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vtok import counters
-from vtok.layers.attention import Attention, attend, attend_naive
+from vtok.layers.attention import Attention, attend, attend_blocks, attend_naive, block_mask
 from vtok.layers.cache import KVCache
 from vtok.layers.rope import rope_1d, rope_2d, rotate
 from vtok.layers.trunk import Inputs, Trunk
@@ -39,10 +39,21 @@ def test_attend_refuses_what_it_cannot_do():
         attend(q, q, q, mask=object())
 
 
+@pytest.mark.parametrize("sides", [(1, 2, 3), (1, 2, 5, 7, 7), (8, 8)], ids=["14", "128", "128 alone"])
+def test_added_positions_of_a_block_mask_are_not_seen(sides):
+    """FlexAttention by its definition, which the CPU has: as under the bool mask of the positions that are there."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    ranks = torch.cat([torch.full((side * side,), k) for k, side in enumerate(sides)])
+    q, k, v = torch.randn(3, 2, 2, len(ranks), 16).unbind(0)
+    mask = block_mask(ranks)
+    assert mask.shape[-2:] == (128, 128) and torch._dynamo.config.recompile_limit >= 64
+    got = attend_blocks(flex_attention, q, k, v, mask=mask, scale=0.3)
+    torch.testing.assert_close(got, attend_naive(q, k, v, mask=visible(ranks, ranks), scale=0.3), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")
 def test_block_mask_equals_bool_mask_on_cuda():
-    from vtok.layers.attention import block_mask
-
     ranks = SequenceLayout.scales((1, 2, 4, 8, 10)).ranks(device="cuda")
     q, k, v = (torch.randn(2, 2, len(ranks), 64, device="cuda", requires_grad=True) for _ in range(3))
     grads = []
@@ -51,6 +62,21 @@ def test_block_mask_equals_bool_mask_on_cuda():
         grads.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")
+def test_drawn_lengths_share_kernels_on_cuda():
+    """More lengths than dynamo compiles by itself, all of one or two tiles: two graphs, the values of the bool mask."""
+    from torch._dynamo.utils import counters as compiled
+
+    torch._dynamo.reset()
+    before = compiled["stats"]["unique_graphs"]
+    for last in range(20, 60, 2):  # 115 to 153 positions
+        ranks = SequenceLayout.levels((1, 4, 90, last)).ranks(device="cuda")
+        q, k, v = torch.randn(3, 1, 2, len(ranks), 64, device="cuda").unbind(0)
+        want = attend(q, k, v, mask=visible(ranks, ranks))
+        torch.testing.assert_close(attend(q, k, v, mask=block_mask(ranks)), want, rtol=1e-2, atol=1e-2)
+    assert compiled["stats"]["unique_graphs"] - before <= 2
 
 
 def test_rope_is_a_complex_rotation():

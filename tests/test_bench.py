@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -50,13 +51,44 @@ def test_rows_run_in_order_until_the_time_is_up_and_the_next_call_goes_on(tmp_pa
     assert calls == names and bench_gpu.left(tmp_path, None) == []
 
 
-def test_slow_and_broken_rows_are_left_for_another_call(tmp_path):
-    a, b, c = list(bench_gpu.ROWS)[:3]
-    calls = []
-    done = bench_gpu.run(settings(tmp_path, only=[a, b, c]), start=runner(calls, slow=[a], broken=[b]))
-    assert calls == [a, b, c] and done == [c] and bench_gpu.left(tmp_path, [a, b, c]) == [a, b]
+def test_slow_and_broken_rows_come_first_in_the_next_call(tmp_path):
+    a, b, c, d, e = five = list(bench_gpu.ROWS)[:5]
+    calls, now, wanted = [], [0.0], settings(tmp_path, only=five)
+    done = bench_gpu.run(wanted, start=runner(calls, slow=[b], broken=[d], now=now), clock=lambda: now[0])
+    assert calls == [a, b, c, d] and done == [a, c]
+    assert bench_gpu.left(tmp_path, five) == [b, d, e], "e was never tried"
+    assert (tmp_path / f"{b}.failed").read_text() == "over 10 s, given up\n"
+    bench_gpu.run(wanted, start=runner(calls))
+    assert calls[4:] == [b, d, e] and not list(tmp_path.glob("*.failed")) and not bench_gpu.left(tmp_path, five)
     with pytest.raises(ValueError, match="only="):
         bench_gpu.left(tmp_path, ["other"])
+
+
+@pytest.mark.parametrize("rows", [[], [{"part": "train", "images_per_second": None, "fraction": None}]])
+def test_rows_without_numbers_are_no_measurement(tmp_path, rows):
+    name = next(iter(bench_gpu.ROWS))
+
+    def start(command, *, cwd, timeout):
+        Path(command[-1].removeprefix("out=")).write_text(json.dumps({"rows": rows}))
+        return SimpleNamespace(returncode=0)
+
+    assert bench_gpu.run(settings(tmp_path, only=[name]), start=start) == []
+    assert bench_gpu.left(tmp_path, [name]) == [name] and not (tmp_path / f"{name}.json").exists()
+    (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))  # by an earlier version
+    assert bench_gpu.left(tmp_path, [name]) == [name]
+    assert f"| {name} | | | | not measured |" in benchmarks.gpu_table(tmp_path)
+
+
+def test_mar_and_xar_are_measured_at_the_steps_of_the_comparison(tmp_path):
+    """16 iterations and 10 solver steps; rows say them, and the page shows them."""
+    for name, steps, shown in (("mar_b_sample_1", (16, 100), "16 x 100"), ("xar_b_sample_1", (4, 10), "4 x 10")):
+        options = [option for option in bench_gpu.ROWS[name] if option.startswith(("tokenizer=", "model"))]
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            model = compose("eval_throughput", options).model
+        assert (model.get("steps", 4), model.solver_steps) == steps
+        row = result(name)["rows"][0] | dict(zip(("steps", "solver_steps"), steps))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": [row]}))
+        assert f"| {name} | sample | {shown} | 1 | 2.00 |" in benchmarks.gpu_table(tmp_path)
 
 
 def test_every_row_names_configs_that_exist():
@@ -84,7 +116,8 @@ def test_page_says_not_measured_where_there_is_no_row(tmp_path):
     assert "| float32 | >= 2.0 | 2.50 (2.25 to 2.75) | yes | 5.00, 2.00 | 256 tokens | wall, a CPU |" in text
     cells = sum(len(batches) for *_, batches, _ in benchmarks.WANTED)
     assert benchmarks.cpu_table([row]).count("not measured") == cells - 1
-    assert benchmarks.gpu_table(tmp_path).count(f"| {name} | sample | 1 | 2.00 | 500.0 | 30% |") == 1
+    assert benchmarks.cpu_table([row | {"on": "cuda"}]).count("not measured") == cells
+    assert benchmarks.gpu_table(tmp_path).count(f"| {name} | sample |  | 1 | 2.00 | 500.0 | 30% |  | a GPU |") == 1
 
 
 def test_kept_page_is_what_its_rows_give():

@@ -5,10 +5,14 @@ import copy
 import pytest
 import torch
 from generators import make, tokens_of
+from tape import Tape
 from test_generators import LABELS, draw
 
+from vgen.conditioning import Cond
 from vgen.guidance import Progress, guidance
 from vgen.heads import DrawRule, draw_ids, survivors
+from vgen.samplers.graphs import GraphSampler
+from vtok import counters
 from vtok.layers.attention import Attention, attend_naive
 from vtok.layers.rope import rope_1d, rotate
 from vtok.noise import SampleNoise, sample_seeds
@@ -42,6 +46,62 @@ def test_cached_tokens_are_those_of_whole_prefixes(name, rule):
     model, seeds = make(name), sample_seeds(3, 0, 3)
     fast = draw(model, LABELS, seeds, guidance(3.0), rule)
     assert torch.equal(fast.tokens, draw(model, LABELS, seeds, guidance(3.0), rule, cached=False).tokens)
+
+
+def test_var_adds_one_map_a_step_to_a_sum_with_the_bits_of_all_maps_added_anew(monkeypatch):
+    model, added = make("var"), []
+    canvas, steps = model.arrange(tokens_of(model, 3)), model.layout.steps
+    codes, contribution = model.quantizer.lookup(canvas.tokens), model.quantizer._contribution
+    want = [model.quantizer.maps(codes, k, k + 1) for k in range(1, steps)]
+    monkeypatch.setattr(model.quantizer, "_contribution", lambda *given: added.append(given[1]) or contribution(*given))
+    cache = model.cache(3)
+    cache.commit(model.layout.reads[0])
+    for k in range(1, steps):
+        if k == 2:  # a step that is run again before it is committed reads the tokens anew
+            other = model.arrange((canvas.tokens + 1) % 24)
+            assert not torch.equal(model.next_map(other, k, cache), want[k - 1])
+        assert torch.equal(model.next_map(canvas, k, cache), want[k - 1])
+        cache.commit(model.layout.reads[k])
+    assert added == [0, 1, 1, 2]
+    cache.truncate(model.layout.read(0, 2)[1])
+    assert torch.equal(model.next_map(canvas, 2, cache), want[1])
+    cache.take(torch.tensor([2, 0, 1]))
+    turned = model.arrange(canvas.tokens[[2, 0, 1]])
+    torch.testing.assert_close(model.next_map(turned, 3, cache), want[2][[2, 0, 1]])
+    added.clear()
+    draw(model, LABELS, sample_seeds(3, 0, 3), guidance(3.0), DrawRule(top_k=9))
+    assert added == list(range(steps - 1)), "each map once an image"
+
+
+@pytest.mark.parametrize(
+    "name", ["llamagen", "var", "rar", "hita", "flexvar", "maskgit", "mar", "xar_cell", "flowar", "llamagen_factorised"]
+)
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "recorded"])
+def test_null_rows_end_with_the_last_guided_step_and_the_images_stay(name, graphs, monkeypatch):
+    model, seeds, rows = make(name), sample_seeds(3, 0, 3), []
+    guide, rule = guidance(3.0, "interval", high=0.5), DrawRule(top_k=9) if model.spec.discrete else DrawRule()
+    if graphs and name == "maskgit":
+        pytest.skip("MaskGIT has no steps to record")
+    steps, ramp = model.layout.steps, max(model.layout.steps - 1, 1)
+    guided = sum(k / ramp <= 0.5 for k in range(steps))
+
+    def run():
+        counters.reset()
+        sampler = GraphSampler(model, capture=Tape) if graphs else model.sampler
+        streams = Cond.cat([model.conditioner(LABELS), model.conditioner.null(3)])
+        return sampler(model, streams, noise=SampleNoise(seeds), guide=guide, rule=rule).tokens, counters.read()
+
+    model.register_forward_pre_hook(lambda _, given: rows.append(len(given[1].start)))
+    got, counts = run()
+    times = 2 if graphs else 1  # once to warm up, once recorded
+    assert (counts["rows.guided"], counts["rows.single"]) == (times * guided, times * (steps - guided))
+    once = rows[: len(rows) // times]
+    assert once == sorted(once, reverse=True) and set(once) == {6, 3}
+    with monkeypatch.context() as patch:
+        patch.setattr("vgen.samplers.ancestral.guided_steps", lambda guide, layout: layout.steps)
+        want, counts = run()
+    assert "rows.single" not in counts
+    assert torch.equal(got, want) if model.spec.discrete else torch.allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llamagen", "var", "rar", "hita"])

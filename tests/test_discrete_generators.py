@@ -35,6 +35,7 @@ from vgen.models.var import VAR
 from vtok.checkpoint import load_module, save_folder
 from vtok.config import Families, describe, instantiate
 from vtok.data.codes import OnlineTokens
+from vtok.layers.attention import padded
 from vtok.layout import SequenceLayout
 from vtok.noise import sample_seeds
 from vtok.optim import rate
@@ -180,6 +181,10 @@ def test_flexvar_draws_lists_within_the_token_budget():
     assert 0.4 < ends < 1.0  # the largest scale itself may be the one that is dropped
     assert {len(s) for s in lists} >= {6, 7, 8, 9, 10}
     assert {n for s in lists for n in s} == set(range(1, 17))
+    lengths = {sum(n * n for n in s) for s in lists}
+    assert len(lengths) > 64 and {padded(length) for length in lengths} <= {128 * n for n in range(1, 7)}, (
+        "FlexAttention compiles a kernel for each length that it sees"
+    )
 
 
 def test_flexvar_arranges_any_list_and_reads_only_the_map_before():

@@ -28,7 +28,7 @@ from generators import (
 )
 
 from vgen.conditioning import Cond
-from vgen.guidance import Progress, Unguided, guidance
+from vgen.guidance import ClassifierFree, Progress, Unguided, guidance
 from vgen.heads import DrawRule
 from vgen.heads_factorised import FactorisedHead
 from vgen.models import FAMILIES as TABLE
@@ -169,9 +169,13 @@ def test_guidance_one_is_the_conditional_branch_and_runs_no_null_row(name, monke
     plain = draw(model, LABELS, seeds)
     assert torch.equal(draw(model, LABELS, seeds, guidance(1.0)).tokens, plain.tokens) and set(rows) == {3}
     rows.clear()
-    ramp = guidance(3.0, "interval", low=2.0, high=3.0)  # never inside: scale 1 at every step, with null rows
-    assert_same(draw(model, LABELS, seeds, ramp).tokens, plain.tokens)
+    one = ClassifierFree(lambda progress: 1.0)  # nobody knows before it is asked: scale 1 at every step, with null rows
+    assert_same(draw(model, LABELS, seeds, one).tokens, plain.tokens)
     assert set(rows) == {6}
+    rows.clear()
+    ramp = guidance(3.0, "interval", low=2.0, high=3.0)  # never inside, which its schedule says
+    assert_same(draw(model, LABELS, seeds, ramp).tokens, plain.tokens)
+    assert set(rows) == {3}
 
 
 @every_discrete

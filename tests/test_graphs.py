@@ -4,8 +4,9 @@ On the CPU the recording is played by tests/tape.py, which holds to a CUDA graph
 """
 
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from vgen.conditioning import Cond
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.samplers.ancestral import ancestral, write_step
-from vgen.samplers.graphs import GraphSampler
+from vgen.samplers.graphs import CudaCapture, GraphSampler
 from vtok import counters
 from vtok.noise import SampleNoise, sample_seeds
 
@@ -116,6 +117,47 @@ def test_what_cannot_be_recorded_says_so():
     cond.at = {0: lambda h: h}
     with pytest.raises(ValueError, match=r"cond\.at"):
         GraphSampler(model, capture=Tape)(model, cond, noise=SampleNoise(sample_seeds(0, 0, 3)))
+
+
+def test_capturing_happens_on_the_models_device_whichever_is_the_current_one(monkeypatch):
+    """torch.cuda played by a process whose current device is cuda:0: everything made and run belongs to cuda:1."""
+    now, made = [0], []
+
+    @contextmanager
+    def switched(device):
+        before, now[0] = now[0], device.index
+        yield
+        now[0] = before
+
+    def stream(device=None):
+        made.append(now[0] if device is None else device.index)
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def graph():
+        made.append(now[0])
+        return SimpleNamespace(pool=lambda: "pool", replay=lambda: None)
+
+    begun = []
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda g, pool, stream: begun.append((pool, stream)) or nullcontext())
+    capture = CudaCapture(torch.device("cuda", 1))
+    capture.warm(lambda: made.append(now[0]))
+    for _ in range(2):
+        capture(lambda: made.append(now[0]))
+    assert set(made) == {1} and len(made) == 2 + 1 + 2 * 2 and now == [0]
+    assert begun == [(None, capture.stream), ("pool", capture.stream)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_cuda_graphs_of_a_model_that_is_not_on_the_current_device():
+    model, seeds = make("llamagen").to("cuda:1"), sample_seeds(5, 0, 3).to("cuda:1")
+    labels, guide = LABELS.to("cuda:1"), guidance(3.0)
+    want = draw(model, labels, seeds, guide, RULES["sampled"]).tokens
+    assert torch.equal(replayed(GraphSampler(model), model, labels, seeds, guide, RULES["sampled"]).tokens, want)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")

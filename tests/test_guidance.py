@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from vgen.guidance import ClassifierFree, Constant, Cosine, Interval, Linear, Progress, Unguided, guidance
+from vgen.guidance import (
+    ClassifierFree,
+    Constant,
+    Cosine,
+    Gate,
+    Interval,
+    Linear,
+    Progress,
+    Unguided,
+    guidance,
+    guided_steps,
+)
+from vtok.layout import SequenceLayout
 
 
 @pytest.mark.parametrize(
@@ -38,6 +50,25 @@ def test_convention():
 def test_off_runs_no_null_row():
     assert isinstance(guidance(1.0), Unguided) and guidance(1.0, "linear").streams == 1
     assert guidance(2.0).streams == 2 and guidance(1.0, "linear", start=2.0).streams == 2
+
+
+def test_null_rows_are_needed_up_to_the_last_step_whose_scale_is_not_one():
+    ten = SequenceLayout.line(10)
+    for schedule, steps in [
+        (Interval(4.0, low=0.2, high=0.5), 5),  # shares 0, 1/9, .. 4/9 are within, and 2/9 to 4/9 are guided
+        (Interval(4.0, low=0.2, high=0.5, first=True), 5),
+        (Interval(4.0, low=0.95, high=0.98, first=True), 1),
+        (Interval(4.0, low=0.95, high=0.98), 0),
+        (Interval(4.0), 10),
+        (Linear(1.0, start=3.0), 9),
+        (Linear(3.0), 10),
+        (Cosine(3.0), 10),
+        (Constant(2.0), 10),
+        (Gate(3.0, high=0.4), 10),  # open at small flow times, closed at noise
+        (lambda progress: 1.0, 10),  # who knows what it says at another flow time
+    ]:
+        assert guided_steps(ClassifierFree(schedule), ten) == steps, schedule
+    assert guided_steps(Unguided(), ten) == 10
 
 
 def test_mistakes_are_named():

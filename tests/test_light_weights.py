@@ -12,10 +12,12 @@ from test_generators import LABELS, draw
 from test_pipeline import exported, settings
 from torch import nn
 
+from eval import paths
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
 from vgen.sampling import sample
+from vtok import counters
 from vtok.acceleration import light_weights
 from vtok.decoding import channels_last, decode_images
 from vtok.layers.packed import PackedLinear, pack_linears, packable
@@ -148,6 +150,26 @@ def test_channels_last_images_are_the_same_and_bfloat16_ones_close():
     assert float((light - plain).abs().max() / plain.abs().max()) < 0.05  # eight bits of mantissa, a dozen layers
 
 
+def test_channels_last_is_counted_where_all_results_are_and_one_that_is_not_fails():
+    tokenizer, tokens = small_tokenizer(), torch.randint(24, (2, 16))
+    asked = paths.decoding(dtype=torch.bfloat16)
+    channels_last(tokenizer)
+
+    def counted():
+        counters.reset()
+        decode_images(tokenizer, tokens, dtype=torch.bfloat16)
+        return counters.read()
+
+    assert counted() == {"decode.bfloat16": 1, "decode.channels_last": 1}
+    asked.check(counted(), "decode")
+    last = tokenizer.decoder.conv_out  # its weights say channels-last, as those of all others do; its result does not
+    run = last.forward
+    last.forward = lambda x: run(x).contiguous()
+    with pytest.raises(ValueError, match=r"decode fell back.*taken instead: decode\.channels_first"):
+        asked.check(counted(), "decode")
+    assert "decode.channels_last" not in counted()
+
+
 def test_pipeline_decodes_apart_from_the_generator_and_says_what_does_not_fit():
     parts = make("llamagen"), small_tokenizer()
     labels, seeds = torch.arange(6) % 5, sample_seeds(0, 0, 6)
@@ -160,6 +182,14 @@ def test_pipeline_decodes_apart_from_the_generator_and_says_what_does_not_fit():
         Pipeline(*parts, chunk=4, decode_chunk=3)
     with pytest.raises(ValueError, match="cuda_graphs=true needs device=cuda"):
         Pipeline(*parts, cuda_graphs=True)
+
+
+def test_eight_bits_are_told_to_be_smaller_and_not_faster(tmp_path, capsys):
+    needs_torchao()
+    source, chosen = exported(tmp_path / "model"), {"classes": [3], "per_class": 1, "guidance": 1.0, "chunk": 1}
+    for quant in (None, "int8"):
+        sample(settings(source, tmp_path / f"{quant}.npz", **chosen, packed=False, quant=quant))
+        assert ("quant=int8 halves the memory of the weights, not the time" in capsys.readouterr().out) == bool(quant)
 
 
 def test_sampling_command_takes_the_keys_and_records_them(tmp_path):

@@ -90,8 +90,10 @@ def test_compiled_and_recomputed_blocks_are_counted():
     torch._dynamo.reset()
     compile_blocks(model, backend="eager")
     counts = trained(model)
-    assert counts["block.compiled"] == counts["block.recomputed"] == 1
+    assert counts["block.compiled"] == counts["block.recomputed"] == 1 and "block.plain" not in counts
     paths.training(model, batch=3, device=torch.device("cpu"), compiled=True).check(counts, "train")
+    with torch.compiler.set_stance("force_eager"), pytest.raises(ValueError, match=r"taken instead: block\.plain"):
+        paths.training(model, batch=3, device=torch.device("cpu"), compiled=True).check(trained(model), "train")
     with pytest.raises(ValueError, match=r"not taken: block\.compiled"):
         paths.training(model, batch=3, device=torch.device("cpu"), compiled=True).check(
             trained(make("llamagen")), "train"

@@ -4,12 +4,21 @@ import json
 
 import pytest
 import torch
+from generators import CLASSES, make, scale_spec, tokens_of
 from hydra import compose, initialize_config_dir
 from runs import CONFIGS
+from test_generators import draw
 from torch import nn
 
-from eval.throughput import evaluate, floor, table, weight_bytes
+from eval import paths
+from eval.throughput import Job, counted, evaluate, table, trainer, training_cost, weight_bytes
+from vgen.guidance import guidance
+from vgen.heads import DrawRule
+from vgen.models.var import VAR
+from vtok import counters
+from vtok.acceleration import training_operations
 from vtok.layers.packed import packable
+from vtok.noise import sample_seeds
 
 TINY = (
     "data.image_size=16",
@@ -35,12 +44,93 @@ def config(*overrides):
         return compose("eval_throughput", [*TINY, *overrides])
 
 
-def test_operations_and_floor_of_a_linear_model():
-    """Rows B, K to M to N: 2 B K M + 2 B M N operations; the floor is the slower of arithmetic and reading."""
+def test_operations_and_bytes_of_a_linear_model():
+    """Rows B, K to M to N: 2 B K M + 2 B M N operations a pass, and all weights read; one that is called twice more by
+    itself is read twice more, and one that is never called does not count."""
     model, x = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), torch.zeros(4, 5)
-    want = 2 * 4 * 5 * 7 + 2 * 4 * 7 * 3
-    assert floor(lambda: model(x), 100.0, rate=10.0, speed=1e9) == (want, pytest.approx(want / 10))
-    assert floor(lambda: model(x), 100.0, rate=1e9, speed=2.0) == (want, pytest.approx(50))
+    first, second = 5 * 7, 7 * 3
+    assert counted(lambda: model(x), model) == (2 * 4 * (first + second), 4 * (first + 7 + second + 3))
+
+    def more():
+        model(x)
+        model[0](model[0](x)[:, :5])
+
+    assert counted(more, model) == (2 * 4 * (3 * first + second), 4 * (3 * (first + 7) + second + 3))
+    assert counted(lambda: model[1](torch.zeros(4, 7)), model) == (2 * 4 * second, 4 * (second + 3))
+
+
+def sampled(model, guide=1.0, **options):
+    return lambda: draw(model, torch.zeros(2, dtype=torch.int64), sample_seeds(0, 0, 2), guidance(guide), **options)
+
+
+@pytest.mark.parametrize("name", ["llamagen", "var", "rar"])
+def test_a_sampling_step_reads_the_weights_once(name):
+    model = make(name)
+    got = counted(sampled(model), model.trunk)
+    assert got[1] == model.layout.steps * weight_bytes(model.trunk)
+    assert counted(sampled(model, 2.0), model.trunk)[1] == got[1], "null rows read none more"
+
+
+def test_sampling_with_a_flow_reads_them_at_every_solver_step_and_for_every_finished_entity():
+    """xAR: four entities of 4 Euler-Maruyama steps; the first three are then read as context. MAR: its trunk once a
+    step, its head's blocks at every diffusion step of each."""
+    xar, mar = make("xar_cell"), make("mar")
+    passes = xar.layout.steps * 4 + xar.layout.steps - 1
+    operations, read = counted(sampled(xar), xar.trunk)
+    assert read == passes * weight_bytes(xar.trunk)
+    for module, calls in ((mar.trunk["encoder"], 5), (mar.head.mlp.blocks[0], 5 * 4)):
+        assert counted(sampled(mar), module)[1] == calls * weight_bytes(module)
+    few = counted(sampled(xar, rule=DrawRule(solver_steps=2)), xar.trunk)
+    assert few[1] == (2 * xar.layout.steps + xar.layout.steps - 1) * weight_bytes(xar.trunk) and few[0] < operations
+
+
+def test_training_is_counted_as_in_mfu_and_on_the_cpu_where_there_is_no_closed_form(monkeypatch):
+    """VAR has one, and nothing is run for it, so that PyTorch's counter never meets a compiled kernel. MAR has none:
+    its step's products are those of one image, whatever the batch."""
+    batch = {"label": torch.tensor([0, 1, 2]), "key": sample_seeds(0, 0, 3)}
+    var, mar = make("var"), make("mar", dropout=0.0, attention_dropout=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.throughput.counted", None)
+        assert training_cost(var, batch) == (3 * training_operations(var), 3 * weight_bytes(var))
+    batch["tokens"] = tokens_of(mar, 3)
+    got, _ = training_cost(mar, batch)
+    assert got == counted(trainer(mar, batch), mar)[0] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_var_trains_on_block_masks_on_cuda(compiled):
+    device = torch.device("cuda")
+    model = VAR(scale_spec(), CLASSES, depth=2, width=64, heads=2).to(device)
+    batch = {"tokens": tokens_of(model, 3), "label": torch.tensor([0, 1, 2]), "key": sample_seeds(0, 0, 3)}
+    batch = {name: value.to(device) for name, value in batch.items()}
+    assert training_cost(model, batch)[0] == 3 * training_operations(model)
+    step = trainer(model, batch, dtype=torch.bfloat16, compiled=compiled)
+    counters.reset()
+    step()
+    paths.training(model, batch=3, device=device, compiled=compiled).check(counters.read(), "train")
+
+
+def test_autocast_spans_the_loss_alone(monkeypatch):
+    """As in training: neither the backward pass nor the update runs under it."""
+    inside, model = {}, make("llamagen")
+    batch = {"tokens": tokens_of(model, 2), "label": torch.tensor([0, 1]), "key": sample_seeds(0, 0, 2)}
+    step = trainer(model, batch, dtype=torch.bfloat16)
+
+    def watched(owner, name):
+        run = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            inside[name] = torch.is_autocast_enabled("cpu")
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    watched(torch.Tensor, "backward")
+    watched(torch.optim.AdamW, "step")
+    watched(type(model), "loss")
+    step()
+    assert inside == {"loss": True, "backward": False, "step": False}
 
 
 def test_weights_that_a_pass_reads_leave_lookup_tables_out():
@@ -55,14 +145,16 @@ def test_command_measures_every_part_and_keeps_earlier_rows(tmp_path, monkeypatc
     out, markdown, picture = tmp_path / "t.json", tmp_path / "t.md", tmp_path / "t.png"
     rows = evaluate(config("model=llamagen_tiny", f"out={out}", f"table={markdown}", f"plot={picture}"))
     assert [row["part"] for row in rows] == ["encode", "decode", "sample", "train"]
+    assert [(row["steps"], row["solver_steps"]) for row in rows if row["part"] == "sample"] == [(16, None)]
+    assert [row["mfu"] for row in rows] == [None] * 4, "no peak of a CPU is known"
     for row in rows:
         assert row["ms_per_image"] == pytest.approx(1000 / row["images_per_second"])
         assert row["fraction"] == pytest.approx(row["roofline_ms_per_image"] / row["ms_per_image"])
         assert row["matmul_operations_per_image"] > 0
         assert row["paths"] or row["part"] == "encode"
     decode, sample, train = rows[1:]
-    assert decode["paths"] == {"decode.float32": 3} and sample["paths"]["rows.guided"] == 3 * 16
-    assert train["paths"]["loss.whole"] == 3 and "step.recomputed" not in sample["paths"]
+    assert decode["paths"]["decode.float32"] == 2 and sample["paths"]["rows.guided"] == 2 * 16
+    assert train["paths"]["loss.whole"] == 2 and "step.recomputed" not in sample["paths"]
     assert train["parameters"] == sample["parameters"] != decode["parameters"]
     again = evaluate(config(f"out={out}", "parts=[decode]"))
     more = evaluate(config(f"out={out}", "parts=[decode]", "batches=[1]"))
@@ -88,11 +180,35 @@ def test_packed_weights_are_counted_as_plain_ones_and_their_path_is_asked_for(dt
     monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e12)
     common = ("model=llamagen_tiny", f"dtype={dtype}", "parts=[decode,sample]", f"out={tmp_path / 't.json'}")
     plain, packed = evaluate(config(*common, "packed=false")), evaluate(config(*common))
-    assert packed[0]["paths"].get("decode.bfloat16", 0) == (3 if dtype == "bfloat16" else 0)
+    assert packed[0]["paths"].get("decode.bfloat16", 0) == (2 if dtype == "bfloat16" else 0)
     assert packed[1]["paths"]["linear.packed"] > 0 == plain[1]["paths"].get("linear.packed", 0)
     for name in ("parameters", "matmul_operations_per_image", "roofline_ms_per_image"):
         assert packed[1][name] == pytest.approx(plain[1][name])
     assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 4, "other settings are other rows"
+
+
+def test_only_what_is_timed_counts(tmp_path, monkeypatch):
+    """The plain run that operations are counted on takes the slow path; the timed one must not pass for it."""
+    monkeypatch.setattr("eval.throughput.matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)
+    job = Job(lambda: None, lambda: (counters.count("step.cached"), (1.0, 1.0))[1], nn.Linear(1, 1), paths.Asked())
+    monkeypatch.setattr("eval.throughput.jobs", lambda *_: {"sample": job})
+    (row,) = evaluate(config("parts=[sample]", f"out={tmp_path / 'x.json'}"))
+    assert row["paths"] == {}
+    job.asked.taken.add("step.cached")
+    with pytest.raises(ValueError, match=r"sample at batch 2 fell back.*not taken: step\.cached"):
+        evaluate(config("parts=[sample]", f"out={tmp_path / 'x.json'}"))
+
+
+def test_training_rows_in_bf16_say_their_mfu_where_the_peak_is_known(tmp_path, monkeypatch):
+    for name in ("matmul_rate", "bandwidth"):
+        monkeypatch.setattr(f"eval.throughput.{name}", lambda *_: 1e9)
+    monkeypatch.setattr("eval.throughput.peak_rate", lambda device: 1e12)
+    common = ("model=llamagen_tiny", f"out={tmp_path / 't.json'}")
+    sample, train = evaluate(config(*common, "parts=[sample,train]", "dtype=bfloat16"))
+    assert sample["mfu"] is None
+    assert train["mfu"] == pytest.approx(train["images_per_second"] * train["matmul_operations_per_image"] / 1e12)
+    assert evaluate(config(*common, "parts=[train]"))[0]["mfu"] is None, "the peak is that of bf16"
 
 
 def test_a_fallback_is_no_measurement(tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from runs import CONFIGS
 
-from eval.peers import SOURCES, Options, pair
-from eval.versus import agree, alternate, evaluate
+from eval.peers import SOURCES, Options, exact, pair, shipped
+from eval.versus import CLOCKS, agree, alternate, evaluate
 
 
 def config(*overrides):
@@ -74,16 +74,70 @@ def test_short_runs_are_repeated_as_often_on_both_sides():
     assert got(0.9)["runs_a_turn"] == 1 and order.count("b") == 1 + 7  # long enough, were it 9 seconds or a tenth
 
 
-def test_selftest_command_writes_one_row_and_keeps_others(tmp_path):
+def test_on_cuda_both_sides_are_warm_and_waited_for(monkeypatch):
+    """Two more runs of each before the turns; every run is timed between two waits for the device."""
+    order, device = [], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(f"-{device.index}-"))
+    alternate(lambda: order.append("a"), lambda: order.append("b"), 7, device, clock=itertools.count().__next__)
+    runs = "".join(order)
+    assert runs.replace("-1-", "") == "ababab" + "abba" * 3 + "ab"
+    assert all(part in ("a", "b", "") for part in runs.split("-1-")), "two runs without a wait between them"
+
+
+def test_bfloat16_is_the_originals_too_on_cuda_and_ours_alone_on_the_cpu():
+    light = Options(None, 2, None, torch.bfloat16, device=torch.device("cuda"))
+    assert light.light and not Options(None, 2, None, torch.bfloat16).light
+    assert not Options(None, 2, None, torch.float32, device=torch.device("cuda")).light
+    seen = []
+    for options in (light, Options(None, 2, None, torch.bfloat16)):
+        kind = options.device.type
+        shipped(lambda kind=kind: seen.append(torch.is_autocast_enabled(kind)), options)()
+    assert seen == [torch.cuda.is_available(), False]
+
+
+def test_checks_are_exact_and_leave_the_settings_as_they_were():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with exact():
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_selftest_runs_on_cuda(tmp_path, monkeypatch):
+    seconds_of(monkeypatch, 1.0, "ababab")
+    (row,) = evaluate(
+        config("selftest=true", "device=cuda", "steps=2", "least_seconds=0.05", f"out={tmp_path / 'versus.json'}")
+    )
+    assert row["ratio"] == pytest.approx(1.0) and row["device"] == torch.cuda.get_device_name()
+
+
+def seconds_of(monkeypatch, first, warm="ab"):
+    """A clock by which a run of the first side takes that long, and one of the second a second."""
+    readings = itertools.chain.from_iterable((0.0, first if side == "a" else 1.0) for side in warm + "abba" * 4)
+    monkeypatch.setitem(CLOCKS, "wall", lambda: next(readings))
+
+
+@pytest.mark.parametrize("first", [0.94, 1.06])
+def test_selftest_fails_outside_its_range(tmp_path, monkeypatch, first):
+    seconds_of(monkeypatch, first)
+    out = tmp_path / "versus.json"
+    with pytest.raises(ValueError, match=f"selftest: a module against itself gives {first:.3f}, not 0.95 to 1.05"):
+        evaluate(config("selftest=true", "steps=2", "least_seconds=0.05", f"out={out}"))
+    assert json.loads(out.read_text())["rows"][0]["ratio"] == pytest.approx(first)
+
+
+def test_selftest_command_writes_one_row_and_keeps_others(tmp_path, monkeypatch):
     out = tmp_path / "versus.json"
     out.write_text(json.dumps({"rows": [dict.fromkeys(("peer", "size", "part", "batch", "dtype", "threads"), "x")
                                         | {"device": "x", "setting": "x", "clock": "x"}]}))  # fmt: skip
     options = ["selftest=true", "steps=2", "least_seconds=0.05", f"out={out}"]
-    for _ in range(2):
+    for first in (0.96, 1.04):
+        seconds_of(monkeypatch, first)
         (row,) = evaluate(config(*options))
     rows = json.loads(out.read_text())["rows"]
     assert [r["peer"] for r in rows] == ["x", "itself"]
     assert row["turns"] == 7 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    assert row["ratio"] == pytest.approx(1.04)
 
 
 @pytest.mark.parametrize("peer", SOURCES)
@@ -99,6 +153,7 @@ def test_mistakes_name_their_key(tmp_path):
         (["batch=0", "selftest=true"], "batch=0"),
         (["clock=sun", "selftest=true"], "clock=sun"),
         (["clock=cpu", "threads=2", "selftest=true"], "threads=1"),
+        (["device=tpu", "selftest=true"], "device='tpu'"),
         ([], "pass peer="),
     ]:
         with pytest.raises(ValueError, match=words):

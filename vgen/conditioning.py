@@ -24,6 +24,13 @@ class Cond:
     vector: Tensor | None = None
     at: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
+    def first(self, rows: int) -> Cond:
+        """The conditions of the first rows alone; not with edits, which may know all of them."""
+        if self.at:
+            raise ValueError("conditions with per-block edits are not taken apart")
+        fields = {name: getattr(self, name) for name in ("start", "prefix", "vector")}
+        return Cond(**{name: None if field is None else field[:rows] for name, field in fields.items()})
+
     @staticmethod
     def cat(streams: list[Cond]) -> Cond:
         """Stack streams (conditional first). All must have the same slots filled."""

@@ -58,13 +58,15 @@ class Generator(Configured, nn.Module):
 
     spec: the tokens it was built for; num_classes: 0 = unconditional; label_drop: share of training samples whose class
     is hidden; layout: its own order; caches: whether earlier steps stay as they are, so that their keys and values can
-    be kept; reads_also: which of "patches" (of a teacher) and "corrupted" (corrections) its loss takes from a batch.
+    be kept, in a cache of cache_kind; reads_also: which of "patches" (of a teacher) and "corrupted" (corrections) its
+    loss takes from a batch.
     """
 
     caches: bool = True
     free_layout: SequenceLayout | None = None  # of `restore`d tokens, where it is not that of the spec (set_sides)
     closed: bool = True  # whether log_prob is a likelihood of the ids: no, where steps choose what they decide
     reads_also: tuple[str, ...] = ()
+    cache_kind: type[KVCache] = KVCache
     spec: TokenSpec
     num_classes: int
     label_drop: float
@@ -83,6 +85,11 @@ class Generator(Configured, nn.Module):
     def undecayed(self) -> list[nn.Parameter]:
         """Parameters without weight decay beside those of fewer than two dimensions (vtok/optim.py)."""
         return []
+
+    @property
+    def vectors(self) -> int:
+        """Condition vectors that modulate the blocks in a pass over a whole image, where anything does."""
+        return 1
 
     # --- the tokenizer's order <-> our own --------------------------------------------------------------------------
 
@@ -163,7 +170,7 @@ class Generator(Configured, nn.Module):
         weight = self.trunk.blocks[0].attention.qkv.weight
         dtype = torch.get_autocast_dtype(weight.device.type) if _autocast(weight) else weight.dtype
         reads = (self.layout if layout is None else layout).reads
-        return self.trunk.cache(rows, sum(reads) + prefix, dtype=dtype, device=weight.device)
+        return self.trunk.cache(rows, sum(reads) + prefix, dtype=dtype, device=weight.device, kind=self.cache_kind)
 
     def draw(
         self,

@@ -1,8 +1,8 @@
 """Guidance: how the streams of a step are combined, and how its scale moves during generation.
 
-One convention: c + (s - 1)(c - u), bitwise c at s = 1, which means off. VAR's published t is s = 1 + t. The number of
-streams is fixed for a whole call: null rows run at every step or never, since their cache must not have holes.
-Schedules: specs of the papers named at each class.
+One convention: c + (s - 1)(c - u), bitwise c at s = 1, which means off. VAR's published t is s = 1 + t. Null rows run
+from the first step to the last one that is guided, also at steps between whose scale is 1, since their cache must not
+have holes. Schedules: specs of the papers named at each class.
 """
 
 from __future__ import annotations
@@ -176,6 +176,16 @@ SCHEDULES = {
     "previous": Previous,
     "gate": Gate,
 }
+
+
+def guided_steps(guide: Guidance, layout: SequenceLayout) -> int:
+    """How many steps of a layout null rows are needed in: up to the last one whose scale is not 1; all of them where
+    the guidance or its schedule is none of those here, which alone are known to say so before they are asked."""
+    if type(guide) is not ClassifierFree or not isinstance(guide.schedule, tuple(SCHEDULES.values())):
+        return layout.steps
+    # Gate alone looks at the flow time, and is open at time 0 if at any
+    guided = [k for k in range(layout.steps) if guide.schedule(Progress.of(layout, k)) != 1]
+    return guided[-1] + 1 if guided else 0
 
 
 def guidance(scale: float, schedule: str = "constant", **options: float) -> Unguided | ClassifierFree:

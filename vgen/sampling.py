@@ -22,6 +22,7 @@ from vgen.previews import Previews
 from vtok.acceleration import SLOW_BF16, cpu_has_bf16
 from vtok.checkpoint import file_hash, find_checkpoint, is_folder, read_config, write_atomic, write_json
 from vtok.data.tasks import task_from_environment
+from vtok.low_bit import SLOW_LOW_BIT
 from vtok.noise import sample_seeds
 from vtok.sharing import without_places
 
@@ -64,6 +65,8 @@ def sample(config: Mapping[str, Any]) -> Path:
         decoder_dtype=decoder_dtype,
         decode_chunk=config.get("decode_chunk"),
     )
+    if config.get("quant"):
+        print(SLOW_LOW_BIT.format(config["quant"]), flush=True)
     if drawn["steps"]:
         pipeline.generator.set_steps(int(drawn["steps"]))
     given, sides = config.get("sides"), {}

@@ -479,7 +479,8 @@ def _operations(lit: Lit) -> str | None:
     count = training_operations(lit.module)
     if count is None:
         return None
-    return f"{count / 1e9:.3g} GFLOP an image and step = 6 matmul parameters x positions + 12 width x depth x pairs"
+    terms = "6 matmul parameters x positions + 6 modulation parameters x vectors + 12 width x depth x pairs"
+    return f"{count / 1e9:.3g} GFLOP an image and step = {terms}"
 
 
 def _size(count: int) -> str:

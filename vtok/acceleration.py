@@ -3,7 +3,8 @@ blocks, recomputed activations, light weights; and how much of the hardware is u
 
 Model FLOPs utilisation (MFU, Chowdhery et al., PaLM, arXiv 2204.02311, appendix B): operations that the model needs,
 6 a matmul parameter and token (2 forward, 4 backward) plus 12 D a block and pair of positions that see each other
-(scores and values, forward and backward), over what the device could do. Recomputation does not count as work.
+(scores and values, forward and backward), over what the device could do. Projections of condition vectors count once a
+vector: one an image, one a step (xAR) or one a position (RAR). Recomputation does not count as work.
 """
 
 from __future__ import annotations
@@ -113,10 +114,17 @@ def matmul_parameters(trunk: Trunk) -> int:
     )
 
 
+def modulation_parameters(trunk: Trunk) -> int:
+    """Weights that every condition vector is multiplied with."""
+    layers = [block.modulation for block in trunk.blocks] + [trunk.shared, trunk.final]
+    return sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+
+
 def training_operations(module: nn.Module) -> float | None:
     """Operations of a training step an image, of a generator with one trunk, one vocabulary and a sequence; or None.
 
-    6 (matmul parameters x positions read + head parameters x tokens) + 12 D depth x pairs that see each other.
+    6 (matmul parameters x positions read + modulation parameters x vectors + head parameters x tokens)
+    + 12 D depth x pairs that see each other.
     """
     trunk, head = getattr(module, "trunk", None), getattr(module, "head", None)
     linear = getattr(head, "linear", None)
@@ -124,6 +132,7 @@ def training_operations(module: nn.Module) -> float | None:
         return None
     layout = module.layout
     dense = matmul_parameters(trunk) * sum(layout.reads) + linear.weight.numel() * layout.length
+    dense += modulation_parameters(trunk) * module.vectors
     return 6.0 * dense + 12.0 * trunk.dim * len(trunk.blocks) * pairs(layout)
 
 

@@ -6,6 +6,9 @@ are looked up in float32 whatever the dtype, as everywhere; the images change by
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -51,20 +54,36 @@ def decode_images(
     """
     light, pieces = dtype != torch.float32, tokens.split(at_once or len(tokens))
     count("decode.bfloat16" if light else "decode.float32")
-    if next((m for m in tokenizer.modules() if isinstance(m, nn.Conv2d) and _is_channels_last(m)), None) is not None:
-        count("decode.channels_last")
     options = {"size": size, "keep": keep, "layout": layout}
     given = {name: value for name, value in options.items() if value is not None}
     images, start = [], 0
-    with torch.autocast(tokens.device.type, dtype, enabled=light):
+    with torch.autocast(tokens.device.type, dtype, enabled=light), _watched(tokenizer) as seen:
         for part in pieces:
             drawn = {} if noise is None else {"noise": noise.rows(slice(start, start + len(part)))}
             images.append(tokenizer.decode(part, **given, **drawn).float())
             start += len(part)
+    if seen:
+        count("decode.channels_last" if all(seen) else "decode.channels_first")
     return torch.cat(images)
 
 
-def _is_channels_last(convolution: nn.Conv2d) -> bool:
-    """Not only in name: one with a 1 x 1 kernel or one channel is both at once."""
-    weight = convolution.weight
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[set[bool]]:
+    """Whether the results of the convolutions that run inside lie channels-last: {True}, {False}, both, or neither."""
+    seen: set[bool] = set()
+
+    def look(convolution: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+        if result.is_contiguous() != (last := result.is_contiguous(memory_format=torch.channels_last)):
+            seen.add(last)  # a map of 1 x 1 or of one channel is both at once
+
+    hooks = [m.register_forward_hook(look) for m in module.modules() if isinstance(m, nn.Conv2d) and _has_order(m)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _has_order(convolution: nn.Conv2d) -> bool:
+    """One with a 1 x 1 kernel or one channel has the same weights in both orders, and leaves x in its own."""
+    return min(convolution.weight.shape[1:]) > 1

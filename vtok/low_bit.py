@@ -1,8 +1,11 @@
 """Weights of 8 bits for sampling, through torchao (the extra `quant`): the trunk's linear layers, weight-only.
 
-Decoding a token reads every weight once and multiplies it with a few rows, so half the bytes are up to twice the speed.
-"int8": symmetric, one scale an output channel. "float8" (e4m3, CUDA): likewise. Activations, norms, embeddings, the
-head's logits and the tokenizer stay as they are. Pictures change a little; tests/test_light_weights.py measures it.
+Decoding a token reads every weight once and multiplies it with a few rows, so half the bytes are up to twice the speed
+where one compiled kernel reads them. Sampling here is not compiled: torchao then first writes the weights in bf16 at
+every product, which is slower than weights that are bf16 to begin with, in CUDA graphs too. What is left is half the
+memory; `sample.py` says so. "int8": symmetric, one scale an output channel. "float8" (e4m3, CUDA): likewise.
+Activations, norms, embeddings, the head's logits and the tokenizer stay as they are. Pictures change a little;
+tests/test_light_weights.py measures it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,11 @@ from torch import nn
 
 LowBit = Literal["int8", "float8"]
 KINDS = ("int8", "float8")
+
+SLOW_LOW_BIT = (
+    "note: quant={} halves the memory of the weights, not the time: without torch.compile they are brought to full "
+    "width anew at every product; for speed choose dtype=bfloat16 without quant"
+)
 
 
 def quantize_weights(module: nn.Module, kind: LowBit) -> int:

@@ -21,6 +21,7 @@ from vgen.generator import Canvas, require_ids
 from vgen.guidance import Progress
 from vgen.heads import DrawRule
 from vgen.models.var import VAR, scales_of
+from vtok.layers.cache import KVCache
 from vtok.layers.packed import float32_linear
 from vtok.layers.trunk import Inputs
 from vtok.layout import SequenceLayout
@@ -65,6 +66,8 @@ class FlexVAR(VAR):
         self.known_sides = tuple(side for side, _ in self.spec.layout.sides)
         self.layout = self.layout_of(self.known_sides if sides is None else sides)
         self.position = nn.Parameter(positions(TABLE, self.trunk.dim))
+
+    cache_kind = KVCache  # nothing is summed
 
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:

@@ -89,6 +89,11 @@ class RAR(Generator):
     def accepts(cls, spec: TokenSpec) -> None:
         require_ids(spec, "RAR", "; try model=hita_*")
 
+    @property
+    def vectors(self) -> int:
+        """A vector a position: class and place."""
+        return sum(self.layout.reads)
+
     def undecayed(self) -> list[nn.Parameter]:
         """All embeddings and the modulation before the head, as published; those of the blocks and the start decay."""
         tables = [self.tokens.weight, self.conditioner.table.weight, self.positions, self.targets, self.places]

@@ -18,10 +18,44 @@ from vgen.conditioning import ClassConditioner, Cond
 from vgen.generator import Canvas, Generator, require_ids
 from vgen.heads import CategoricalHead
 from vtok.config import build, describe, family_class, imported
+from vtok.layers.cache import KVCache
 from vtok.layers.packed import float32_linear
 from vtok.layers.trunk import Inputs, Trunk
+from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES
 from vtok.tokenizer import Tokenizer, TokenSpec
+
+
+class MapCache(KVCache):
+    """Keys and values, and beside them the sum of the maps of the scales that are done, so that a step adds one map to
+    it instead of all; provisional until `commit`, as they are.
+
+    summed: (sum [rows, C, H, W], how many scales are in it); pending: the same with the scale that was added last.
+    """
+
+    summed: tuple[Tensor | None, int] = (None, 0)
+    pending: tuple[Tensor | None, int] | None = None
+
+    def first(self, rows: int) -> MapCache:
+        part, (total, scales) = super().first(rows), self.summed
+        part.summed, part.pending = (None if total is None else total[:rows], scales), None
+        return part
+
+    def commit(self, n: int | Tensor) -> None:
+        super().commit(n)
+        if not isinstance(n, int):  # rows stand at different places
+            self.summed = None, 0
+        elif self.pending is not None:
+            self.summed = self.pending
+        self.pending = None
+
+    def truncate(self, n: int | Tensor) -> None:
+        super().truncate(n)
+        self.summed, self.pending = (None, 0), None
+
+    def take(self, rows: Tensor) -> None:
+        super().take(rows)
+        self.summed, self.pending = (None, 0), None
 
 
 class VAR(Generator):
@@ -106,6 +140,8 @@ class VAR(Generator):
         if spec.layout.sizes[0] != 1:
             raise ValueError(f"VAR starts from a 1 x 1 map, but the first scale has {spec.layout.sizes[0]} tokens")
 
+    cache_kind = MapCache
+
     def undecayed(self) -> list[nn.Parameter]:
         """Positions, scale embedding, start, temperatures and shared offsets, as in the published code; the class table
         decays there too."""
@@ -173,26 +209,49 @@ class VAR(Generator):
         weighted = nats[:, :a].sum(1) + newest * nats[:, a:].sum(1)
         return {"loss": weighted.mean() / canvas.layout.length, "nats": nats.detach()}
 
+    def forward(
+        self, canvas: Canvas, cond: Cond, start: int = 0, stop: int | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        if not isinstance(cache, MapCache):
+            return super().forward(canvas, cond, start, stop, cache)
+        cache.pending = None
+        if start == 0 or stop != start + 1:
+            return super().forward(canvas, cond, start, stop, cache)
+        return self.run(self.read(self.next_map(canvas, start, cache), cond, canvas.layout, start, stop), cache)
+
     def inputs(self, canvas: Canvas, cond: Cond, start: int, stop: int) -> Inputs:
-        a, b = canvas.layout.written(start, stop)
-        parts = [cond.start + self.start] if start == 0 else []
+        maps = None
         if stop > 1:
-            parts.append(self.embed_maps(canvas, max(start, 1), stop))
+            maps = self.quantizer.maps(self.codes(canvas, 0, stop - 1), max(start, 1), stop)
+        return self.read(maps, cond, canvas.layout, start, stop)
+
+    def read(self, maps: Tensor | None, cond: Cond, layout: SequenceLayout, start: int, stop: int) -> Inputs:
+        """The trunk's inputs of steps start..stop-1 with input maps float32 [R, n, C]; None: of step 0 alone."""
+        a, b = layout.written(start, stop)
+        parts = [cond.start + self.start] if start == 0 else []
+        if maps is not None:
+            parts.append(float32_linear(self.map_embedding, maps))
         x = torch.cat(parts, dim=1) + self.level_embedding(self.levels[a:b]) + self.position[:, a:b]
         return Inputs(
             x=x,
-            rank=canvas.layout.ranks(start, stop, device=x.device),
-            pattern=canvas.layout.pattern(start, stop),
+            rank=layout.ranks(start, stop, device=x.device),
+            pattern=layout.pattern(start, stop),
             vector=cond.vector,
         )
 
-    def embed_maps(self, canvas: Canvas, start: int, stop: int) -> Tensor:
-        """Embedded input maps [R, n, D] of steps start..stop-1, from the tokens of earlier steps."""
-        given = canvas.tokens[:, : canvas.layout.written(0, stop - 1)[1]]
-        with torch.autocast(given.device.type, enabled=False):  # float32: what the codes were fitted with
-            codes = given if given.is_floating_point() else self.quantizer.lookup(given)
-            maps = self.quantizer.maps(codes.float(), start, stop)
-            return float32_linear(self.map_embedding, maps)
+    def next_map(self, canvas: Canvas, step: int, cache: MapCache) -> Tensor:
+        """The input map of a step, float32 [R, n, C], from the sum in the cache and the scales that it still lacks."""
+        total, done = cache.summed if cache.summed[1] <= step else (None, 0)
+        for scale in range(done, step):
+            total = self.quantizer.add(total, self.codes(canvas, scale, scale + 1), scale)
+        cache.pending = total, step
+        return self.quantizer.input_of(total, step)
+
+    def codes(self, canvas: Canvas, start: int, stop: int) -> Tensor:
+        """Codes float32 [R, n, C] of the tokens of steps start..stop-1: in float32 they were fitted."""
+        a, b = canvas.layout.written(start, stop)
+        given = canvas.tokens[:, a:b]
+        return (given if given.is_floating_point() else self.quantizer.lookup(given)).float()
 
 
 def scales_of(spec: TokenSpec) -> str | None:

@@ -97,6 +97,11 @@ class XAR(Generator):
     def accepts(cls, spec: TokenSpec) -> None:
         require_grid(spec, "xAR")
 
+    @property
+    def vectors(self) -> int:
+        """A vector an entity: class and time."""
+        return self.layout.steps
+
     def arrange(self, tokens: Tensor) -> Canvas:
         if len(self.index):
             return Canvas(tokens[:, self.index], self.layout)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from vgen.conditioning import Cond
 from vgen.generator import Canvas, Generator
-from vgen.guidance import Guidance, Progress, Unguided
+from vgen.guidance import Guidance, Progress, Unguided, guided_steps
 from vgen.heads import DrawRule
 from vtok.counters import count
 from vtok.layers.cache import KVCache
@@ -32,18 +32,32 @@ def ancestral(
 ) -> Canvas:
     """Write a canvas of B = len(noise.seeds) samples.
 
-    cond: guide.streams * B rows, stream-major. rule: one for all steps, or a function of the progress. canvas: tokens
-    to start from; where `known` is true they are kept. stop: write only the steps before it. on_step: called after
-    each step with the canvas so far. cached=False recomputes every prefix (slow; the same tokens).
+    cond: guide.streams * B rows, stream-major; behind the last guided step the first B alone go on. rule: one for all
+    steps, or a function of the progress. canvas: tokens to start from; where `known` is true they are kept. stop: write
+    only the steps before it. on_step: called after each step with the canvas so far. cached=False recomputes every
+    prefix (slow; the same tokens).
     """
     check_rows(cond, noise, guide)
     canvas = generator.begin(noise) if canvas is None else canvas
     cache = empty_cache(generator, cond, canvas) if cached else None
-    for k in range(canvas.layout.steps if stop is None else stop):
-        progress = write_step(generator, canvas, cond, k, cache=cache, noise=noise, guide=guide, rule=rule)
+    steps = canvas.layout.steps if stop is None else stop
+    for k, given, kept, now in phases(cond, cache, guide, canvas, steps):
+        progress = write_step(generator, canvas, given, k, cache=kept, noise=noise, guide=now, rule=rule)
         if on_step is not None:
             on_step(canvas, progress)
     return canvas
+
+
+def phases(
+    cond: Cond, cache: KVCache | None, guide: Guidance, canvas: Canvas, steps: int
+) -> Iterator[tuple[int, Cond, KVCache | None, Guidance]]:
+    """What each of the first `steps` steps runs with: behind the last guided one no null rows."""
+    last, samples = guided_steps(guide, canvas.layout), len(canvas.tokens)
+    for k in range(steps):
+        if k == last and guide.streams > 1 and not cond.at:
+            cond, guide = cond.first(samples), UNGUIDED
+            cache = None if cache is None else cache.first(samples)
+        yield k, cond, cache, guide
 
 
 def check_rows(cond: Cond, noise: SampleNoise, guide: Guidance) -> None:

@@ -10,6 +10,7 @@ What changes between calls lives at fixed addresses and is overwritten: conditio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from vgen.conditioning import Cond
 from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule
-from vgen.samplers.ancestral import PLAIN, UNGUIDED, ancestral, check_rows, empty_cache, write_step
+from vgen.samplers.ancestral import PLAIN, UNGUIDED, ancestral, check_rows, empty_cache, phases, write_step
 from vtok.counters import count
 from vtok.layers.cache import KVCache
 from vtok.noise import SampleNoise
@@ -38,23 +39,28 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """CUDA graphs that share one memory pool: they are replayed in the order in which they were recorded."""
+    """CUDA graphs on `device` that share one memory pool: they are replayed in the order in which they were recorded.
 
-    def __init__(self) -> None:
+    All of it names the device: PyTorch takes the current one otherwise, which need not be the model's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
         self.pool: Any = None
 
     def warm(self, run: Callable[[], Any]) -> None:
         """On a side stream, as capturing wants it: libraries allocate and choose kernels on their first call."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             run()
-        torch.cuda.current_stream().wait_stream(aside)
+        current.wait_stream(self.stream)
 
     def __call__(self, run: Callable[[], Any]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            run()
+        with torch.cuda.device(self.device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                run()
         self.pool = graph.pool() if self.pool is None else self.pool
         return graph.replay
 
@@ -96,7 +102,7 @@ class GraphSampler:
         device = next(generator.parameters()).device
         if capture is None and device.type != "cuda":
             raise ValueError(f"cuda_graphs=true needs device=cuda, not {device.type}")
-        self.capture = CudaCapture if capture is None else capture
+        self.capture = functools.partial(CudaCapture, device) if capture is None else capture
         self.key: Any = None
         self.recording: Recording | None = None
 
@@ -148,14 +154,14 @@ class GraphSampler:
         cond = replace(cond, **{name: _own(getattr(cond, name)) for name in COND})
         begun, canvas = canvas, replace(canvas, **{name: _own(getattr(canvas, name)) for name in CANVAS})
         noise = SampleNoise(noise.seeds.clone())
-        options = {"noise": noise, "guide": guide, "rule": rule}
-        capture.warm(lambda: ancestral(generator, cond, canvas=canvas, stop=stop, **options))
+        options = {"noise": noise, "rule": rule}
+        capture.warm(lambda: ancestral(generator, cond, canvas=canvas, stop=stop, guide=guide, **options))
         made = Recording(cond, noise, canvas, cache, [])
         made.load(cond, noise, begun)
-        for k in range(layout.steps if stop is None else stop):
+        for k, given, kept, now in phases(cond, cache, guide, canvas, layout.steps if stop is None else stop):
             seen: list[Progress] = []
-            step = lambda k=k, seen=seen: seen.append(write_step(generator, canvas, cond, k, cache=cache, **options))  # noqa: E731
-            made.steps.append((capture(step), *seen))
+            step = functools.partial(write_step, generator, canvas, given, k, cache=kept, guide=now, **options)
+            made.steps.append((capture(lambda step=step, seen=seen: seen.append(step())), *seen))
             count("graph.captured")
         return made
 

@@ -19,7 +19,7 @@ from vgen.conditioning import Cond
 from vgen.generator import Canvas, Generator
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule, draw_ids
-from vgen.samplers.ancestral import PLAIN, UNGUIDED, check_rows
+from vgen.samplers.ancestral import PLAIN, UNGUIDED, check_rows, phases
 from vtok.counters import count
 from vtok.noise import SampleNoise
 
@@ -49,14 +49,15 @@ def refine(
     known = torch.zeros_like(tokens, dtype=torch.bool) if canvas.known is None else canvas.known
     canvas = replace(canvas, tokens=torch.where(known, tokens, 0), known=known)
     position = torch.arange(layout.length, device=tokens.device)
-    for k in range(layout.steps if stop is None else stop):
+    steps = layout.steps if stop is None else stop
+    for k, given, _, now in phases(cond, None, guide, canvas, steps):
         progress = Progress.of(layout, k)
         chosen = rule if isinstance(rule, DrawRule) else rule(progress)
         temperature = chosen.temperature * (1 - (k + 1) / layout.steps)
         count("step.whole")
-        count("rows.single" if guide.streams == 1 else "rows.guided")
-        h = generator(canvas.repeat(guide.streams), cond, k, k + 1)
-        logits = guide(generator.head.logits(h)[0].unflatten(0, (guide.streams, -1)), progress)
+        count("rows.single" if now.streams == 1 else "rows.guided")
+        h = generator(canvas.repeat(now.streams), given, k, k + 1)
+        logits = now(generator.head.logits(h)[0].unflatten(0, (now.streams, -1)), progress)
         if temperature:
             logits = logits / temperature
         for process in chosen.processors:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from vtok.layers.rope import rotate
 Mask = Tensor | Literal["causal"] | tuple[int, ...] | Any | None
 QKNorm = Literal["none", "l2", "rms", "layer", "layer_plain"]
 MAX_LOG_SCALE = math.log(100)
+TILE, KERNELS = 128, 64
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float | None = None, dropout: float = 0.0):
@@ -48,7 +50,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float |
         raise ValueError("FlexAttention has no dropout on the weights; set attention dropout to 0 or mask=bool")
     if not q.is_cuda:
         raise ValueError("a BlockMask needs CUDA: FlexAttention on the CPU has no backward pass")
-    return _flex()(q, k, v, block_mask=mask, scale=scale)
+    return attend_blocks(_flex(), q, k, v, mask=mask, scale=scale)
+
+
+def attend_blocks(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *, mask: Any, scale: float | None):
+    """FlexAttention of q, k, v [R, N, l, E] under a mask of `block_mask`, whose length is l rounded up: what is added
+    sees and is not seen."""
+    length, added = q.shape[-2], mask.shape[-1] - q.shape[-2]
+    if added:
+        q, k, v = (F.pad(x, (0, 0, 0, added)) for x in (q, k, v))
+    return kernel(q, k, v, block_mask=mask, scale=scale)[:, :, :length]
 
 
 def attend_naive(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float | None = None) -> Tensor:
@@ -71,12 +82,22 @@ def _flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
+def padded(length: int) -> int:
+    """A whole number of FlexAttention's tiles: kernels are compiled for a length, and FlexVAR draws a new one every
+    step. All lists within 680 positions share six."""
+    return -(-length // TILE) * TILE
+
+
 def block_mask(rank: Tensor) -> Any:
-    """FlexAttention's block mask of the rule rank(query) >= rank(key), for rank int64 [l] on CUDA."""
+    """FlexAttention's block mask of the rule rank(query) >= rank(key), for rank int64 [l] on CUDA, of padded(l)."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    length = len(rank)
-    return create_block_mask(lambda b, h, q, k: rank[q] >= rank[k], None, None, length, length, device=rank.device)
+    # a kernel for each length, dtype and head width; past its limit dynamo would run attention uncompiled
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNELS)
+    length = padded(len(rank))
+    last = 2**31 - 1  # of what is added: no position sees it
+    ranks = F.pad(rank, (0, length - len(rank)), value=last)
+    return create_block_mask(lambda b, h, q, k: ranks[q] >= ranks[k], None, None, length, length, device=rank.device)
 
 
 class Attention(nn.Module):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.counters import count
 from vtok.layers.attention import Attention, Mask, QKNorm
 from vtok.layers.cache import KVCache
 
@@ -140,6 +141,8 @@ class Block(nn.Module):
         each: int64 [l], the row of `vector` that modulates each position, where v is neither.
         between: what happens to x after the attention, of a block without `vector`.
         """
+        if not torch.compiler.is_compiling() and self._compiled_call_impl is not None:
+            count("block.plain")  # dynamo gave up, without a word
         if vector is None:
             attended = self.attention(self.norm1(x), position=position, mask=mask, cache=cache, layer=layer)
             changed = self.dropout(attended)

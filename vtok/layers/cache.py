@@ -7,6 +7,8 @@ after a ragged commit; until then the plain path slices by a host integer and ne
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,12 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
+
+    def first(self, rows: int) -> KVCache:
+        """The first rows alone, in the same memory, to go on with."""
+        part = copy.copy(self)
+        part.keys, part.values, part.length = self.keys[:, :rows], self.values[:, :rows], self.length[:rows]
+        return part
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [rows, heads, n, dim] behind the committed ones; return all up to there, [rows, heads, m, dim]."""

@@ -176,9 +176,17 @@ class Trunk(nn.Module):
         self.norm = make_norm(norm, dim, eps, affine=plain) if final_norm else nn.Identity()
         self.final = nn.Linear(dim, 2 * dim) if modulation != "none" and final_norm is True else None  # scale, shift
 
-    def cache(self, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str) -> KVCache:
+    def cache(
+        self,
+        rows: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kind: type[KVCache] = KVCache,
+    ) -> KVCache:
         """An empty cache that fits this trunk."""
-        return KVCache(len(self.blocks), rows, self.heads, capacity, self.dim // self.heads, dtype=dtype, device=device)
+        return kind(len(self.blocks), rows, self.heads, capacity, self.dim // self.heads, dtype=dtype, device=device)
 
     def mask(self, inputs: Inputs, cache: KVCache | None) -> Mask:
         """The attention mask of these positions, in the cheapest form that says the same."""

@@ -138,16 +138,25 @@ class MultiScaleVQ(Quantizer):
             raise ValueError(f"maps up to step {stop - 1} need {self.bounds[stop - 1]} codes, got {codes.shape[1]}")
         with torch.autocast(codes.device.type, enabled=False):
             sums = enumerate(self._sums(codes, stop - 1), start=1)
-            found = [F.interpolate(total, size=self.sides[k], mode="area") for k, total in sums if k >= start]
-        return torch.cat([pooled.flatten(2).transpose(1, 2) for pooled in found], 1)
+            return torch.cat([self.input_of(total, k) for k, total in sums if k >= start], 1)
+
+    def input_of(self, total: Tensor, step: int) -> Tensor:
+        """Input of a step, float32 [B, n, C], of the sum [B, C, H, W] of all scales before it."""
+        return F.interpolate(total, size=self.sides[step], mode="area").flatten(2).transpose(1, 2)
+
+    def add(self, total: Tensor | None, codes: Tensor, step: int) -> Tensor:
+        """The sum [B, C, H, W] of the scales 0..step, of that of the scales before (None: there are none) and the codes
+        [B, side * side, C] of this one. The same bits as the sums of `maps`."""
+        with torch.autocast(codes.device.type, enabled=False):
+            return (0.0 if total is None else total) + self._contribution(codes, step)
 
     # --- one scale ----------------------------------------------------------------------------------------------------
 
     def _sums(self, codes: Tensor, steps: int) -> Iterator[Tensor]:
         """Sum [B, C, H, W] after each of the first `steps` scales."""
-        total: Tensor | float = 0.0
+        total = None
         for step in range(steps):
-            total = total + self._contribution(codes[:, self.bounds[step] : self.bounds[step + 1]], step)
+            total = self.add(total, codes[:, self.bounds[step] : self.bounds[step + 1]], step)
             yield total
 
     def _contribution(self, codes: Tensor, step: int) -> Tensor:
