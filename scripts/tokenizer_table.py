@@ -294,8 +294,8 @@ def page(found: list[Mapping[str, Any]], studies: list[Mapping[str, Any]]) -> st
         "quantizers at a tiny budget, and say little about the published models. Families that end in a flow draw one",
         "sample with a fixed seed. Time ends a row, other jobs ran on the machine, and processors differ (each row's",
         "JSON names its own; without AVX-512 a core has about a third of the speed): compare the steps too, and take",
-        "images a second as a lower bound. Usage and perplexity of tokens with two vocabularies are those of the first /",
-        "of the second. Written by `python scripts/tokenizer_table.py` from docs/tables/tokenizers.",
+        "images a second as a lower bound. Usage and perplexity of tokens with two vocabularies are those of the first",
+        "/ of the second. Written by `python scripts/tokenizer_table.py` from docs/tables/tokenizers.",
     ]
     for kind, title in TITLES.items():
         members = [row for row in found if row["kind"] == kind]
