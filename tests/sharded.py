@@ -17,6 +17,15 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 
 from vtok.fsdp import shard, whole  # noqa: E402
 
+# Two losses read one hidden state, and the hooks of the cut blocks add up their gradients in another order.
+ROUNDING = {"llamagen_repa": 1e-6}
+
+
+def alike(plain: torch.Tensor | None, cut: torch.Tensor | None, rounding: float) -> bool:
+    if plain is None or cut is None:
+        return plain is cut
+    return bool((plain - whole(cut)).abs().max() <= rounding * plain.abs().max())
+
 
 def main() -> int:
     with socket.socket() as free:
@@ -35,7 +44,7 @@ def main() -> int:
             torch.manual_seed(1)
             model.loss(batch, progress=0.3)["loss"].backward()
         for (key, a), (_, b) in zip(plain.named_parameters(), cut.named_parameters()):
-            if (a.grad is None) != (b.grad is None) or (a.grad is not None and not torch.equal(a.grad, whole(b.grad))):
+            if not alike(a.grad, b.grad, ROUNDING.get(name, 0)):
                 wrong.append(f"{name}: {key}")
     dist.destroy_process_group()
     print("\n".join(wrong))

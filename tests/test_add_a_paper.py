@@ -154,6 +154,7 @@ def test_a_generators_properties(test, monkeypatch):
 @pytest.mark.parametrize("test", loops(test_tokenizers, "cnn_vq"))
 def test_a_tokenizers_properties(test, monkeypatch):
     monkeypatch.setitem(tokenizers.FAMILIES, "vit_vq", vit_vq)
+    monkeypatch.setattr(test_tokenizers, "ONE_SIZE", {*test_tokenizers.ONE_SIZE, "vit_vq"})
     monkeypatch.setattr(test_tokenizers, "CLASSES", Families(test_tokenizers.CLASSES, [TOKENIZER]))
     getattr(test_tokenizers, test)("vit_vq")
 

@@ -27,7 +27,7 @@ class ViTVQ(Tokenizer):
     ) -> None:
         super().__init__()
         if image_size % patch:
-            raise ValueError(f"patch={patch} does not divide image_size={image_size}")
+            raise ValueError(f"image_size={image_size} must be a multiple of patch={patch}")
         self.quantizer, self.stride = quantizer, patch
         self.spec = self._spec(image_size)
         shape = dict(dim=dim, depth=depth, heads=heads, hidden=4 * dim, norm="layer", ffn="gelu", bias="qkv")
@@ -47,8 +47,13 @@ class ViTVQ(Tokenizer):
         return TokenSpec(SequenceLayout.raster(side, side), (part,), size, describe(quantizer))
 
     def spec_for(self, size: int) -> TokenSpec:
+        if size % self.stride:
+            raise ValueError(f"image_size={size} must be a multiple of patch={self.stride}")
         if size != self.spec.image_size:
-            raise ValueError(f"ViTVQ has positions for {self.spec.image_size} px, not {size}; train one of that size")
+            raise ValueError(
+                f"ViTVQ has positions for {self.spec.image_size} px, not for image_size={size}: train a tokenizer with "
+                f"data.image_size={size}, or let scripts/reconstruct.py cut larger pictures into tiles"
+            )
         return self.spec
 
     def features(self, images: Tensor) -> Tensor:
