@@ -329,7 +329,8 @@ def var(folder: Path, options: Options) -> Pair:
     theirs.rng = torch.Generator(device=options.device)  # it takes CUDA wherever there is one
     fast, labels = cast(ours, options), options.labels()
     tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, ours.layout.length)).to(options.device)
-    maps = vae.quantize.idxBl_to_var_input([t.contiguous() for t in tokens.split([s * s for s in sides], dim=1)])
+    with exact():
+        maps = vae.quantize.idxBl_to_var_input([t.contiguous() for t in tokens.split([s * s for s in sides], dim=1)])
     vae.fhat_to_img = lambda f: f.clone()  # sampling excludes decoding
     guide, draws = ClassifierFree(Linear(5.0)), module.sample_with_top_k_top_p_  # the original's cfg = 4 is 1 + 4
 

@@ -276,6 +276,12 @@ def test_edits_are_made_on_entry_to_every_block(name):
         assert not torch.allclose(moved, plain, atol=1e-3)
         both = model(canvas.repeat(2), Cond.cat([pushed, null]))
         torch.testing.assert_close(both, torch.cat([moved, other]), rtol=1e-4, atol=1e-4)
+        if model.caches:
+            cache, parts = model.cache(3), []
+            for k in range(model.layout.steps):
+                parts.append(model(canvas, pushed, k, k + 1, cache))
+                cache.commit(model.layout.reads[k])
+            torch.testing.assert_close(torch.cat(parts, 1), moved, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=rf"edits of blocks \[{count}\]"):
         model(canvas, replace(cond, at={count: push}))
 

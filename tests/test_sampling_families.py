@@ -167,6 +167,14 @@ def test_lists_of_scales_that_cannot_be_drawn_are_refused(name, sides, words):
         Pipeline(*pair(name)).set_sides(sides)
 
 
+def test_tokens_of_the_tokenizers_scales_do_not_lie_on_others():
+    generator, tokenizer = pair("flexvar")
+    pipeline = Pipeline(generator, tokenizer)
+    pipeline.set_sides([1, 3, 6])
+    with pytest.raises(ValueError, match=r"sides=\[3, 6\] are none of the tokenizer's .*set_sides"):
+        pipeline.generator.arrange(torch.zeros(1, tokenizer.spec.layout.length, dtype=torch.int64))
+
+
 @pytest.fixture(scope="module")
 def photograph(tmp_path_factory):
     """A picture of 40 x 24 with a mask that draws the right half anew."""

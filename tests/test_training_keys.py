@@ -119,6 +119,8 @@ def test_mistakes_with_a_teacher_are_named_before_anything_long(teacher, tmp_pat
     base = (*REPA, f"tokenizer_from={folder}", f"run_dir={tmp_path / 'run'}")
     with pytest.raises(ValueError, match="pass teacher="):
         run(*base)
+    with pytest.raises(ValueError, match="data=codes has none"):
+        run("data=codes", "data.folder=none", "model=ifsq_l", f"run_dir={tmp_path / 'run'}")
     with pytest.raises(ValueError, match="4 patches of 384 channels an image, expected 16 of 384: change"):
         run(*base, f"+teacher.model={TEACHER}", "+teacher.size=28", f"+teacher.weights_path={teacher}")
     with pytest.raises(ValueError, match=r"teacher=.*give \{model"):

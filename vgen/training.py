@@ -246,8 +246,6 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
         corruption = Corruption(data.spec, getattr(data.tokenizer, "quantizer", None), **given)
     teacher = None
     if config.get("teacher") is not None:
-        if _cached(config):
-            raise ValueError("teacher looks at images, data=codes has none: train on images with tokenizer_from=...")
         from vtok.losses.backbone import Backbone
         from vtok.losses.frozen import Frozen
 
@@ -275,7 +273,10 @@ def check_teacher(config: DictConfig, trust: tuple[str, ...]) -> None:
     if config.get("model") is None:
         return
     make = instantiate(config.model, trust=trust, _convert_="all", _partial_=True)
-    if "patches" not in getattr(make.func, "reads_also", ()):
+    learns = "patches" in getattr(make.func, "reads_also", ())
+    if _cached(config) and (learns or config.get("teacher") is not None):
+        raise ValueError("teacher looks at images, data=codes has none: train on images with tokenizer_from=...")
+    if not learns:
         return  # build_module refuses a teacher there
     if config.get("teacher") is None:
         name = make.func.__name__

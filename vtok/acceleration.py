@@ -55,8 +55,9 @@ def compile_blocks(module: nn.Module, *, backend: str = "inductor") -> int:
     blocks = [m for m in module.modules() if isinstance(m, Block)]
     if not blocks:
         raise ValueError(f"compile=true: {type(module).__name__} has no transformer blocks; leave compile=false")
-    # blocks differ in numbers that dynamo guards on (rates of stochastic depth), each its own graph
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks) + 8)
+    # blocks differ in numbers that dynamo guards on (rates of stochastic depth), each its own graph, and FlexVAR's six
+    # padded lengths may each be one more
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks) + 8)
     for block in blocks:
         block.compile(backend=backend)
     return len(blocks)
@@ -122,6 +123,7 @@ def modulation_parameters(trunk: Trunk) -> int:
 
 def training_operations(module: nn.Module) -> float | None:
     """Operations of a training step an image, of a generator with one trunk, one vocabulary and a sequence; or None.
+    FlexVAR, which draws its scales, has as many as each step's list gives it: None.
 
     6 (matmul parameters x positions read + modulation parameters x vectors + head parameters x tokens)
     + 12 D depth x pairs that see each other.
@@ -129,6 +131,8 @@ def training_operations(module: nn.Module) -> float | None:
     trunk, head = getattr(module, "trunk", None), getattr(module, "head", None)
     linear = getattr(head, "linear", None)
     if not isinstance(trunk, Trunk) or not isinstance(linear, nn.Linear) or not getattr(module, "caches", False):
+        return None
+    if getattr(module, "sample_scales", False):
         return None
     layout = module.layout
     dense = matmul_parameters(trunk) * sum(layout.reads) + linear.weight.numel() * layout.length

@@ -128,6 +128,12 @@ class FlexVAR(VAR):
         return tokens
 
     def _places(self, layout: SequenceLayout, tokens: Tensor) -> Tensor:
+        unknown = sorted({side for side, _ in layout.sides} - set(self.known_sides))
+        if unknown:
+            raise ValueError(
+                f"sides={unknown} are none of the tokenizer's {list(self.known_sides)}, so these tokens lack them: "
+                "encode with tokenizer.encode(images, layout=...), or choose other sides with set_sides"
+            )
         spans = (self.spec.layout.written(k, k + 1) for k in map(self.known_sides.index, (s for s, _ in layout.sides)))
         return torch.cat([torch.arange(a, b, device=tokens.device) for a, b in spans])
 

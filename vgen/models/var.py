@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
-from vgen.generator import Canvas, Generator, require_ids
+from vgen.generator import Canvas, Generator, conditioned, require_ids
 from vgen.heads import CategoricalHead
 from vtok.config import build, describe, family_class, imported
 from vtok.layers.cache import KVCache
@@ -217,7 +217,8 @@ class VAR(Generator):
         cache.pending = None
         if start == 0 or stop != start + 1:
             return super().forward(canvas, cond, start, stop, cache)
-        return self.run(self.read(self.next_map(canvas, start, cache), cond, canvas.layout, start, stop), cache)
+        inputs = self.read(self.next_map(canvas, start, cache), cond, canvas.layout, start, stop)
+        return self.run(conditioned(inputs, cond, start), cache)
 
     def inputs(self, canvas: Canvas, cond: Cond, start: int, stop: int) -> Inputs:
         maps = None
