@@ -50,7 +50,7 @@ FAMILIES: dict[str, list[str]] = {
     "titok": ["tokenizer=titok_small", *VIT],
     "hita": ["tokenizer=hita_small"],
     "gigatok": ["tokenizer=gigatok_small", *VIT],
-    "restok": ["tokenizer=restok_small", *VIT, "batch_size=8", "schedule.warmup=0.1"],
+    "restok": ["tokenizer=restok_small", *VIT, "batch_size=8", "optimizer.lr=1e-3", "schedule.warmup=0.2"],
     "retok": ["tokenizer=retok_small", *VIT, "batch_size=16"],
     # a flow of few registers learns from its one-step estimate; few images a step, since every step is dear
     "flextok": ["tokenizer=flextok_small", *VIT, "batch_size=8", "optimizer.lr=1e-3", "objective.pixel_weight=4"],

@@ -147,6 +147,10 @@ class Generator(Configured, nn.Module):
         """What the trunk reads in steps start..stop-1, without prefix and edits of `cond`. This is the paper."""
         raise NotImplementedError
 
+    def inputs_behind(self, cache: KVCache | None, canvas: Canvas, cond: Cond, start: int, stop: int) -> Inputs:
+        """`inputs`, for a family whose cache keeps a part of them."""
+        return self.inputs(canvas, cond, start, stop)
+
     def run(self, inputs: Inputs, cache: KVCache | None = None) -> Tensor:
         """Hidden states of the positions that predict, [R, n, D]."""
         h = self.trunk(inputs, cache)
@@ -156,7 +160,8 @@ class Generator(Configured, nn.Module):
         self, canvas: Canvas, cond: Cond, start: int = 0, stop: int | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """Hidden states for the tokens written in steps start..stop-1, [R, n, D]. With start > 0 a cache is needed."""
-        inputs = self.inputs(canvas, cond, start, canvas.layout.steps if stop is None else stop)
+        stop = canvas.layout.steps if stop is None else stop
+        inputs = self.inputs_behind(cache, canvas, cond, start, stop)
         return self.run(conditioned(inputs, cond, start), cache)
 
     def cache(self, rows: int, *, prefix: int = 0, layout: SequenceLayout | None = None) -> KVCache | None:

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,19 +176,9 @@ class Pipeline:
             generator, Cond.cat(streams), noise=SampleNoise(seeds), guide=guide, rule=rule, on_step=on_step, **start
         )
 
-    def tokens(
-        self,
-        labels: Tensor,
-        seeds: Tensor,
-        *,
-        guide: Guidance,
-        rule: DrawRule | Callable[[Progress], DrawRule],
-        on_step: Callable[[Canvas, Progress], None] | None = None,
-        canvas: Canvas | None = None,
-    ) -> Tensor:
+    def tokens(self, labels: Tensor, seeds: Tensor, **options: Any) -> Tensor:
         """Tokens in the tokenizer's order, [B, L], of the canvas that `write` finishes; its arguments."""
-        canvas = self.write(labels, seeds, guide=guide, rule=rule, on_step=on_step, canvas=canvas)
-        return self.generator.restore(canvas)
+        return self.generator.restore(self.write(labels, seeds, **options))
 
     def decode(self, tokens: Tensor, seeds: Tensor | None = None, *, keep: int | None = None) -> Tensor:
         """Images float32 [B, 3, H, W] of tokens [B, L], `decode_chunk` of them at once.

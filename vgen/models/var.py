@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
-from vgen.generator import Canvas, Generator, conditioned, require_ids
+from vgen.generator import Canvas, Generator, require_ids
 from vgen.heads import CategoricalHead
 from vtok.config import build, describe, family_class, imported
 from vtok.layers.cache import KVCache
@@ -209,16 +209,12 @@ class VAR(Generator):
         weighted = nats[:, :a].sum(1) + newest * nats[:, a:].sum(1)
         return {"loss": weighted.mean() / canvas.layout.length, "nats": nats.detach()}
 
-    def forward(
-        self, canvas: Canvas, cond: Cond, start: int = 0, stop: int | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        if not isinstance(cache, MapCache):
-            return super().forward(canvas, cond, start, stop, cache)
-        cache.pending = None
-        if start == 0 or stop != start + 1:
-            return super().forward(canvas, cond, start, stop, cache)
-        inputs = self.read(self.next_map(canvas, start, cache), cond, canvas.layout, start, stop)
-        return self.run(conditioned(inputs, cond, start), cache)
+    def inputs_behind(self, cache: KVCache | None, canvas: Canvas, cond: Cond, start: int, stop: int) -> Inputs:
+        if isinstance(cache, MapCache):
+            cache.pending = None
+            if start > 0 and stop == start + 1:
+                return self.read(self.next_map(canvas, start, cache), cond, canvas.layout, start, stop)
+        return self.inputs(canvas, cond, start, stop)
 
     def inputs(self, canvas: Canvas, cond: Cond, start: int, stop: int) -> Inputs:
         maps = None
