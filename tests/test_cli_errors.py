@@ -78,6 +78,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("tokenizer", "generator"),
     ),
     "an existing run": ((*T, "run_dir={run}"), ("resume=auto", "overwrite=true")),
+    "a last stage without the one before": (
+        ("data=fake", "data.image_size=32", "tokenizer=retok_small", "tokenizer.stage=decoder"),
+        ("stage=decoder", "init_from="),
+    ),
     "missing start": ((*T, "init_from=nowhere"), ("nowhere",)),
     "start that does not fit": ((*LLAMAGEN, "tokenizer_from={tokenizer}", "init_from={run}"), ("init_from", "fits")),
     "generator without tokens": (LLAMAGEN, ("tokenizer_from",)),

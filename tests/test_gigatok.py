@@ -206,6 +206,10 @@ def test_prefixes_of_each_sample_are_prefixes_alone():
     for wrong in (0, 9, torch.tensor([1, 0, 2])):
         with pytest.raises(ValueError, match="keep"):
             model.decode(tokens, keep=wrong)
+    assert torch.equal(model.decode(tokens, keep=keep, size=16), together)
+    for count in (5, keep):
+        with pytest.raises(ValueError, match="built for image_size=16, asked for 32"):
+            model.decode(tokens, keep=count, size=32)
 
 
 def test_training_keeps_what_the_keys_say():
@@ -255,3 +259,6 @@ def test_the_decoders_stage_changes_the_decoder_alone():
     assert moved == {"to_grid", "project_out", "decoder", "alignment"}
     with pytest.raises(ValueError, match="stage='second'"):
         retok(stage="second")
+    assert joint.fresh_start() is None
+    with pytest.raises(ValueError, match=r"init_from=<run of tokenizer\.stage=joint>"):
+        model.fresh_start()

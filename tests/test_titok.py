@@ -81,6 +81,13 @@ def test_stages_train_what_they_say():
     torch.testing.assert_close(joint(images()).images, recon.images, rtol=1e-4, atol=1e-5)
 
 
+def test_the_second_stage_does_not_start_on_random_codes():
+    for model, first in ((proxy("decoder"), "proxy"), (titok(stage="decoder"), "joint")):
+        with pytest.raises(ValueError, match=rf"stage=decoder .* init_from=<run of tokenizer\.stage={first}>"):
+            model.fresh_start()
+    assert proxy("proxy").fresh_start() is None and titok().fresh_start() is None
+
+
 def test_proxy_weights_come_from_a_checkpoint_once(tmp_path):
     from vtok.checkpoint import save_folder
 

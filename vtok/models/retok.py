@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vtok.layers.nested import Distribution, keep_counts, keep_probabilities, kept
+from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_probabilities, kept
 from vtok.models.gigatok import GigaTok
 from vtok.noise import SampleNoise, noise_of
 from vtok.tokenizer import Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec
@@ -82,13 +82,10 @@ class ReToK(Tokenizer):
         noise: SampleNoise | None = None,
     ) -> Tensor:
         """keep: the first `keep` tokens, from 1 to all: one number, or int64 [B], one a sample."""
-        if keep is not None and not bool(
-            ((torch.as_tensor(keep) >= 1) & (torch.as_tensor(keep) <= tokens.shape[1])).all()
-        ):
-            raise ValueError(f"keep={keep} must lie between 1 and {tokens.shape[1]} tokens")
+        check_keep(keep, self.network.tokens)
         if not isinstance(keep, Tensor):
             return super().decode(tokens, keep=keep, size=size, noise=noise)
-        self.spec.check(tokens)
+        (self.spec if size is None else self.spec_for(size)).check(tokens)
         return self.network.pixels(self.embed(tokens), size=size, seen=kept(keep, tokens.shape[1], tokens.device))
 
     def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
@@ -118,3 +115,11 @@ class ReToK(Tokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         return self.network.last_layer
+
+    def fresh_start(self) -> str | None:
+        if self.stage != "decoder":
+            return None
+        raise ValueError(
+            "stage=decoder learns to decode frozen codes, which are random without the stage before: pass "
+            "init_from=<run of tokenizer.stage=joint>"
+        )

@@ -201,6 +201,15 @@ class TiTok(Tokenizer):
     def last_layer(self) -> nn.Parameter:
         return self.head.last_layer
 
+    def fresh_start(self) -> str | None:
+        if self.stage != "decoder":
+            return None
+        first = "proxy" if isinstance(self.head, ProxyHead) else "joint"
+        raise ValueError(
+            "stage=decoder learns to decode frozen codes, which are random without the stage before: pass "
+            f"init_from=<run of tokenizer.stage={first}>"
+        )
+
 
 class LatentEncoder(nn.Module):
     """Images [B, 3, H, W] in [0, 1] to latents [B, N, out]."""
