@@ -87,8 +87,12 @@ class ResTok(Tokenizer):
             self.semantic_mask = table(1, decoder[0])
             self.align_levels = nn.Linear(encoder[0], semantic, bias=False)
             self.align_cells = nn.Linear(decoder[0], semantic, bias=False)
-        initialise(self, width=encoder[0])
-        if encoder[0] < NARROW:
+        halves = {self.cnn_encoder: encoder, self.cnn_decoder: decoder, self.encoder: encoder, self.decoder: decoder}
+        if semantic:
+            halves |= {self.align_levels: encoder, self.align_cells: decoder}
+        for part, size in halves.items():
+            initialise(part, width=size[0])
+        if decoder[0] < NARROW:
             self.start_short()
         self.quantizer = quantizer
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
@@ -99,8 +103,8 @@ class ResTok(Tokenizer):
 
     @torch.no_grad()
     def start_short(self) -> None:
-        """The start of narrow models, which train for minutes: pictures begin nearly grey, and each cell reads few
-        latents instead of the mean of all, in which all cells are alike."""
+        """The start of models with a narrow decoder, which train for minutes: pictures begin nearly grey, and each cell
+        reads few latents instead of the mean of all, in which all cells are alike."""
         self.cnn_decoder.conv_out.weight.mul_(0.1)
         for block in self.decoder.trunk.blocks:
             block.attention.q_norm.weight.mul_(3)
