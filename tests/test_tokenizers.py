@@ -1,13 +1,17 @@
 """What holds for every tokenizer, by looping over the families of tests/tokenizers.py."""
 
+import inspect
+from importlib import import_module
+
 import pytest
 import torch
 from tokenizers import FAMILIES, STOCHASTIC_DECODERS, images, make
 
 from vtok.checkpoint import save_folder
-from vtok.config import build, describe
+from vtok.config import build, completed, describe, differences
 from vtok.models import FAMILIES as CLASSES
 from vtok.noise import SampleNoise
+from vtok.quantize.fsq import FSQ
 from vtok.quantize.kl import KL
 from vtok.warmstart import warm_start
 
@@ -69,6 +73,44 @@ def test_a_description_rebuilds_the_tokenizer(name):
     assert torch.equal(again.encode(images()), tokens)
     assert torch.equal(again.decode(tokens, noise=noise()), model.decode(tokens, noise=noise()))
     assert again.spec == model.spec
+
+
+def aged(value):
+    """A description as a version wrote it that knew none of the arguments that stand at their defaults."""
+    if isinstance(value, list):
+        return [aged(part) for part in value]
+    if not isinstance(value, dict) or "family" not in value:
+        return value
+    module, _, name = CLASSES[value["family"]].partition(":")
+    own = inspect.signature(getattr(import_module(module), name)).parameters
+    usual = {k: list(p.default) if isinstance(p.default, tuple) else p.default for k, p in own.items()}
+    return {**value, "arguments": {k: aged(v) for k, v in value["arguments"].items() if v != usual[k]}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_description_of_an_earlier_version_is_completed(name):
+    description = describe(make(name))
+    old = aged(description)
+    assert len(str(old)) < len(str(description))
+    assert completed(old, CLASSES) == description and completed([{"a": old}], CLASSES) == [{"a": description}]
+    assert completed(old, {}) == old  # nobody's family
+    assert differences(old, description) != [] == differences(completed(old, CLASSES), description)
+
+
+def test_differences_are_named_leaf_by_leaf():
+    one, other = (describe(make(name, nested={2: 1.0})) for name in ("retok", "retok"))
+    other["arguments"]["network"]["arguments"]["quantizer"]["arguments"]["beta"] = 0.5
+    other["arguments"]["nested"] = {"2": 1.0, "3": 2.0}
+    found = [("tokenizer.network.quantizer.beta", 0.25, 0.5), ("tokenizer.nested.3", None, 2.0)]
+    assert differences(one, other, "tokenizer") == found
+    other = describe(make("retok", nested="all"))
+    other["arguments"]["network"]["arguments"]["quantizer"] = describe(FSQ(levels=(5, 4)))
+    assert differences(one, other) == [("network.quantizer", "VQ", "FSQ"), ("nested", {"2": 1.0}, "all")]
+    one, other = (describe(make("hita")) for _ in range(2))
+    other["arguments"]["quantizer"]["arguments"]["quantizers"][1]["arguments"]["vocab_size"] = 25
+    other["arguments"]["quantizer"]["arguments"]["counts"] = [3]
+    found = [("quantizer.quantizers[1].vocab_size", 24, 25), ("quantizer.counts", [4], [3])]
+    assert differences(one, other) == found
 
 
 @pytest.mark.parametrize("name", NAMES)

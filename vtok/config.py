@@ -117,10 +117,53 @@ def family_class(name: Any, families: Mapping[str, str]) -> type[Configured]:
 
 
 def imported(families: Mapping[str, str], description: Mapping[str, Any]) -> Families:
-    """The table, trusting the module of a description's family too where this process has imported it: for parts that a
-    module takes over from one made under `trust`, as a next-scale generator its tokenizer's quantizer."""
-    module, _, attribute = str(description["family"]).partition(":")
-    return Families(families, (module,) if attribute and module in sys.modules else ())
+    """The table, trusting the modules of a description's families too where this process has imported them: for parts
+    that a module takes over from one made under `trust`, as a next-scale generator its tokenizer's quantizer."""
+    found = (name.partition(":") for name in _families(description) if ":" in name)
+    return Families(families, [module for module, _, own in found if hasattr(sys.modules.get(module), own)])
+
+
+def defaults(target: Any) -> dict[str, Any]:
+    """What a class or function takes for the arguments that it is not given, as plain data."""
+    parameters = inspect.signature(target).parameters.values()
+    return {p.name: _plain(p.default) for p in parameters if p.default is not p.empty}
+
+
+def completed(data: Any, families: Mapping[str, str]) -> Any:
+    """Plain data in which every description, and every section with a `_target_` of this toolkit, however deep, names
+    all arguments of its class: those that came after it was written stand at their defaults, which do what was done
+    without them. A family that the table does not know stays as it is."""
+    if isinstance(data, (list, tuple)):
+        return [completed(value, families) for value in data]
+    if not isinstance(data, Mapping):
+        return data
+    found = {k: completed(v, families) for k, v in data.items()}
+    if _is_description(found) and found["family"] in families:
+        known = defaults(family_class(found["family"], families))
+        return {**found, "arguments": known | found["arguments"]}
+    if str(found.get("_target_", "")).startswith(ALLOWED_MODULES):
+        module, _, attribute = found["_target_"].rpartition(".")
+        try:
+            return defaults(getattr(importlib.import_module(module), attribute)) | found
+        except (ImportError, AttributeError):  # of a version that had it under another name
+            return found
+    return found
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(name, old value, new value) of every single value in which nested plain data differ, as `quantizer.beta` or
+    `parts[0].scale`: arguments of descriptions go by the name of what they describe. What one lacks is None."""
+    if _is_description(old) and _is_description(new):
+        if old["family"] != new["family"]:
+            return [(name, old["family"], new["family"])]
+        old, new = old["arguments"], new["arguments"]
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        pairs = [(f"{name}.{key}" if name else str(key), old.get(key), new.get(key)) for key in {**old, **new}]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and dict in map(type, old):
+        pairs = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(old, new))]
+    else:
+        return [] if old == new else [(name, old, new)]
+    return [found for key, a, b in pairs for found in differences(a, b, key)]
 
 
 def instantiate(config: Any, *args: Any, trust: tuple[str, ...] = (), **kwargs: Any) -> Any:
@@ -145,6 +188,21 @@ def _targets(config: Any) -> list[str]:
     if isinstance(config, (list, tuple)) or type(config).__name__ == "ListConfig":
         return [t for value in config for t in _targets(value)]
     return []
+
+
+def _is_description(value: Any) -> bool:
+    keys = isinstance(value, Mapping) and set(value) == {"family", "arguments"}
+    return keys and isinstance(value["family"], str) and isinstance(value["arguments"], Mapping)
+
+
+def _families(data: Any) -> list[str]:
+    """Names of the families of all descriptions in plain data."""
+    if isinstance(data, (list, tuple)):
+        return [name for value in data for name in _families(value)]
+    if not isinstance(data, Mapping):
+        return []
+    own = [data["family"]] if _is_description(data) else []
+    return own + [name for value in data.values() for name in _families(value)]
 
 
 def _plain(value: Any) -> Any:
