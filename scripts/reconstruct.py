@@ -46,6 +46,7 @@ def main(config: Any) -> None:
     from eval.progress import progress_bar
     from vgen.sampling import resolve_device
     from vtok.checkpoint import weights_hash, write_atomic, write_json
+    from vtok.config import describe
     from vtok.data.codes import frozen
     from vtok.data.extract import claim
     from vtok.data.files import BadImage, list_images, read_image
@@ -78,11 +79,12 @@ def main(config: Any) -> None:
         check_whole(tokenizer, config.keep)
     if config.overwrite:
         (out / "recipe.json").unlink(missing_ok=True)
-    recipe = {"tokenizer": {"sha256": weights_hash(tokenizer.state_dict())}, "keep": config.keep, "seed": config.seed}
+    identity = {"description": describe(tokenizer), "sha256": weights_hash(tokenizer.state_dict())}
+    recipe = {"tokenizer": identity, "keep": config.keep, "seed": config.seed}
     if config.whole:
         recipe["whole"] = True
-    claim(out, recipe, what="copies")
-    recipe_hash = hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()
+    recipe = claim(out, recipe, what="copies")  # as the folder has it: a later version goes on with the same hash
+    recipe_hash = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     how = dict(batch=int(config.batch_size), keep=config.keep, seed=int(config.seed), whole=bool(config.whole))
     errors, bad, done, earlier = PixelErrors(), [], 0, 0
 

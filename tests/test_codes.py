@@ -15,16 +15,19 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from tokenizers import make
+from tokenizers import FAMILIES as TOKENIZERS
+from tokenizers import images, make
 
 from vtok.checkpoint import CheckpointError, save_folder, weights_hash
-from vtok.data.codes import Codes, OnlineTokens
+from vtok.config import build, describe
+from vtok.data.codes import TRAINING, Codes, OnlineTokens, unlike
 from vtok.data.extract import CROPS, extract
 from vtok.data.fake import Fake
 from vtok.data.shards import dtype_of, id_of, open_split, pack, unpack_row
 from vtok.data.tasks import task_from_environment
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.layout import SequenceLayout
+from vtok.models import FAMILIES
 from vtok.models.cnn import CNNTokenizer
 from vtok.noise import SampleNoise, key
 from vtok.quantize.kl import KL
@@ -404,13 +407,97 @@ def test_another_tokenizer_is_refused(tmp_path):
     assert weights_hash(own.tokenizer.state_dict()) == weights_hash(tokenizer(0).state_dict())
 
 
-def test_the_same_weights_at_another_scale_are_refused(tmp_path):
-    made, other = tokenizer(quantizer=KL(channels=4, scale=0.5)), tokenizer(quantizer=KL(channels=4, scale=0.25))
-    write(tmp_path / "codes", made)
-    assert Codes(folder=str(tmp_path / "codes"), tokenizer=made).train_dataset()[0, 0]["tokens"].shape == (64, 4)
+def changed(model: Tokenizer, **values) -> Tokenizer:
+    """The same weights with other arguments, by their names with __ between what is nested."""
+    description = describe(model)
+    for name, value in values.items():
+        *above, argument = name.split("__")
+        described = description["arguments"]
+        for part in above:
+            described = described[part]["arguments"]
+        assert described[argument] != value
+        described[argument] = value
+    other = build(description, FAMILIES).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize(
+    "name, values, said",
+    [
+        ("cnn_kl", {"quantizer__scale": 0.25}, r"quantizer\.scale=0\.5 \(now 0\.25\)"),
+        ("restok", {"theta": 20.0}, r"theta=10000\.0 \(now 20\.0\)"),
+        ("restok", {"legacy_reshape": True}, r"legacy_reshape=False \(now True\)"),
+        ("flextok_vae", {"vae__quantizer__scale": 0.25}, r"vae\.quantizer\.scale=0\.5 \(now 0\.25\)"),
+        ("var", {"quantizer__phi_weight": 0.25}, r"quantizer\.phi_weight=0\.5 \(now 0\.25\)"),
+    ],
+)
+def test_the_same_weights_that_mean_other_codes_are_refused(tmp_path, name, values, said):
+    made = make(name)
+    other = changed(made, **values)
+    write(tmp_path, made)
+    assert len(Codes(folder=str(tmp_path), tokenizer=made).train_dataset()[0, 0]["tokens"]) == made.spec.layout.length
     assert weights_hash(other.state_dict()) == weights_hash(made.state_dict())
-    with pytest.raises(CheckpointError, match=r"same weights with another quantizer\..*scale"):
-        Codes(folder=str(tmp_path / "codes"), tokenizer=other)
+    with pytest.raises(CheckpointError, match=rf"same weights with another {said}: set"):
+        Codes(folder=str(tmp_path), tokenizer=other)
+    argument = next(iter(values)).split("__")[-1]
+    for split in ("train", "val"):  # of a version that did not know the argument: as its default
+        path = tmp_path / split / "manifest.json"
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps(without(manifest, argument)))
+    default = {"theta": True, "legacy_reshape": True, "scale": False, "phi_weight": True}[argument]
+    if default:
+        Codes(folder=str(tmp_path), tokenizer=made)
+    else:
+        with pytest.raises(CheckpointError, match=r"scale=1\.0 \(now 0\.5\)"):
+            Codes(folder=str(tmp_path), tokenizer=made)
+
+
+def without(data, argument: str):
+    """Nested data whose descriptions do not name the argument."""
+    if isinstance(data, list):
+        return [without(part, argument) for part in data]
+    if not isinstance(data, dict):
+        return data
+    return {k: without(v, argument) for k, v in data.items() if k != argument}
+
+
+OTHERWISE = {
+    "alignment_decay": 3.0, "alignment_power": 2.0, "auxiliary_until": 0.9, "batch_weight": 0.5, "beta": 0.7,
+    "checkpointing": True, "codebook_weight": 0.5, "degradation": 0.9, "draw_sides": True, "dropout": 0.4,
+    "entropy_weight": 0.05, "feature_weight": 3.0, "kl_weight": 0.1, "nested": "power_of_two", "null_drop": 0.6,
+    "rotation": True, "sample_weight": 0.5, "scale_weight": 0.2, "stage": "decoder", "stochastic": 0.1,
+}  # fmt: skip
+
+
+def test_what_only_training_reads_changes_no_code_and_no_picture(tmp_path):
+    """Of every family, all of it at once; such codes are taken."""
+    seen = set()
+
+    def other(value):
+        if isinstance(value, list):
+            return [other(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        if "arguments" not in value:
+            return {k: other(v) for k, v in value.items()}
+        mine = {k: OTHERWISE[k] for k, v in value["arguments"].items() if k in OTHERWISE and v != OTHERWISE[k]}
+        if not value["arguments"].get("l2_norm", True):
+            mine.pop("stochastic", None)  # draws by cosines
+        seen.update(mine)
+        return {**value, "arguments": {k: other(v) for k, v in value["arguments"].items()} | mine}
+
+    for name in TOKENIZERS:
+        model = make(name)
+        twin = build(other(describe(model)), FAMILIES).eval()
+        twin.load_state_dict(model.state_dict())
+        tokens, noise = model.encode(images()), SampleNoise(torch.arange(3))
+        assert torch.equal(twin.encode(images()), tokens)
+        assert torch.equal(twin.decode(tokens, noise=noise), model.decode(tokens, noise=noise))
+        assert not unlike(describe(model), describe(twin))
+    assert seen == set(TRAINING) == set(OTHERWISE)
+    write(tmp_path, make("restok"))
+    Codes(folder=str(tmp_path), tokenizer=make("restok", nested="all"))
 
 
 @pytest.mark.parametrize(
@@ -419,7 +506,8 @@ def test_the_same_weights_at_another_scale_are_refused(tmp_path):
         ({"model": tokenizer(1)}, "tokenizer="),
         ({"crops": "ten"}, "crops=none, asked for ten"),
         ({"shard_size": 9}, "shard_size=10, asked for 9"),
-        ({"source": data(train_images=26)}, "data="),
+        ({"source": data(train_images=26)}, r"data\.train="),
+        ({"model": changed(tokenizer(), quantizer__beta=0.5)}, r"tokenizer\.quantizer\.beta=0\.25, asked for 0\.5"),
         ({"source": data(num_classes=4)}, "class_names="),
     ],
 )
@@ -452,6 +540,38 @@ def test_two_seeds_of_an_encoder_that_draws_share_no_folder(tmp_path):
             write(tmp_path / name, make(name), source=data(seed=2))
     write(tmp_path / "vq", source=data(seed=1))
     write(tmp_path / "vq", source=data(seed=2))  # the same codes
+
+
+def test_an_encoder_that_draws_nothing_needs_no_seed(tmp_path):
+    """A folder of a version that noted one all the same goes on."""
+    model = tokenizer(quantizer=KL(channels=4, deterministic=True))
+    write(tmp_path, model, source=data(seed=1))
+    path = tmp_path / "recipe.json"
+    recipe = json.loads(path.read_text())
+    assert "seed" not in recipe
+    path.write_text(json.dumps(recipe | {"seed": 1}))
+    write(tmp_path, model, source=data(seed=2))
+
+
+def test_a_folder_half_made_by_an_earlier_version_goes_on(tmp_path):
+    """Its recipe names fewer arguments of the tokenizer; both manifests then say the same."""
+    half, whole, said = tmp_path / "half", tmp_path / "whole", []
+    write(whole)
+    assert not write(half, task=(0, 2))
+    path = half / "recipe.json"
+    full = json.loads(path.read_text())
+    path.write_text(json.dumps(without(without(full, "decoder_blocks"), "stochastic")))
+    assert write(half, say=said.append)
+    assert sum("finished earlier" in line for line in said) == 2
+    Codes(folder=str(half), tokenizer=tokenizer())
+    ours, theirs = content(half), content(whole)
+    assert all(ours[k] == theirs[k] for k in theirs if k.endswith(".npy")) and ours.keys() == theirs.keys()
+    path.write_text(json.dumps(without(full, "z_channels")))
+    with pytest.raises(ValueError, match=r"codes with tokenizer\.z_channels=256, asked for 8"):
+        write(half)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"recipe\.json is damaged"):
+        write(half)
 
 
 def test_codes_of_other_crops_are_refused_where_a_recipe_names_its_own(tmp_path):

@@ -1,5 +1,6 @@
 """Reconstructing pictures of any size, and the gallery, through their commands."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -149,6 +150,43 @@ def test_a_copy_is_done_for_these_pixels_and_this_recipe_only(tmp_path, monkeypa
     assert go(tokenizer=other) == (2, 0) and go(out="fresh", tokenizer=other) == (2, 0)
     for name in ("a.png", "a.npz", "b.png", "b.npz"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_copies_belong_to_a_tokenizer_as_it_is_set_up(tmp_path, monkeypatch, capsys):
+    """Its weights do not show the size of its tiles. Folders of versions that kept the weights' hash alone go on."""
+    small = tokenizer_folder(tmp_path / "small")
+    described = json.loads((small / "config.json").read_text())
+    large, out = tmp_path / "large", tmp_path / "out"
+    large.mkdir()
+    (large / "model.safetensors").write_bytes((small / "model.safetensors").read_bytes())
+    described["arguments"]["image_size"] = 32
+    (large / "config.json").write_text(json.dumps(described))
+    (tmp_path / "in").mkdir()
+    draw(tmp_path / "in" / "a.png", 0, 20, 20)
+
+    def go(tokenizer: Path) -> tuple[int, int]:
+        """(images made, finished earlier)."""
+        words = [f"from={tokenizer}", f"in={tmp_path / 'in'}", f"out={out}", "device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words])
+        reconstruct_command()
+        report = json.loads((out / "report.json").read_text())
+        return report["images"], report["finished_earlier"]
+
+    assert [go(small), go(small)] == [(1, 0), (0, 1)]
+    with pytest.raises(SystemExit):
+        go(large)
+    assert "copies with tokenizer.image_size=16, asked for 32; choose another out=" in capsys.readouterr().err
+    recipe = json.loads((out / "recipe.json").read_text())
+    described = recipe["tokenizer"].pop("description")
+    (out / "recipe.json").write_text(json.dumps(recipe))  # as earlier versions wrote it
+    with np.load(out / "a.npz") as arrays:
+        older = dict(arrays) | {"recipe_sha256": np.array(hashlib.sha256(json.dumps(recipe).encode()).hexdigest())}
+    np.savez_compressed(out / "a.npz", **older)
+    assert [go(small), go(small)] == [(1, 0), (0, 1)]
+    del described["arguments"]["decoder_blocks"]  # a version that did not know this argument
+    recipe["tokenizer"]["description"] = described
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    assert [go(small), go(small)] == [(1, 0), (0, 1)]
 
 
 def test_pictures_are_copied_and_shown_upright(tmp_path, monkeypatch):

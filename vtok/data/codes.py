@@ -8,7 +8,7 @@ and decoded with another gives noise, and no loss shows it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vtok.checkpoint import CheckpointError, Weights, load_module, weights_hash
-from vtok.config import Families
+from vtok.config import Families, completed, describe, differences, imported
 from vtok.data.module import ImageData, Position, StepData
 from vtok.data.shards import Crops, Shards, open_split
+from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key
 from vtok.tokenizer import Tokenizer, TokenSpec
 
+# arguments that tokenizers and quantizers read in training alone
+TRAINING = (
+    "alignment_decay", "alignment_power", "auxiliary_until", "batch_weight", "beta", "checkpointing", "codebook_weight",
+    "degradation", "draw_sides", "dropout", "entropy_weight", "feature_weight", "kl_weight", "nested", "null_drop",
+    "rotation", "sample_weight", "scale_weight", "stage", "stochastic",
+)  # fmt: skip
 _CROP = 1  # separates the draw of the crop from the model's own use of the sample's key
 
 
@@ -34,8 +41,6 @@ def frozen(tokenizer: str | Path | Tokenizer, weights: Weights = "ema", *, trust
     trust: modules of yours that may hold its class.
     """
     if not isinstance(tokenizer, torch.nn.Module):
-        from vtok.models import FAMILIES
-
         tokenizer = load_module(tokenizer, Families(FAMILIES, trust), weights)
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"tokenizer={type(tokenizer).__name__} is not a tokenizer; give a tokenizer's run or folder")
@@ -187,7 +192,7 @@ class Codes(StepData):
         check_hash(self.train.manifest, self.tokenizer, folder, source)
         self.image_size = int(self.train.manifest["image_size"])
         self.spec = spec_at(self.tokenizer, self.image_size)
-        check_spec(self.train.manifest, self.spec, folder)
+        check_spec(self.train.manifest, self.tokenizer, self.spec, folder)
         self.class_names = list(self.train.manifest["class_names"])
         self.limit_train, self.limit_val = limit_train, limit_val
 
@@ -250,23 +255,36 @@ def check_hash(manifest: Mapping, tokenizer: Tokenizer, folder: str | Path, sour
         )
 
 
-def check_spec(manifest: Mapping, spec: TokenSpec, folder: str | Path) -> None:
-    """Raise CheckpointError unless a tokenizer of the same weights still writes these tokens: its scales or the scale
-    of its latents may have been set otherwise. Arguments of the quantizer that only one of the two names do not count.
-    """
-    made, now = (dict(flat(part)) for part in (manifest["spec"], json.loads(json.dumps(spec.to_config()))))
-    different = [name for name in made.keys() & now.keys() if made[name] != now[name]]
-    if different:
+def check_spec(manifest: Mapping, tokenizer: Tokenizer, spec: TokenSpec, folder: str | Path) -> None:
+    """Raise CheckpointError unless a tokenizer of the same weights still means the same by these tokens: what no weight
+    holds may have been set otherwise, as its scales, the scale of its latents (or of a VAE inside), the base of rotary
+    positions."""
+    now = describe(tokenizer)
+    found = unlike(manifest["spec"], spec.to_config()) + unlike(manifest["tokenizer"].get("description", now), now)
+    if found:
+        said = " and ".join(sorted({f"{name}={there!r:.60} (now {here!r:.60})" for name, there, here in found}))
         raise CheckpointError(
-            f"codes in {folder} were made by the same weights with another {' and '.join(sorted(different))}: set the "
-            "tokenizer as it was, or extract them again"
+            f"codes in {folder} were made by the same weights with another {said}: set the tokenizer as it was, or "
+            "extract them again"
         )
 
 
-def flat(tree: Mapping, above: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of what lies in nested mappings."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
+def unlike(made: Mapping, now: Mapping) -> list[tuple[str, Any, Any]]:
+    """(name, old, new) of the differences between two descriptions of a tokenizer, or two specs in plain data, that
+    change what codes mean. The older one counts with the defaults of what it does not name."""
+    families = imported(FAMILIES, now)
+    return differences(*(meaning(completed(json.loads(json.dumps(side)), families)) for side in (made, now)))
+
+
+def meaning(data: Any) -> Any:
+    """Plain data without the arguments of this toolkit's tokenizers and quantizers on which no code and no decoding of
+    one depends: TRAINING, and the size of the images, which the spec has."""
+    if isinstance(data, list):
+        return [meaning(value) for value in data]
+    if not isinstance(data, Mapping):
+        return data
+    found = {k: meaning(v) for k, v in data.items()}
+    if set(found) == {"family", "arguments"}:
+        unread = {"image_size"} if ":" in found["family"] else {"image_size", *TRAINING}
+        found["arguments"] = {k: v for k, v in found["arguments"].items() if k not in unread}
+    return found

@@ -22,12 +22,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from vtok.checkpoint import is_folder, read_config, save_folder, weights_hash, write_json
-from vtok.config import describe
+from vtok.config import completed, describe, differences, imported
 from vtok.data.codes import spec_at
 from vtok.data.module import ImageData
 from vtok.data.shards import Crops, dtype_of, finished, id_of, pack, write_manifest, write_shard
 from vtok.data.sources import Source
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
+from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key
 from vtok.tokenizer import Quantizer, Tokenizer, TokenSpec
 
@@ -78,13 +79,14 @@ def extract(
         recipe["upright"] = True
     if any(isinstance(part, Quantizer) and part.draws for part in tokenizer.modules()):  # also of a VAE inside
         recipe["seed"] = data.seed
-    claim(out, common | recipe)
+    claimed = claim(out, common | recipe)
+    common = {name: claimed[name] for name in common}  # both manifests say the same, whichever version finishes them
     if not is_folder(out / "tokenizer") or read_config(out / "tokenizer").get("hash") != identity["sha256"]:
         save_folder(tokenizer, out / "tokenizer", kind="tokenizer")
     tokenizer.to(device)
 
     number, complete = 0, True
-    for split, (source, recipe) in sources.items():
+    for split, (source, cut) in sources.items():
         folder, count = out / split, -(-len(source) // shard_size)
         for index in range(count):
             rows = range(index * shard_size, min(len(source), (index + 1) * shard_size))
@@ -95,13 +97,13 @@ def extract(
             if finished(folder, index, len(rows)):
                 say(f"{title}: finished earlier")
                 continue
-            dataset = Subset(CropDataset(source, data.image_size, recipe["name"], data.seed), rows)
+            dataset = Subset(CropDataset(source, data.image_size, cut["name"], data.seed), rows)
             codes, labels = _encode(dataset, tokenizer, spec, batch, data.workers, device, common["dtype"], title, say)
             write_shard(folder, index, codes, labels, np.array([id_of(source.name(i)) for i in rows], np.int64))
         sizes = [min(shard_size, len(source) - i * shard_size) for i in range(count)]
         notes = [finished(folder, i, n, verify=False) for i, n in enumerate(sizes)]
         if all(notes):
-            write_manifest(folder, notes, **common, crops=recipe, split=split, versions=_versions())
+            write_manifest(folder, notes, **common, crops=cut, split=split, versions=_versions())
         else:
             complete = False
             say(f"{split}: {notes.count(None)} of {count} shards are left to other tasks")
@@ -162,24 +164,38 @@ def _encode(
     return np.concatenate(codes), np.concatenate(labels)
 
 
-def claim(out: Path, recipe: dict, *, what: str = "codes") -> None:
-    """Write recipe.json, or raise ValueError where the folder of `what` was begun with another one."""
+def claim(out: Path, recipe: dict, *, what: str = "codes") -> dict:
+    """The recipe.json of a folder of `what`, which is `recipe` in a new one.
+
+    Raises ValueError where the folder was begun with another one. A tokenizer is known by its weights and its
+    description; one that an earlier version wrote is completed (vtok.config.completed), one that it left out is taken
+    for the same, and written now. A seed counts where `recipe` names one.
+    """
     path, recipe = out / "recipe.json", json.loads(json.dumps(recipe, default=str))
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); choose another out=") from None
-        different = [k for k in recipe | found if found.get(k) != recipe.get(k)]
-        if different:
-            name = different[0]
-            shown = [str(r.get(name))[:80] for r in (found, recipe)]
-            if name == "tokenizer":
-                shown = [str(r.get(name, {}).get("sha256"))[:16] for r in (found, recipe)]
-            raise ValueError(
-                f"out={out} holds {what} with {name}={shown[0]}, asked for {shown[1]}; choose another out="
-            )
+    if not path.is_file():
+        write_json(path, recipe)
+        return recipe
+    try:
+        found = json.loads(path.read_text())
+        known = "description" in found["tokenizer"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another out=") from None
+    families = imported(FAMILIES, recipe)
+    made, now = (completed(r, families) for r in (found, recipe))
+    made["tokenizer"] = now["tokenizer"] | made["tokenizer"]
+    if "seed" not in now:
+        made.pop("seed", None)
+    different = differences(made, now)
+    if different:
+        weights = [d for d in different if d[0] == "tokenizer.sha256"]
+        name, *values = (weights or different)[0]
+        there, asked = (str(v)[:16] if weights else str(v)[:80] for v in values)
+        name = name.replace("tokenizer.sha256", "tokenizer").replace("tokenizer.description", "tokenizer")
+        raise ValueError(f"out={out} holds {what} with {name}={there}, asked for {asked}; choose another out=")
+    if known:
+        return found
     write_json(path, recipe)
+    return recipe
 
 
 def _names_hash(source: Source) -> str:

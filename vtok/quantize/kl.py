@@ -29,7 +29,6 @@ class KL(Quantizer):
     mean always, has no loss, and leaves the log variance unused.
     """
 
-    draws = True
     vocab_size = None
 
     def __init__(
@@ -42,6 +41,10 @@ class KL(Quantizer):
             )
         self.channels, self.scale, self.kl_weight = channels, scale, kl_weight
         self.deterministic = deterministic
+
+    @property
+    def draws(self) -> bool:
+        return not self.deterministic
 
     @property
     def width(self) -> int:
