@@ -9,6 +9,7 @@ import errno
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from runs import LLAMAGEN, TOKENIZER, VAR, everything, losses, run, state, tokenizer_folder
+from tokenizers import make
 
 from vtok import ckpt_files, rng
 from vtok.checkpoint import CheckpointError, load_module
@@ -26,6 +29,7 @@ from vtok.ckpt_files import AtomicCheckpointIO, file_hash, link, newest_whole, s
 from vtok.lit import Lit
 from vtok.models import FAMILIES
 from vtok.resume import EXIT_PREEMPTED, ResumeState
+from vtok.run import keep_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 # 2 loader workers, accumulation 2; dropout, augmentation, code restarts and the GAN are in TOKENIZER
@@ -163,13 +167,58 @@ def test_changed_settings_are_named(tmp_path, capsys):
     run(*TOKENIZER, "steps=2", "stop_after=1", f"run_dir={tmp_path}")
     run(*TOKENIZER, "steps=2", "seed=5", f"run_dir={tmp_path}", "resume=last")
     assert "seed: 0 -> 5" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match=r"dropout=0.2.*init_from"):
-        run(*TOKENIZER, "steps=3", "tokenizer.dropout=0.1", f"run_dir={tmp_path}", "resume=last")
+    for change, words in (
+        ("tokenizer.dropout=0.1", r"with tokenizer\.dropout=0\.2, this run has 0\.1; .*init_from"),
+        ("+tokenizer.quantizer.rotation=true", r"with tokenizer\.quantizer\.rotation=False, this run has True;"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            run(*TOKENIZER, "steps=3", change, f"run_dir={tmp_path}", "resume=last")
     before = (tmp_path / "config.yaml").read_text()
     for change, name in (("ema=null", "ema"), ("objective.gan=null", "objective.gan")):
         with pytest.raises(CheckpointError, match=rf"has, unlike this run, {name}.*change them back"):
             run(*TOKENIZER, "steps=3", change, "resume=last", f"run_dir={tmp_path}")
     assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, capsys):
+    """Its checkpoint and config.yaml know fewer arguments; those stand at their defaults, or the resume is refused."""
+    run(*TOKENIZER, "steps=2", "stop_after=1", f"run_dir={tmp_path}")
+    config, last = tmp_path / "config.yaml", tmp_path / "checkpoints" / "last.ckpt"
+    old = yaml.safe_load(config.read_text())
+    del old["data"]["num_classes"], old["objective"]["gan"]["adaptive_eps"]
+    config.write_text(yaml.safe_dump(old))
+    saved = state(tmp_path)
+
+    def forget(*names: str) -> None:
+        for name in names:
+            *above, argument = name.split(".")
+            described = saved["module"]["arguments"]
+            for part in above:
+                described = described[part]["arguments"]
+            del described[argument]
+        torch.save(saved, last)
+        side(last).unlink(missing_ok=True)
+
+    forget("decoder_blocks", "projection", "quantizer.rotation", "quantizer.stochastic")
+    capsys.readouterr()
+    run(*TOKENIZER, "steps=2", "objective.gan.weight=0.7", f"run_dir={tmp_path}", "resume=last")
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: changed")]
+    assert re.search(r"been: objective\.gan\.weight: \S+ -> 0\.7$", note)
+    saved = state(tmp_path)
+    assert saved["global_step"] == 2 and "rotation" in saved["module"]["arguments"]["quantizer"]["arguments"]
+    forget("dropout")
+    with pytest.raises(CheckpointError, match=r"with tokenizer\.dropout=0\.0, this run has 0\.2; "):
+        run(*TOKENIZER, "steps=3", f"run_dir={tmp_path}", "resume=last")
+
+
+def test_the_frozen_tokenizer_of_a_run_stays_what_it_was(tmp_path):
+    """Also where no weight shows it."""
+    keep_tokenizer(make("restok"), tmp_path, resumed=False)
+    keep_tokenizer(make("restok", nested="all"), tmp_path, resumed=True)
+    with pytest.raises(CheckpointError, match=r"tokenizer_from has theta=20, .* had 10000\.0: set it as it was"):
+        keep_tokenizer(make("restok", theta=20), tmp_path, resumed=True)
+    with pytest.raises(CheckpointError, match="is not the tokenizer"):
+        keep_tokenizer(make("restok", seed=1), tmp_path, resumed=True)
 
 
 def test_changed_options_of_the_optimizer_hold(tmp_path):

@@ -77,9 +77,10 @@ def train(config: DictConfig) -> float | None:
         checkpoint_blocks(lit.module)
     if config.get("compile", False):
         compile_blocks(lit.module)
-    step = runs.check_same(resumed, lit.kind, describe(lit.module), lit.state_dict()) if resumed else 0
+    known, step = Families(FAMILIES, trust), 0
+    if resumed:
+        step = runs.check_same(resumed, lit.kind, describe(lit.module), lit.state_dict(), known)
     if config.init_from and resumed is None:
-        known = Families(FAMILIES, trust)
         warm = warm_start(lit.module, config.init_from, known, class_names=data.class_names)
         if isinstance(lit, LitGenerator):
             lit.module.adopt(data.tokenizer)  # the codebook of the data, not that of the earlier run

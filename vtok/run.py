@@ -28,7 +28,8 @@ from vtok.checkpoint import (
     write_json,
 )
 from vtok.ckpt_files import generations, link, newest_whole, remove, side, step_of, sweep, verify
-from vtok.config import Configured
+from vtok.config import Configured, completed, describe, differences
+from vtok.data.codes import unlike
 from vtok.loggers import trim_rows
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "timm", "numpy", "pillow", "safetensors")
@@ -60,6 +61,7 @@ SECTIONS = (
     "data", "tokenizer", "model", "objective", "trainer", "logger", "callbacks", "optimizer", "discriminator_optimizer",
     "schedule", "pictures",
 )  # fmt: skip
+SECTION_OF = {"tokenizer": "tokenizer", "generator": "model"}  # the group of what a run trains
 
 
 def check_values(config: Mapping[str, Any]) -> None:
@@ -119,10 +121,13 @@ def resume_from(
     return found
 
 
-def check_same(path: Path, kind: str, description: Mapping[str, Any], keys: Collection[str]) -> int:
+def check_same(
+    path: Path, kind: str, description: Mapping[str, Any], keys: Collection[str], families: Mapping[str, str]
+) -> int:
     """Raise CheckpointError unless the checkpoint is of this module; returns its optimizer step.
 
-    keys: of the state that it will be loaded into, with the averages and the objective's networks.
+    keys: of the state that it will be loaded into, with the averages and the objective's networks. families: the table
+    by which a description of an earlier version is completed (vtok.config.completed).
     """
     data = read_checkpoint(path, tensors=False)
     if missing := {"pytorch-lightning_version", "optimizer_states", "callbacks", "loops"} - set(data):
@@ -135,13 +140,13 @@ def check_same(path: Path, kind: str, description: Mapping[str, Any], keys: Coll
         raise CheckpointError(f"{path} is of a {found.get('kind')}, this run trains a {kind}")
     if found["family"] != description["family"]:
         raise CheckpointError(f"{path} is of a {found['family']}, this run trains a {description['family']}")
-    ours, theirs = dict(description["arguments"]), dict(found["arguments"])
-    for name in sorted(set(ours) | set(theirs)):
-        if ours.get(name) != theirs.get(name):
-            raise CheckpointError(
-                f"{path} was made with {name}={theirs.get(name)!r:.120}, this run has {ours.get(name)!r:.120}; "
-                "a resume cannot change the module: use init_from"
-            )
+    both = ({k: d[k] for k in ("family", "arguments")} for d in (found, description))
+    theirs, ours = (completed(d, families) for d in both)
+    for name, there, here in differences(theirs, ours, SECTION_OF[kind]):
+        raise CheckpointError(
+            f"{path} was made with {name}={there!r:.120}, this run has {here!r:.120}; a resume cannot change the "
+            "module: use init_from"
+        )
     if pieces.folder_of(data, path) is None:
         lacks, more = sorted(set(keys) - set(data["state_dict"])), sorted(set(data["state_dict"]) - set(keys))
         if lacks or more:
@@ -195,15 +200,22 @@ def changes(folder: Path, config: Mapping[str, Any], names: Sequence[str]) -> li
     if not path.is_file():
         return []
     old = OmegaConf.to_container(OmegaConf.load(path))
-    return [f"{n}: {old.get(n)} -> {config.get(n)}" for n in names if old.get(n) != config.get(n)]
+    before, now = (completed({n: c.get(n) for n in names}, {}) for c in (old, config))
+    return [f"{name}: {there} -> {here}" for name, there, here in differences(before, now)]
 
 
 def keep_tokenizer(tokenizer: Configured, folder: Path, *, resumed: bool) -> None:
     """Store the frozen tokenizer of a generator's run in it; a resumed run must still have the same."""
     place = folder / "tokenizer"
     if resumed and is_folder(place):
-        if read_config(place).get("hash") != weights_hash(tokenizer.state_dict()):
+        kept = read_config(place)
+        if kept.get("hash") != weights_hash(tokenizer.state_dict()):
             raise CheckpointError(f"tokenizer_from is not the tokenizer that this run started with, {place}")
+        for name, there, here in unlike({k: kept[k] for k in ("family", "arguments")}, describe(tokenizer)):
+            raise CheckpointError(
+                f"tokenizer_from has {name}={here!r:.60}, the tokenizer that this run started with, {place}, had "
+                f"{there!r:.60}: set it as it was"
+            )
         return
     save_folder(tokenizer, place)
 
