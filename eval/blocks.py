@@ -23,7 +23,7 @@ import numpy as np
 from eval.features import Extractor
 from eval.measure import Measured, empty, measure
 from eval.progress import progress_bar
-from eval.sources import Images
+from eval.sources import Images, same_images
 from vtok.checkpoint import write_atomic, write_json
 
 SMALLEST = 1024  # images in a block, unless the set is smaller
@@ -142,6 +142,8 @@ class Job:
             write_json(path, about)
             return
         there = json.loads(path.read_text())
+        if same_images(there.get("source"), about["source"]):
+            there["source"] = about["source"]
         for key in sorted(set(about) | set(there)):
             if about.get(key) != there.get(key):
                 raise ValueError(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FILES = " files:"  # what follows in an identity is the hash of the files' sizes, which earlier versions left out
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -201,7 +202,7 @@ def from_data(data: Any, split: str, count: int | None = None) -> Images:
     count: only so many, evenly spaced over the set, which is often sorted by class; null or more than there are = all.
     """
     from vtok.data.module import KeyedImages
-    from vtok.data.sources import Limited
+    from vtok.data.sources import Limited, bytes_of
     from vtok.data.transforms import to_uint8
 
     if split not in ("train", "val"):
@@ -219,7 +220,15 @@ def from_data(data: Any, split: str, count: int | None = None) -> Images:
     names = hashlib.sha256("\n".join(source.name(i) for i in range(len(source))).encode()).hexdigest()
     how = " var" * (data.transform.crop == "var") + " upright" * bool(getattr(data, "upright", False))
     identity = f"{name} {data.image_size}{how} {names}"
+    sizes = [bytes_of(source, i) for i in range(len(source))]
+    if None not in sizes:
+        identity += FILES + hashlib.sha256("\n".join(map(str, sizes)).encode()).hexdigest()
     return Images(name, len(items), lambda size: span(size, 0, len(items)), _labels(source), "direct", span, identity)
+
+
+def same_images(found: Any, now: str | None) -> bool:
+    """Whether an identity that was stored, perhaps by an earlier version, is that of these images."""
+    return found == now or (now is not None and found == now.partition(FILES)[0])
 
 
 def _labels(source: Any) -> Tensor | None:

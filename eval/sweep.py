@@ -20,14 +20,19 @@ from typing import Any
 from eval.drawing import load_pipeline, results_folder, weights_hash
 from eval.fid import CONFIGS, evaluate
 from eval.references import DATA_SPLITS
-from eval.sources import from_data
+from eval.sources import from_data, same_images
 from vtok.checkpoint import write_atomic
 from vtok.cli import entry
+from vtok.config import defaults, differences
 
 # other keys of eval.fid by which results of one folder must agree, beside the images of `data`
 SAME = (
     "protocol", "reference", "images", "labels", "class_accuracy", "kid", "manifold", "tokenizer_from",
     "schedule_options", "solver", "sample_size", "chunk", "dtype", "extractor", "weights_path", "splits", "permutation",
+)  # fmt: skip
+# keys of a data section that change no picture of a reference, which is read in order and as it is
+NOT_PICTURES = (
+    "batch_size", "accumulate", "workers", "seed", "flip", "shift", "scan", "cache", "cache_dir", "download",
 )  # fmt: skip
 AXES = ("guidance", "schedule", "temperature", "top_k", "top_p", "steps", "solver_steps", "seed", "weights")
 
@@ -69,7 +74,7 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
         print(f"[{number + 1}/{len(chosen)}] {name_of(setting)}", flush=True)
         one = {**config, **setting, "out": str(path), "task_id": 0, "num_tasks": 1}
         if path.is_file():
-            check(path, one, ours)
+            check(path, one, ours, None if data is None else defaults(type(data)))
             print("  done earlier")
             continue
         if loaded != (setting["weights"], setting["steps"]):  # steps change the loaded generator
@@ -86,19 +91,37 @@ def asked(config: Mapping[str, Any], data: Any | None) -> dict[str, Any]:
     return json.loads(json.dumps({k: config.get(k) for k in SAME} | {"data": images}, default=str))
 
 
-def check(path: Path, config: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """ValueError where the result in `path` is of another checkpoint or was measured otherwise."""
+def check(
+    path: Path, config: Mapping[str, Any], ours: Mapping[str, Any], usual: Mapping[str, Any] | None = None
+) -> None:
+    """ValueError where the result in `path` is of another checkpoint or was measured otherwise. usual: what the class
+    of `data` takes where its section is silent, for results of versions that knew fewer of its keys."""
     result = json.loads(path.read_text())
     protocol, theirs = result["protocol"], result.get("asked")
-    if theirs is not None and isinstance(theirs.get("data"), Mapping):  # earlier versions kept the whole section
-        ours = {**ours, "data": json.loads(json.dumps(config.get("data"), default=str))}
-    for name in ours if theirs is not None else ():  # of earlier versions, killed before their note
-        if theirs.get(name) != ours[name]:
-            raise ValueError(f"{path} has {name}={theirs.get(name)}, now {ours[name]}; pass another out=<folder>")
+    for name, there, here in asked_otherwise(theirs, ours, config, usual or {}) if theirs is not None else ():
+        raise ValueError(f"{path} has {name}={there}, now {here}; pass another out=<folder>")
     if weights_hash(config) not in protocol["source"]:
         raise ValueError(f"{path} was measured on another checkpoint; delete it or pass another out=<folder>")
     if config["images"] and protocol["images"] != int(config["images"]):
         raise ValueError(f"{path} has {protocol['images']} images, now images={config['images']}; pass another out=")
+
+
+def asked_otherwise(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], config: Mapping[str, Any], usual: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """(name, old, new) of the differences between two notes of `asked`; `theirs` may be of an earlier version, which
+    kept the whole section of `data`."""
+    theirs = {name: theirs.get(name) for name in ours}
+    if ours["data"] is None and isinstance(theirs["data"], Mapping):  # its images are not the reference
+        theirs["data"] = None
+    elif isinstance(theirs["data"], Mapping):
+        section = json.loads(json.dumps(config.get("data") or {}, default=str))
+        both = ({**usual, **part} for part in (theirs["data"], section))
+        theirs["data"], now = ({k: v for k, v in part.items() if k not in NOT_PICTURES} for part in both)
+        ours = {**ours, "data": now}
+    elif same_images(theirs["data"], ours["data"]):
+        theirs["data"] = ours["data"]
+    return differences(theirs, ours)
 
 
 def records(folder: Path, chosen: list[dict[str, Any]]) -> list[dict[str, Any]]:

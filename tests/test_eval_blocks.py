@@ -129,6 +129,12 @@ def test_parts_of_another_job_and_damaged_parts_are_refused(tmp_path) -> None:
     path.write_bytes(job(tmp_path).path(8).read_bytes())
     with pytest.raises(ValueError, match="other images than 700 onwards"):
         merged(tmp_path)
+    one = job(tmp_path)  # of the same images, whose files' sizes an earlier version left out
+    one.about["source"] = "seed 0 files:abc"
+    one.run()
+    one.about["source"] = "seed 1 files:abc"
+    with pytest.raises(ValueError, match="source was seed 0, now seed 1 files:abc"):
+        one.run()
 
 
 def test_block_sizes_are_whole_chunks() -> None:

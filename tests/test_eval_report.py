@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -16,11 +18,12 @@ from test_pipeline import exported
 from eval import compare, report, sweep
 from eval.features import CifarJudge
 from eval.moments import Moments, frechet_distance
-from eval.sources import Images, from_data
+from eval.sources import Images, from_data, same_images
 from vgen.models import FAMILIES
 from vtok.checkpoint import load_module, write_atomic
 from vtok.data.fake import Fake
 from vtok.data.imagefolder import ImageFolder
+from vtok.data.packed import Tars
 from vtok.data.transforms import to_uint8
 
 SWEEP_CONFIG = FID_CONFIG | {
@@ -51,6 +54,10 @@ def test_sweep_measures_every_combination_once(tmp_path, capsys, monkeypatch) ->
     assert f"best FD[cifar] {min(values):.4f}" in text[-2] and text[1 + int(np.argmin(values))].endswith("best")
     sweep.plot(found, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 500
+    for path in (tmp_path / "sweep").glob("*.json"):  # of a version that noted the section, whatever the reference
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"asked": result["asked"] | {"data": {"folder": "x", "workers": 2}}}))
+    assert sweep.run(config, None, axes, (0, 1)) == found
     with pytest.raises(ValueError, match="has images=12, now 13"):
         sweep.run(config | {"images": 13}, None, axes, (0, 1))
     with pytest.raises(ValueError, match=r"has reference=.*ref\.npz, now .*other\.npz; pass another out"):
@@ -66,11 +73,17 @@ def test_sweep_goes_by_the_images_of_the_reference_not_by_their_place(tmp_path, 
         Image.fromarray(pixels).save(tmp_path / "here" / "ant" / f"{i}.png")
     config = SWEEP_CONFIG | {"from": str(tmp_path / "model"), "reference": "train", "out": str(tmp_path / "sweep")}
 
+    def section(folder: str, **options) -> dict:
+        return {"folder": str(tmp_path / folder), "image_size": 32, "cache_dir": str(tmp_path / "cache")} | options
+
+    def data(folder: str, **options) -> ImageFolder:
+        return ImageFolder(**section(folder, **options))
+
     def go(folder: str, **options) -> int:
         """How many settings were there already."""
-        section = {"folder": str(tmp_path / folder), "image_size": 32, "cache_dir": str(tmp_path / "cache")} | options
         capsys.readouterr()
-        sweep.run(config | {"data": section}, ImageFolder(**section), {"guidance": [1.0, 3.0]}, (0, 1))
+        asked = config | {"data": section(folder, **options)}
+        sweep.run(asked, data(folder, **options), {"guidance": [1.0, 3.0]}, (0, 1))
         return capsys.readouterr().out.count("done earlier")
 
     written: list[str] = []
@@ -87,16 +100,52 @@ def test_sweep_goes_by_the_images_of_the_reference_not_by_their_place(tmp_path, 
     (tmp_path / "here").rename(tmp_path / "there")
     monkeypatch.setattr(sweep, "evaluate", None)  # nothing is measured again
     assert go("there", workers=2, batch_size=8) == 2
-    for changed in ({"image_size": 16}, {"crop": "var"}, {"upright": True}, {"limit_train": 9}):
+    shutil.copytree(tmp_path / "there", tmp_path / "other")
+    Image.new("RGB", (32, 32)).save(tmp_path / "other" / "ant" / "7.png")  # under a name that was there
+    for changed in ({"image_size": 16}, {"crop": "var"}, {"upright": True}, {"limit_train": 9}, {"folder": "other"}):
         with pytest.raises(ValueError, match=r"has data=ImageFolder train 32 .*, now ImageFolder train .*another out"):
-            go("there", **changed)
-    for path in (tmp_path / "sweep").glob("*.json"):  # as earlier versions kept it
-        result = json.loads(path.read_text())
-        section = {"folder": str(tmp_path / "there"), "image_size": 32, "cache_dir": str(tmp_path / "cache")}
-        path.write_text(json.dumps(result | {"asked": result["asked"] | {"data": section}}))
+            go(**{"folder": "there"} | changed)
+
+    def older(data: object) -> None:
+        """The results as earlier versions kept `data`."""
+        for path in (tmp_path / "sweep").glob("*.json"):
+            result = json.loads(path.read_text())
+            path.write_text(json.dumps(result | {"asked": result["asked"] | {"data": data}}))
+
+    older(from_data(data("there"), "train").identity.partition(" files:")[0])
     assert go("there") == 2
     with pytest.raises(ValueError, match="has data="):
-        go("there", workers=2)
+        go("there", upright=True)
+    older({"folder": str(tmp_path / "there"), "image_size": 32, "cache_dir": str(tmp_path / "cache"), "workers": 4})
+    assert go("there", workers=2, batch_size=8, flip=False, seed=3, upright=False) == 2
+    for name, value, words in (("upright", True, "False, now True"), ("image_size", 16, "32, now 16")):
+        with pytest.raises(ValueError, match=rf"has data\.{name}={words}; pass another out"):
+            go("there", **{name: value})
+
+
+def test_the_same_names_over_other_files_are_other_images(tmp_path) -> None:
+    """Where there are files: also behind a cache, a limit, in a tar."""
+    for name in ("a", "b"):
+        (tmp_path / name / "ant").mkdir(parents=True)
+        for i, pixels in enumerate(pictures(12)):
+            Image.fromarray(pixels if name == "a" else pixels // 64 * 64).save(tmp_path / name / "ant" / f"{i}.png")
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            tar.add(tmp_path / name / "ant", "ant")
+        (tmp_path / f"{name}s").mkdir()
+        (tmp_path / f"{name}.tar").rename(tmp_path / f"{name}s" / "x.tar")
+    plain = {"image_size": 32, "cache_dir": str(tmp_path / "cache")}
+
+    def identity(kind: type, folder: str, count: int | None = None, **options) -> str:
+        return from_data(kind(folder=str(tmp_path / folder), **(plain | options)), "train", count).identity
+
+    for options in ({}, {"cache": True}, {"limit_train": 5}):
+        one, same, other = (identity(ImageFolder, folder, **options) for folder in ("a", "a", "b"))
+        assert one == same != other and same_images(one.partition(" files:")[0], other)
+    assert identity(ImageFolder, "a") == identity(ImageFolder, "a", cache=True)
+    assert identity(ImageFolder, "a", 3) != identity(ImageFolder, "b", 3)
+    packed = {"train": "*.tar", "val": "*.tar", "batch_size": 4, "num_classes": 0}
+    assert identity(Tars, "as", **packed) == identity(Tars, "as", **packed) != identity(Tars, "bs", **packed)
+    assert "files" not in from_data(Fake(image_size=16, batch_size=4), "train").identity
 
 
 def test_a_process_asks_the_hub_once_for_a_model(tmp_path, monkeypatch) -> None:

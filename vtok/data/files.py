@@ -177,6 +177,9 @@ class FileSource:
     def path(self, index: int) -> Path:
         return self.folder / self.names[index]
 
+    def file_size(self, index: int) -> int:
+        return self.path(index).stat().st_size
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -243,7 +246,7 @@ def cached(source: FileSource, size: int, cache_dir: Path) -> ArraySource:
                         part.unlink(missing_ok=True)
                 _decode(source, size, images, labels)
     table = np.load(labels, allow_pickle=False)
-    return ArraySource(Mapped(images), table[0], source.names, native=bool(table[1].all()))
+    return ArraySource(Mapped(images), table[0], source.names, native=bool(table[1].all()), files=source)
 
 
 @contextmanager

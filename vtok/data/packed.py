@@ -171,6 +171,10 @@ class TarSource(PackedSource):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
 
+    def file_size(self, index: int) -> int:
+        """Of the image in the tar."""
+        return int(self.places[index, 2])
+
     def read(self, index: int) -> tuple[bytes, str]:
         shard, offset, size = (int(v) for v in self.places[index])
         if shard not in self._open:
@@ -274,21 +278,29 @@ class ParquetSource(PackedSource):
                 raise ValueError(f"{file} is no parquet file, or it is damaged ({reason})") from None
         super().__init__(files, Names([]), np.concatenate(labels))
         self.groups, self.blocks, self.starts = groups, tuple(blocks), np.cumsum([0, *blocks])
+        self.sizes = [file.stat().st_size for file in files]
         self._kept: OrderedDict[int, list] = OrderedDict()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": OrderedDict()}
 
+    def group(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
     def name(self, index: int) -> str:
-        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        group = self.group(index)
         number, within = self.groups[group]
         return f"{self.files[number].name}/{within}/{index - int(self.starts[group])}"
+
+    def file_size(self, index: int) -> int:
+        """Of the parquet file."""
+        return self.sizes[self.groups[self.group(index)][0]]
 
     def read(self, index: int) -> tuple[bytes, str]:
         import pyarrow
         import pyarrow.parquet as parquet
 
-        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        group = self.group(index)
         if group not in self._kept:
             number, within = self.groups[group]
             try:

@@ -15,7 +15,8 @@ import numpy as np
 
 
 class Source(Protocol):
-    """native: whether images come as stored, so that a wider crop than the training one can still be taken."""
+    """native: whether images come as stored, so that a wider crop than the training one can still be taken. Sources of
+    files also have `file_size(index)`, the bytes of an image's file."""
 
     native: bool
 
@@ -56,10 +57,16 @@ class ArraySource:
     """Images uint8 [N, H, W, 3] (an array or a Mapped one) with int labels [N]."""
 
     def __init__(
-        self, images: np.ndarray | Mapped, labels: np.ndarray, names: Sequence[str] | str, *, native: bool = True
+        self,
+        images: np.ndarray | Mapped,
+        labels: np.ndarray,
+        names: Sequence[str] | str,
+        *,
+        native: bool = True,
+        files: Source | None = None,
     ) -> None:
-        """names: one name per image, or a prefix to which the index is added."""
-        self.images, self.labels, self.names, self.native = images, labels, names, native
+        """names: one name per image, or a prefix to which the index is added. files: what the images were read from."""
+        self.images, self.labels, self.names, self.native, self.files = images, labels, names, native, files
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,3 +98,11 @@ class Limited:
 
     def name(self, index: int) -> str:
         return self.source.name(self._index(index))
+
+
+def bytes_of(source: Source, index: int) -> int | None:
+    """Size of the file that an image comes from; None where the source has no files."""
+    if isinstance(source, Limited):
+        return bytes_of(source.source, source._index(index))
+    files = source.files if isinstance(source, ArraySource) else source
+    return files.file_size(index) if hasattr(files, "file_size") else None
