@@ -15,7 +15,7 @@ from vtok.layers.block import Block
 from vtok.layers.dit import ConditionAttention, repa_head
 from vtok.layers.rope import rope_2d
 from vtok.layers.time import TimeEmbedding
-from vtok.layers.vit import PatchEmbed, initialise, unpatchify
+from vtok.layers.vit import PatchEmbed, cell_means, initialise, unpatchify
 
 EPS = 1e-6
 
@@ -109,6 +109,6 @@ class PixelFlow(nn.Module):
         for i, block in enumerate(self.blocks):
             if i == self.tap:
                 grid = h.transpose(1, 2).unflatten(2, (height, width))
-                tapped = self.repa(F.adaptive_avg_pool2d(grid, self.tap_side).flatten(2).transpose(1, 2))
+                tapped = self.repa(cell_means(grid, self.tap_side, self.tap_side).flatten(2).transpose(1, 2))
             h = block(h, condition, 1 - t, position)
         return unpatchify(self.out(plain_norm(h)), self.patch, height).float(), tapped
