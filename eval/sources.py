@@ -154,8 +154,11 @@ def _header(file: Any, path: str | Path, size: int) -> tuple[tuple[int, ...], np
 
 
 def from_folder(folder: str | Path) -> Images:
-    """All images below `folder`, sorted by path, all of one size. Labels where every image lies in a class folder."""
-    from PIL import Image, UnidentifiedImageError
+    """All images below `folder`, sorted by path, all of one size. Labels where every image lies in a class folder.
+
+    Pixels as they are stored, as in the published protocols; data=imagefolder turns pictures by their EXIF orientation.
+    """
+    from vtok.data.files import read_image
 
     folder = Path(folder)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
@@ -173,11 +176,7 @@ def from_folder(folder: str | Path) -> Images:
         for start in range(first, last, size):
             arrays = []
             for path in paths[start : min(start + size, last)]:
-                try:
-                    with Image.open(path) as image:
-                        arrays.append(np.asarray(image.convert("RGB")))
-                except (UnidentifiedImageError, OSError) as error:
-                    raise ValueError(f"{path} cannot be read as an image ({error}); remove or replace it") from None
+                arrays.append(np.asarray(read_image(path)))
                 shape = shape or arrays[-1].shape
                 if arrays[-1].shape != shape:
                     raise ValueError(

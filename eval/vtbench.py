@@ -6,8 +6,9 @@
 The three tasks of VTBench (Lin et al. 2025, arXiv 2505.13439) on folders of yours. Every task: PSNR, SSIM, LPIPS where
 its files are, and the share of fine detail that is left. Text: character and word error rates of what an OCR program
 reads, on the copies and on the originals, since the program errs on those too. What differs from VTBench: pictures are
-local, a program and not a language model reads, 8-bit rounding is to the nearest unless rounding=truncate, and there is
-no rFID, which a hundred pictures cannot give (eval.reconstruction measures it on whole sets).
+local, turned as their EXIF orientation says unless upright=false, a program and not a language model reads, 8-bit
+rounding is to the nearest unless rounding=truncate, and there is no rFID, which a hundred pictures cannot give
+(eval.reconstruction measures it on whole sets).
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def measure_task(
     rates = {"": ErrorRates(), "_originals": ErrorRates()}
     with progress_bar(task, len(names)) as advance:
         for name in names:
-            shown = np.asarray(fitted(read_image(folder / name), tokenizer.spec.image_size, config["fit"]))
+            picture = read_image(folder / name, upright=config["upright"])
+            shown = np.asarray(fitted(picture, tokenizer.spec.image_size, config["fit"]))
             if min(shown.shape[:2]) < WINDOW:
                 size = f"{shown.shape[1]} x {shown.shape[0]}"
                 raise ValueError(f"{folder / name} is {size}, SSIM needs {WINDOW} x {WINDOW}: remove it, or fit=crop")
@@ -183,7 +185,7 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
         "image_size": tokenizer.spec.image_size,
         "folders": {task: str(folder) for task, folder in folders.items()},
         "ocr": reader[0] if reader else "none",
-        **{key: config[key] for key in ("fit", "rounding")},
+        **{key: config[key] for key in ("fit", "rounding", "upright")},
         "command": "python -m eval.vtbench " + " ".join(sys.argv[1:]),
     }
     print("\n".join(f"  {key}: {result[key]}" for key in ("tokenizer", "image_size", "fit", "rounding", "ocr")))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from generators import FAMILIES, also_read, make, scale_spec, tokens_of
@@ -78,6 +79,32 @@ def test_recomputed_blocks_give_the_same_gradients(name):
     torch.testing.assert_close(again, loss)
     for key in want:
         torch.testing.assert_close(got[key], want[key], msg=key)
+
+
+@pytest.mark.parametrize(
+    "name, stacks, place",
+    [
+        ("restok", 2, "encoder.trunk.blocks.1"),  # walked one by one, between the merges
+        ("dar", 3, "flow.blocks.1"),
+        ("gigatok", 2, "to_tokens.layers.1"),
+        ("retok", 2, "network.to_grid.layers.1"),
+    ],
+)
+def test_blocks_of_tokenizers_run_twice_and_their_gradients_stay(name, stacks, place):
+    found, calls = [], []
+    for again in (False, True):
+        model = tokenizers.make(name).train()
+        if again:
+            assert checkpoint_blocks(model) == stacks
+        model.get_submodule(place).register_forward_pre_hook(lambda module, inputs: calls.append(again))  # noqa: B023
+        recon = model(tokenizers.images(), key=torch.tensor([1, 2, 3]))
+        (recon.images.square().mean() + sum(recon.losses.values())).backward()
+        found.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    assert calls.count(False) == 1 and calls.count(True) == 2
+    plain, light = found
+    assert plain.keys() == light.keys()
+    for key in plain:
+        torch.testing.assert_close(light[key], plain[key], msg=key)
 
 
 @pytest.mark.parametrize("name", ["llamagen", "var"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -584,6 +585,8 @@ def test_codes_of_other_crops_are_refused_where_a_recipe_names_its_own(tmp_path)
         words = rf"crops={made}, .*cache_codes\.py crops={asked}, .*data\.crops=null"
         with pytest.raises(CheckpointError, match=words):
             Codes(folder=str(tmp_path / made), crops=asked)
+    with pytest.raises(ValueError, match=r"^data\.crops=five: choose none, flip, ten, or null to take any$"):
+        Codes(folder=str(tmp_path / "nothing"), crops="five")
 
 
 def test_damaged_folders_are_refused(tmp_path):
@@ -638,10 +641,15 @@ def test_ten_crop_needs_whole_images(tmp_path):
     source.sources.train.native = False
     with pytest.raises(ValueError, match=r"data\.cache=false"):
         write(tmp_path, crops="ten", source=source)
+    source.transform = dataclasses.replace(source.transform, crop="var")
+    with pytest.raises(ValueError, match=r"crops=flip are ADM's, which data\.crop=var does not change"):
+        write(tmp_path, crops="flip", source=source)
 
 
 def test_limits_are_spread_like_those_of_images(tmp_path):
     write(tmp_path)
+    with pytest.raises(ValueError, match=r"data\.limit_train=0 must be at least 1"):
+        Codes(folder=str(tmp_path), limit_train=0)
     codes, images = Codes(folder=str(tmp_path), limit_train=6, limit_val=3), data(limit_train=6, limit_val=3)
     assert (codes.train_size, codes.val_size) == (images.train_size, images.val_size) == (6, 3)
     labels = [codes.train_dataset()[(0, i)]["label"] for i in range(6)]

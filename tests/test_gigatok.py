@@ -75,7 +75,7 @@ def test_the_other_sizes_follow_the_lines_of_the_header():
             assert config.tokenizer.auxiliary_until * config.steps == pytest.approx(0 if warmup else 15_000, rel=1e-3)
 
 
-def test_queries_are_means_of_cells():
+def test_queries_are_means_of_cells(monkeypatch):
     """By loops: 1, 1, 2, 4, .. cells in raster order, columns halved first; the last level halves the grid's rows."""
     side, grid = 8, torch.randn(2, 8, 8, 3)
     expected = []
@@ -93,6 +93,11 @@ def test_queries_are_means_of_cells():
                 up, left = r * 5 // rows, c * 5 // columns
                 wanted.append(odd[:, up : -(-(r + 1) * 5 // rows), left : -(-(c + 1) * 5 // columns)].mean((1, 2)))
     torch.testing.assert_close(pooled(odd, 8), torch.stack(wanted, 1))
+    # where they divide it, no operation that trainer.deterministic=true refuses on a GPU; nor in ResTok and D-AR
+    monkeypatch.setattr(torch.nn.functional, "adaptive_avg_pool2d", lambda *_: pytest.fail("an adaptive average"))
+    pooled(grid, 16)
+    make("restok")(images())
+    make("dar", repa_block=1, repa_side=2)(images())
     assert pyramid(256, 16)[-1] == (8, 16)
     with pytest.raises(ValueError, match="power of two"):
         pyramid(12, 8)

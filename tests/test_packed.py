@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vtok.data.files import BadImage
-from vtok.data.module import StepBatches, block_order
+from vtok.data.files import BadImage, EncodedImages, Names
+from vtok.data.module import WINDOW, StepBatches, block_order
 from vtok.data.packed import Parquet, Tars
+from vtok.data.sources import Limited
 
 COUNT = 22
 
@@ -93,6 +94,17 @@ def test_the_index_is_made_once_and_follows_the_files(tars, monkeypatch):
     write_tar(tars / "train" / "2.tar", members(range(COUNT, COUNT + 2)))
     again = data(tars)
     assert again.train_size == COUNT + 2 and len(made) == 1
+    # processes that come together, of which one finds it made when its turn comes
+    write_tar(tars / "train" / "2.tar", members(range(COUNT, COUNT + 3)))
+    late = packed.one_at_a_time
+
+    def waits(path):
+        monkeypatch.setattr(packed, "one_at_a_time", late)
+        assert data(tars).train_size == COUNT + 3
+        return late(path)
+
+    monkeypatch.setattr(packed, "one_at_a_time", waits)
+    assert data(tars).train_size == COUNT + 3 and len(made) == 2
 
 
 @pytest.mark.parametrize(
@@ -112,12 +124,42 @@ def test_broken_tars_name_the_file(tars, write, message):
     assert "1.tar" in str(raised.value)
 
 
-def test_damaged_images_name_their_place_or_are_skipped(tars):
+def test_damaged_images_name_their_place_or_are_skipped(tars, caplog):
     write_tar(tars / "train" / "1.tar", {**members(range(9, COUNT)), "a/0012.png": png(12)[:-30]})
     with pytest.raises(BadImage, match=r"0012.png in .*1\.tar.*on_bad_image=skip"):
         data(tars).sources.train[12]
-    image, label = data(tars, on_bad_image="skip").sources.train[12]
-    assert np.asarray(image)[0, 0, 0] == 130 and label == 13 % 3
+    source = data(tars, on_bad_image="skip").sources.train
+    for _ in range(2):  # named when it is met first
+        image, label = source[12]
+        assert np.asarray(image)[0, 0, 0] == 130 and label == 13 % 3
+    assert [r.getMessage() for r in caplog.records] == [
+        f"skipped unreadable image 1.tar/a/0012.png ({tars / 'train'}): 1 so far"
+    ]
+
+
+def test_many_unreadable_images_are_counted_in_few_lines(caplog):
+    class Mostly(EncodedImages):
+        def read(self, index):
+            if index < 40:
+                raise BadImage("damaged")
+            return Image.new("RGB", (2, 2))
+
+    source = Mostly(Path("set"), Names([f"{i}.png" for i in range(41)]), [*range(41)], on_bad_image="skip")
+    assert [source[i][1] for i in range(41)] == [40] * 41
+    counts = [int(r.getMessage().split()[-3]) for r in caplog.records]
+    assert counts == [*range(1, 11), 16, 32]
+    with pytest.raises(BadImage, match=r"^damaged, or set data\.on_bad_image=skip$"):
+        Mostly(Path("set"), source.names, source.labels)[0]
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_pictures_in_tars_are_turned_where_asked(tars, upright):
+    pixels, exif, buffer = np.arange(60, dtype=np.uint8).reshape(4, 5, 3), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(pixels).save(buffer, "PNG", exif=exif)
+    write_tar(tars / "val" / "0.tar", {"a/0.png": buffer.getvalue()})
+    found = data(tars, upright=upright, num_classes=0).sources.val[0][0]
+    assert np.array_equal(np.asarray(found), np.rot90(pixels, -1) if upright else pixels)
 
 
 def test_mistakes_name_the_key(tars):
@@ -125,6 +167,13 @@ def test_mistakes_name_the_key(tars):
         with pytest.raises(ValueError, match=key):
             data(tars, **options).setup()
     assert data(tars, num_classes=0).num_classes == 0
+    for split in ("train", "val"):
+        for path in (tars / split).iterdir():
+            path.unlink()
+        write_tar(tars / split / "0.tar", {"a/1.png": png(1)})
+    assert data(tars).num_classes == 0
+    with pytest.raises(ValueError, match=r"has no labels, but data\.num_classes=3"):
+        data(tars, num_classes=3).setup()
     with pytest.raises(ValueError, match=r"no train/\*.parquet.*data.train"):
         data(tars, Parquet).setup()
 
@@ -153,7 +202,21 @@ def test_block_order_is_a_permutation_within_windows():
         assert joined == [alone.batch(b) for b in range(5)]
 
 
-def test_parquet_holds_the_same(tmp_path):
+@pytest.mark.parametrize("count", [1, 4, 7, 19, 30])
+def test_a_limited_source_keeps_its_blocks(count):
+    class Blocks(list):
+        native, blocks = True, (3, 0, 5, 2, 4, 4, 1)
+
+    block = np.repeat(np.arange(7), Blocks.blocks)
+    limited = Limited(Blocks((i, 0) for i in range(19)), count)
+    chosen = [limited[i][0] for i in range(len(limited))]
+    assert len(set(chosen)) == min(count, 19) and chosen == sorted(chosen)
+    assert list(limited.blocks) == [n for n in np.bincount(block[chosen], minlength=7) if n]
+    Blocks.blocks = None
+    assert limited.blocks is None
+
+
+def test_parquet_holds_the_same(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -171,6 +234,23 @@ def test_parquet_holds_the_same(tmp_path):
     assert sorted(i for i, _ in found[:COUNT]) == list(range(COUNT)) and all(c == i % 3 for i, c in found)
     assert made.class_names == ["ant", "bee", "cat"]
     assert seen(data(tmp_path, Parquet, workers=2).train_dataloader(start=2), 4) == found[16:]
+    reads, read = [], parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        parquet.ParquetFile, "read_row_group", lambda self, i, **options: reads.append(i) or read(self, i, **options)
+    )
+    few = data(tmp_path, Parquet, limit_train=11, batch_size=11)
+    blocks = few.train_dataset().blocks
+    order = [i for _, i in StepBatches(size=11, batch_size=11, seed=0, blocks=blocks).batch(0)]
+    batch = next(iter(few.train_dataloader()))
+    assert batch["index"].tolist() == order and sorted(order) == list(range(11))
+    values = ((batch["image"][:, 0, 0, 0] + 1) * 127.5).round().int() // 10
+    assert values.tolist() == [2 * i for i in order]  # every second one
+    assert sorted(reads) == [0, 1, 2, 3, 4] and WINDOW == 4, "each row group once, although only four are kept"
+    monkeypatch.undo()
+    table = pyarrow.table({"image": [{"bytes": png(0), "path": None}], "label": ["ant"]})
+    parquet.write_table(table, tmp_path / "val" / "0.parquet")
+    with pytest.raises(ValueError, match=r"0\.parquet: column `label` holds string, expected class numbers"):
+        data(tmp_path, Parquet).setup()
     (tmp_path / "train" / "0.parquet").write_bytes(b"rubble")
     with pytest.raises(ValueError, match=r"0\.parquet is no parquet file"):
         data(tmp_path, Parquet).setup()

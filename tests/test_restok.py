@@ -6,7 +6,6 @@ import pytest
 import torch
 from tokenizers import images, make, restok
 
-from vtok.acceleration import checkpoint_blocks
 from vtok.convert.restok import keep_weights
 from vtok.models.restok import ResTok, halve, level_sizes, residual_pyramid
 from vtok.quantize.vq import VQ
@@ -156,19 +155,3 @@ def test_each_half_starts_by_its_own_width(narrow):
     for name, size in sizes.items():
         weight = getattr(model, name).trunk.blocks[1].ffn.up.weight
         assert 0.8 < weight.std() / (size[0] ** -0.5 if size[0] == 32 else 0.02) < 1.1
-
-
-def test_checkpointing_recomputes_the_encoders_blocks_too():
-    """Its blocks are walked one by one, between the merges: each runs twice then, and the gradients stay."""
-    gradients, calls = [], []
-    for again in (False, True):
-        model = make("restok").train()
-        if again:
-            assert checkpoint_blocks(model) == 2  # encoder and decoder
-        block = model.encoder.trunk.blocks[1]
-        block.register_forward_pre_hook(lambda module, inputs: calls.append(again))  # noqa: B023
-        recon = model(images(), key=torch.tensor([1, 2, 3]))
-        recon.images.square().mean().backward()
-        gradients.append(block.attention.qkv.weight.grad)
-    assert calls.count(False) == 1 and calls.count(True) == 2
-    torch.testing.assert_close(*gradients)

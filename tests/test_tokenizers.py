@@ -205,6 +205,16 @@ def test_a_trained_model_takes_another_size_or_says_what_to_do(name):
     assert remedy.get(name, f"train a tokenizer with data.image_size={size}") in str(caught.value)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_only_families_of_one_token_a_cell_take_pictures_that_are_no_squares(name):
+    model, wide = make(name), torch.rand(1, 3, 16, 32) * 2 - 1
+    if model.grows == "any":
+        assert model.encode(wide).shape[1] == 2 * model.spec.layout.length
+        return
+    with pytest.raises(ValueError, match=r"takes square images, got \(16, 32\): decode\(size=\) is one side"):
+        model.encode(wide)
+
+
 @pytest.mark.parametrize("name", ["var", "flexvar"])
 def test_weights_go_over_to_other_scales(name, tmp_path):
     """init_from= of the same network for larger images: no weight is new."""

@@ -19,8 +19,8 @@ from eval.vtbench import Detail, fine, fitted, to_bytes
 
 CONFIG = {
     "from": "a", "pictures": None, "detail": None, "text": None, "weights": "ema", "trust": [], "fit": "crop",
-    "rounding": "nearest", "ocr": "none", "languages": [], "lpips": None, "lpips_path": None, "batch_size": 4,
-    "device": "cpu", "save": None, "out": None,
+    "rounding": "nearest", "upright": True, "ocr": "none", "languages": [], "lpips": None, "lpips_path": None,
+    "batch_size": 4, "device": "cpu", "save": None, "out": None,
 }  # fmt: skip
 
 
@@ -187,6 +187,21 @@ def test_an_exact_tokenizer_loses_nothing_in_any_fit(tmp_path, monkeypatch) -> N
         assert json.loads((tmp_path / "v.json").read_text())["metrics"] == metrics
     assert Image.open(tmp_path / "tiles" / "detail" / "a.png").size == (100, 30)
     assert not any("rFID" in name for name in metrics)
+
+
+def test_pictures_are_turned_unless_told(tmp_path, monkeypatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    (tmp_path / "lying").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "lying" / "a.png", exif=exif)
+    for upright, shown in ((True, np.rot90(pixels, -1)), (False, pixels)):
+        out, save = tmp_path / "v.json", str(tmp_path / str(upright))
+        folder = str(tmp_path / "lying")
+        found = measure(monkeypatch, Known(32), out, fit="tiles", save=save, upright=upright, pictures=folder)
+        pair = np.asarray(Image.open(tmp_path / str(upright) / "pictures" / "a.png"))
+        np.testing.assert_array_equal(pair, np.concatenate([shown, shown], axis=1))
+        assert found["upright"] is upright
 
 
 def test_a_darker_copy_has_the_psnr_of_its_darkness(tmp_path, monkeypatch) -> None:

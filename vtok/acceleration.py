@@ -64,17 +64,18 @@ def compile_blocks(module: nn.Module, *, backend: str = "inductor") -> int:
 
 
 def checkpoint_blocks(module: nn.Module) -> int:
-    """Recompute the activations of all transformer blocks in the backward pass; returns how many trunks do so now.
+    """Recompute the activations of all transformer blocks in the backward pass; returns how many stacks of them do so
+    now: trunks, Q-Formers, pixel flows, whatever has an attribute `checkpointing`.
 
-    ValueError where the module has no trunk.
+    ValueError where the module has none.
     """
-    trunks = [m for m in module.modules() if isinstance(m, Trunk)]
-    if not trunks:
+    stacks = [m for m in module.modules() if hasattr(m, "checkpointing")]
+    if not stacks:
         name = type(module).__name__
         raise ValueError(f"checkpointing=true: {name} has no transformer trunk; leave checkpointing=false")
-    for trunk in trunks:
-        trunk.checkpointing = True
-    return len(trunks)
+    for stack in stacks:
+        stack.checkpointing = True
+    return len(stacks)
 
 
 def light_weights(

@@ -303,8 +303,14 @@ class Tokenizer(Configured, nn.Module):
         )
 
     def check_images(self, images: Tensor) -> None:
-        """Raise ValueError unless images are float [B, 3, H, W] with sides that the stride divides."""
+        """Raise ValueError unless images are float [B, 3, H, W] with sides that the stride divides; both sides alike
+        unless the family `grows` by any H x W, for decode(size=) is one side."""
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images are {tuple(images.shape)} {images.dtype}, expected float [B, 3, H, W] in [-1, 1]")
         if images.shape[2] % self.stride or images.shape[3] % self.stride:
             raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the stride {self.stride}")
+        if images.shape[2] != images.shape[3] and self.grows != "any":
+            raise ValueError(
+                f"{type(self).__name__} takes square images, got {tuple(images.shape[2:])}: decode(size=) is one side; "
+                "crop them, or let scripts/reconstruct.py cut them into tiles"
+            )

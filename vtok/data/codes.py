@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vtok.checkpoint import CheckpointError, Weights, load_module, weights_hash
 from vtok.config import Families, completed, describe, differences, imported
-from vtok.data.module import ImageData, Position, StepData
+from vtok.data.module import ImageData, Position, StepData, check_limits
 from vtok.data.shards import Crops, Shards, open_split
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key
@@ -173,6 +173,9 @@ class Codes(StepData):
         trust: Sequence[str] = (),
     ) -> None:
         super().__init__(batch_size=batch_size, accumulate=accumulate, workers=workers, seed=seed)
+        check_limits(limit_train, limit_val)
+        if crops not in (None, *get_args(Crops)):
+            raise ValueError(f"data.crops={crops}: choose {', '.join(get_args(Crops))}, or null to take any")
         if not Path(folder).is_dir():
             raise CheckpointError(
                 f"data.folder={folder} does not exist; make it with scripts/cache_codes.py out={folder}"

@@ -60,6 +60,8 @@ def extract(
     """
     if crops not in CROPS:
         raise ValueError(f"crops={crops!r}: choose none, flip or ten")
+    if data.transform.crop == "var":
+        raise ValueError(f"crops={crops} are ADM's, which data.crop=var does not change: leave data.crop=center")
     if batch < 1 or shard_size < 1:
         raise ValueError(f"batch={batch} and shard_size={shard_size} must be at least 1")
     if crops == "ten" and not data.sources.train.native:

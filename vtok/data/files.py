@@ -8,7 +8,6 @@ torchvision's DataLoader errors carry the worker's traceback; `BadImage` keeps o
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -44,6 +43,7 @@ DAMAGE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError,
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+NAMED = 10  # unreadable images that a message names before it only counts them
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -99,28 +99,18 @@ def read_image(path: str | os.PathLike, upright: bool = False) -> Image.Image:
 
     upright: turned and mirrored as its EXIF orientation says; where that data is damaged it stays as it lies.
     """
+    return decode(path, str(path), upright)
+
+
+def decode(file: str | os.PathLike | IO[bytes], name: str, upright: bool = False) -> Image.Image:
+    """As `read_image`, of a path or an open file; `name` is what a message calls it."""
     try:
-        with Image.open(path) as image:
-            loaded = _loaded(image)
-            return to_rgb(_turned(loaded) if upright else loaded)
+        with Image.open(file) as image:
+            image.load()
+            return to_rgb(_turned(image) if upright else image)
     except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadImage(f"cannot read image {path} ({reason:.120}); replace or remove it") from None
-
-
-def decode_bytes(data: bytes, name: str) -> Image.Image:
-    """As `read_image`, of an encoded image in memory; `name` is what a message calls it."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return to_rgb(_loaded(image))
-    except DAMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadImage(f"cannot read image {name} ({reason:.120}); repair it, or set data.on_bad_image=skip") from None
-
-
-def _loaded(image: Image.Image) -> Image.Image:
-    image.load()
-    return image
+        raise BadImage(f"cannot read image {name} ({reason:.120}); replace or remove it") from None
 
 
 def _turned(image: Image.Image) -> Image.Image:
@@ -146,13 +136,59 @@ def _decode_fault(path: Path) -> bool:
     return False
 
 
-class FileSource:
-    """Image files below a folder with labels. on_bad_image=skip takes the next readable file in order instead.
+class EncodedImages:
+    """Images with labels that are decoded when they are asked for: what files, tars and parquet share.
 
-    upright: see `read_image`.
+    on_bad_image=skip: the next readable one in order takes the place of one that cannot be read. Every process counts
+    and logs those that it meets, each once; after NAMED of them only the 16th, the 32nd, .. upright: see `read_image`.
     """
 
     native = True
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Names,
+        labels: Sequence[int] | np.ndarray,
+        *,
+        on_bad_image: OnBadImage = "error",
+        upright: bool = False,
+    ) -> None:
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"data.on_bad_image={on_bad_image!r}: choose error or skip")
+        self.folder, self.names, self.labels = Path(folder), names, np.asarray(labels, np.int64)
+        self.on_bad_image, self.upright, self.bad = on_bad_image, upright, set()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def read(self, index: int) -> Image.Image:
+        """The decoded image. Raises BadImage."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for candidate in ((index + i) % len(self) for i in range(len(self))):
+            if candidate in self.bad:
+                continue
+            try:
+                return self.read(candidate), int(self.labels[candidate])
+            except BadImage as error:
+                if self.on_bad_image == "error":
+                    raise BadImage(f"{error}, or set data.on_bad_image=skip") from None
+                self.bad.add(candidate)
+                count = len(self.bad)
+                if count <= NAMED or count.bit_count() == 1:
+                    log.warning("skipped unreadable image %s (%s): %d so far", self.name(candidate), self.folder, count)
+        raise ValueError(f"none of the {len(self)} images in {self.folder} can be read; change data.folder")
+
+
+class FileSource(EncodedImages):
+    """Image files below a folder; names: their paths in it."""
 
     def __init__(
         self,
@@ -163,16 +199,7 @@ class FileSource:
         on_bad_image: OnBadImage = "error",
         upright: bool = False,
     ) -> None:
-        if on_bad_image not in ("error", "skip"):
-            raise ValueError(f"data.on_bad_image={on_bad_image!r}: choose error or skip")
-        self.folder, self.names, self.labels = Path(folder), Names(names), np.asarray(labels, np.int64)
-        self.on_bad_image, self.upright, self.bad = on_bad_image, upright, set()
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def name(self, index: int) -> str:
-        return self.names[index]
+        super().__init__(folder, Names(names), labels, on_bad_image=on_bad_image, upright=upright)
 
     def path(self, index: int) -> Path:
         return self.folder / self.names[index]
@@ -180,20 +207,8 @@ class FileSource:
     def file_size(self, index: int) -> int:
         return self.path(index).stat().st_size
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        for candidate in ((index + i) % len(self) for i in range(len(self))):
-            if candidate in self.bad:
-                continue
-            try:
-                return read_image(self.path(candidate), self.upright), int(self.labels[candidate])
-            except BadImage as error:
-                if self.on_bad_image == "error":
-                    raise BadImage(f"{error}, or set data.on_bad_image=skip") from None
-                self.bad.add(candidate)
-                log.warning("skipped unreadable image %s", self.path(candidate))
-        raise ValueError(f"none of the {len(self)} images in {self.folder} can be read; change data.folder")
+    def read(self, index: int) -> Image.Image:
+        return read_image(self.path(index), self.upright)
 
     def scan(self, kind: Literal["full", "headers"]) -> list[str]:
         """Open every file (and decode it, if full). Raises BadImage for the first damaged one, or under
@@ -207,7 +222,7 @@ class FileSource:
         self.bad.update(found)
         names = [self.names[i] for i in found]
         if names:
-            shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+            shown = ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
             log.warning("skipping %d of %d unreadable images in %s: %s", len(names), len(self), self.folder, shown)
         return names
 

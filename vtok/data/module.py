@@ -133,6 +133,13 @@ def micro_batch_size(batch_size: int, accumulate: int, world: int) -> int:
     return micro
 
 
+def check_limits(limit_train: int | None, limit_val: int | None) -> None:
+    """Raise ValueError unless both are None or at least 1."""
+    for name, limit in (("limit_train", limit_train), ("limit_val", limit_val)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"data.{name}={limit} must be at least 1, or null for all images")
+
+
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # to stop: SLURM's, torchrun's, submitit's
 
 
@@ -296,9 +303,7 @@ class ImageData(StepData):
             raise ValueError(f"data.crop={crop!r}: choose one of {', '.join(CROPS)}")
         if not 0 <= shift < image_size:
             raise ValueError(f"data.shift={shift} must lie in 0..{image_size - 1}")
-        for name, limit in (("limit_train", limit_train), ("limit_val", limit_val)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"data.{name}={limit} must be at least 1, or null for all images")
+        check_limits(limit_train, limit_val)
         self.image_size = image_size
         self.transform = ImageTransform(size=image_size, crop=crop, flip=flip, shift=shift)
         self.limit_train, self.limit_val = limit_train, limit_val

@@ -12,6 +12,7 @@ Nothing of an archive is ever written to disk: the names of its members are only
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -23,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from vtok.checkpoint import write_atomic
-from vtok.data.files import ENDINGS, BadImage, Names, OnBadImage, decode_bytes
+from vtok.data.files import ENDINGS, BadImage, EncodedImages, Names, OnBadImage, decode, one_at_a_time
 from vtok.data.imagefolder import read_class_file
 from vtok.data.module import WINDOW, ImageData
 from vtok.data.sources import Sources
@@ -36,7 +37,8 @@ KEPT_ROW_GROUPS = WINDOW  # of a worker
 
 class Packed(ImageData):
     """folder, train, val: where the files are, as patterns below `folder`. class_file: names in label order, or
-    imagenet. num_classes: auto (highest label + 1), 0 to ignore labels, or how many there must be."""
+    imagenet. num_classes: auto (highest label + 1), 0 to ignore labels, or how many there must be. on_bad_image,
+    upright: see vtok.data.files.EncodedImages."""
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class Packed(ImageData):
         flip: bool = True,
         shift: int = 0,
         on_bad_image: OnBadImage = "error",
+        upright: bool = False,
         cache_dir: str = "outputs/cache",
         limit_train: int | None = None,
         limit_val: int | None = None,
@@ -68,7 +71,7 @@ class Packed(ImageData):
             raise ValueError(f"data.num_classes={num_classes!r}: give auto, 0 for no classes, or the number of classes")
         self.folder, self.patterns = Path(folder), {"train": train, "val": val}
         self.expected, self.class_file = num_classes, class_file
-        self.on_bad_image, self.cache_dir = on_bad_image, Path(cache_dir)
+        self.on_bad_image, self.upright, self.cache_dir = on_bad_image, upright, Path(cache_dir)
 
     def open(self, files: list[Path]) -> PackedSource:
         raise NotImplementedError
@@ -76,12 +79,16 @@ class Packed(ImageData):
     def prepare(self) -> Sources:
         parts = {split: self.open(self._files(split)) for split in self.patterns}
         for part in parts.values():
-            part.skip = self.on_bad_image == "skip"
+            part.on_bad_image, part.upright = self.on_bad_image, self.upright
         labels = [part.labels for part in parts.values()]
         names = list(parts["train"].class_names)
         known = max((int(x.max()) + 1 for x in labels if len(x)), default=0)
         if self.class_file:
             names = list(read_class_file(self.class_file).values())
+        if self.expected not in (0, "auto") and known == 0:
+            raise ValueError(
+                f"{self.folder} has no labels, but data.num_classes={self.expected}; add labels, or use auto or 0"
+            )
         if self.expected == 0 or known == 0:
             for part in parts.values():
                 part.labels = np.zeros(len(part), np.int64)
@@ -106,37 +113,23 @@ class Packed(ImageData):
         return found
 
 
-class PackedSource:
-    """What tars and parquet share: names, labels, and damaged images that name their file. on_bad_image as in
-    FileSource: the next readable image takes the place."""
+class PackedSource(EncodedImages):
+    """What tars and parquet share."""
 
-    native, skip = True, False
     blocks: tuple[int, ...] | None = None
     class_names: Sequence[str] = ()
 
     def __init__(self, files: Sequence[Path], names: Names, labels: np.ndarray) -> None:
-        self.files, self.names, self.labels = list(files), names, labels
+        super().__init__(files[0].parent, names, labels)
+        self.files = list(files)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        return self.names[index]
-
-    def read(self, index: int) -> tuple[bytes, str]:
+    def encoded(self, index: int) -> tuple[bytes, str]:
         """The encoded image and the name under which a message speaks of it."""
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        for candidate in ((index + i) % len(self) for i in range(len(self))):
-            try:
-                return decode_bytes(*self.read(candidate)), int(self.labels[candidate])
-            except BadImage:
-                if not self.skip:
-                    raise
-        raise ValueError(f"none of the {len(self)} images of {self.files[0].parent} can be read; change data.folder")
+    def read(self, index: int) -> Image.Image:
+        data, name = self.encoded(index)
+        return decode(io.BytesIO(data), name, self.upright)
 
 
 # --- WebDataset tars -------------------------------------------------------------------------------------------------
@@ -152,8 +145,10 @@ class Tars(Packed):
             key.update(f"{file.name}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
         index = self.cache_dir / f"tars-{key.hexdigest()[:24]}.npz"
         if not index.is_file():
-            table = index_tars(files)
-            write_atomic(index, lambda out: np.savez(out, **table))
+            with one_at_a_time(index.with_suffix(".lock")):
+                if not index.is_file():  # another process of this machine has made it meanwhile
+                    table = index_tars(files)
+                    write_atomic(index, lambda out: np.savez(out, **table))
         with np.load(index, allow_pickle=False) as table:
             return TarSource(files, {k: table[k] for k in table.files})
 
@@ -175,7 +170,7 @@ class TarSource(PackedSource):
         """Of the image in the tar."""
         return int(self.places[index, 2])
 
-    def read(self, index: int) -> tuple[bytes, str]:
+    def encoded(self, index: int) -> tuple[bytes, str]:
         shard, offset, size = (int(v) for v in self.places[index])
         if shard not in self._open:
             while len(self._open) >= OPEN_FILES:
@@ -268,6 +263,9 @@ class ParquetSource(PackedSource):
                         groups.append((number, group))
                         blocks.append(rows)
                     has = "label" in columns
+                    kind = opened.schema_arrow.field("label").type if has else None
+                    if has and not (pyarrow.types.is_integer(kind) or pyarrow.types.is_null(kind)):
+                        raise ValueError(f"{file}: column `label` holds {kind}, expected class numbers")
                     column = opened.read(columns=["label"]).column("label") if has else None
                     filled = [-1 if v is None else int(v) for v in column.to_pylist()] if has else None
                     labels.append(np.array(filled if has else [-1] * opened.metadata.num_rows, np.int64))
@@ -296,7 +294,7 @@ class ParquetSource(PackedSource):
         """Of the parquet file."""
         return self.sizes[self.groups[self.group(index)][0]]
 
-    def read(self, index: int) -> tuple[bytes, str]:
+    def encoded(self, index: int) -> tuple[bytes, str]:
         import pyarrow
         import pyarrow.parquet as parquet
 

@@ -99,6 +99,15 @@ class Limited:
     def name(self, index: int) -> str:
         return self.source.name(self._index(index))
 
+    @property
+    def blocks(self) -> tuple[int, ...] | None:
+        """How many of them lie in each block of the source that holds any; None where it has no blocks."""
+        if (blocks := getattr(self.source, "blocks", None)) is None:
+            return None
+        chosen = np.arange(self.count) * len(self.source) // self.count
+        counts = np.bincount(np.searchsorted(np.cumsum(blocks), chosen, side="right"))
+        return tuple(counts[counts > 0].tolist())
+
 
 def bytes_of(source: Source, index: int) -> int | None:
     """Size of the file that an image comes from; None where the source has no files."""

@@ -10,12 +10,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vtok.layers.block import Block
 from vtok.layers.dit import ConditionAttention, repa_head
 from vtok.layers.rope import rope_2d
 from vtok.layers.time import TimeEmbedding
-from vtok.layers.vit import PatchEmbed, initialise, unpatchify
+from vtok.layers.vit import PatchEmbed, cell_means, initialise, unpatchify
 
 EPS = 1e-6
 
@@ -70,7 +71,7 @@ class PixelFlow(nn.Module):
 
     patch: side of the patches. condition: width of the condition. tap: index of the block whose input, averaged to
     tap_side x tap_side and put through a network to tap_width channels, is aligned with a pretrained network (REPA, Yu
-    et al., arXiv 2410.06940); None builds none.
+    et al., arXiv 2410.06940); None builds none. checkpointing: recompute blocks in the backward pass.
     """
 
     def __init__(
@@ -84,11 +85,13 @@ class PixelFlow(nn.Module):
         tap: int | None,
         tap_width: int,
         tap_side: int,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if tap is not None and not 0 <= tap < depth:
             raise ValueError(f"repa_block={tap} is none of the {depth} blocks of flow_depth; null builds none")
         self.patch, self.heads, self.tap, self.tap_side = patch, heads, tap, tap_side
+        self.checkpointing = checkpointing
         self.conv_in = PatchEmbed(dim=dim, patch=patch)
         self.condition = nn.Linear(condition, dim)
         self.blocks = nn.ModuleList(FlowBlock(dim=dim, heads=heads) for _ in range(depth))
@@ -109,6 +112,9 @@ class PixelFlow(nn.Module):
         for i, block in enumerate(self.blocks):
             if i == self.tap:
                 grid = h.transpose(1, 2).unflatten(2, (height, width))
-                tapped = self.repa(F.adaptive_avg_pool2d(grid, self.tap_side).flatten(2).transpose(1, 2))
-            h = block(h, condition, 1 - t, position)
+                tapped = self.repa(cell_means(grid, self.tap_side, self.tap_side).flatten(2).transpose(1, 2))
+            if self.checkpointing and self.training:
+                h = checkpoint(block, h, condition, 1 - t, position, use_reentrant=False)
+            else:
+                h = block(h, condition, 1 - t, position)
         return unpatchify(self.out(plain_norm(h)), self.patch, height).float(), tapped

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtok.layers.attention import Mask, attend
 from vtok.layers.block import FeedForward
-from vtok.layers.vit import initialise, table
+from vtok.layers.vit import cell_means, initialise, table
 
 
 class PositionedAttention(nn.Module):
@@ -180,13 +179,8 @@ def pyramid(tokens: int, side: int) -> list[tuple[int, int]]:
 
 
 def pooled(grid: Tensor, tokens: int) -> Tensor:
-    """Means [B, tokens, D] of a grid [B, side, side, D] over the cells of its pyramid, coarse ones first. Cells that do
-    not divide the grid overlap, by a row or column (published sizes divide it)."""
-    maps, side = grid.permute(0, 3, 1, 2), grid.shape[1]
-    means = [
-        F.adaptive_avg_pool2d(maps, cells)
-        if side % cells[0] or side % cells[1]
-        else F.avg_pool2d(maps, (side // cells[0], side // cells[1]))
-        for cells in pyramid(tokens, side)
-    ]
+    """Means [B, tokens, D] of a grid [B, side, side, D] over the cells of its pyramid, coarse ones first. Cells of
+    published sizes divide the grid; see `cell_means` for others."""
+    maps = grid.permute(0, 3, 1, 2)
+    means = [cell_means(maps, *cells) for cells in pyramid(tokens, grid.shape[1])]
     return torch.cat([mean.flatten(2) for mean in means], 2).transpose(1, 2)

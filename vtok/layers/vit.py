@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.layers.attention import Mask
@@ -31,6 +32,16 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     """Inverse of `unpatchify`."""
     x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, h, p, w, q]
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 5).flatten(1, 2)
+
+
+def cell_means(maps: Tensor, rows: int, columns: int) -> Tensor:
+    """Means [B, C, rows, columns] of maps [B, C, h, w] over cells, which overlap by a row or column where they do not
+    divide the map. Their gradient on a GPU is then not the same bits each time: trainer.deterministic=true refuses it.
+    """
+    height, width = maps.shape[2:]
+    if height % rows or width % columns:
+        return F.adaptive_avg_pool2d(maps, (rows, columns))
+    return F.avg_pool2d(maps, (height // rows, width // columns))
 
 
 NARROW = 384  # no published tokenizer's transformer is narrower

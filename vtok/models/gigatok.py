@@ -108,8 +108,6 @@ class GigaTok(Tokenizer):
     def grid(self, images: Tensor) -> Tensor:
         """The convolutions' features [B, z_channels, h, w] of images."""
         self.check_images(images)
-        if images.shape[2] != images.shape[3]:
-            raise ValueError(f"GigaTok takes square images, got {tuple(images.shape[2:])}")
         self.spec_for(images.shape[2])
         return self.encoder(images.to(self.project_in.weight.dtype))
 

@@ -27,7 +27,7 @@ from vtok.layers.cnn_maskgit import MaskGITDecoder, MaskGITEncoder
 from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_probabilities, replace_dropped
 from vtok.layers.rope import rope_2d
 from vtok.layers.trunk import Trunk
-from vtok.layers.vit import NARROW, initialise, table, together
+from vtok.layers.vit import NARROW, cell_means, initialise, table, together
 from vtok.layout import SequenceLayout, visible
 from vtok.noise import SampleNoise, noise_of
 from vtok.tokenizer import Part, Quantizer, Reconstruction, Tokenizer, TokenSpec
@@ -314,7 +314,7 @@ def residual_pyramid(grid: Tensor, levels: Sequence[int]) -> Tensor:
     rest, found = grid, []
     for count in levels:
         height = 2 ** ((count.bit_length() - 1) // 2)
-        pooled = F.interpolate(rest, size=(height, count // height), mode="area")
+        pooled = cell_means(rest, height, count // height)
         found.append(pooled.flatten(2).transpose(1, 2))
         rest = rest - F.interpolate(pooled, size=grid.shape[2:], mode="nearest")
     return torch.cat(found, 1)

@@ -156,8 +156,6 @@ class TiTok(Tokenizer):
     def features(self, images: Tensor) -> Tensor:
         """What the quantizer gets, [B, N, quantizer.width]."""
         self.check_images(images)
-        if images.shape[2] != images.shape[3]:
-            raise ValueError(f"TiTok takes square images, got {tuple(images.shape[2:])}")
         self.spec_for(images.shape[2])
         return self.encoder(images * 0.5 + 0.5)
 
