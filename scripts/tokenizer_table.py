@@ -61,7 +61,7 @@ FAMILIES: dict[str, list[str]] = {
         "tokenizer.depth=3",
         "tokenizer.decoder_depth=3",
     ],
-    "dar": ["tokenizer=dar_small", *VIT],
+    "dar": ["tokenizer=dar_small", *VIT, "batch_size=8", "optimizer.lr=1e-3", "objective.pixel_weight=16"],
 }
 # What 128 px need beside the options above, for half a second a step on one core: few channels where there are many
 # pixels, few and large patches, small batches. Tokens at 128 px are 256 at most, but for flexvar's 341.

@@ -1,5 +1,6 @@
 """D-AR: who sees whom, which tokens a time uses, previews, and the published size."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,46 @@ def test_the_uniform_solver_has_fixed_weights():
     got = flow.solve(lambda x, t: torch.full_like(x, t), torch.zeros(1), grid, solver="ab2_uniform")
     want = -0.3 * 1.0 - 0.1 * (1.5 * 0.7 - 0.5) - 0.6 * (1.5 * 0.6 - 0.5 * 0.7)
     assert float(got) == pytest.approx(want)
+
+
+@torch.no_grad()
+def test_options_for_short_trainings():
+    """Sine positions are added to the patches of both sides; the model's solver is that of a draw that names none."""
+    torch.manual_seed(1)
+    plain = make("dar")
+    torch.manual_seed(1)
+    fixed = make("dar", positions="sincos", solver="euler")
+    fixed.load_state_dict(plain.state_dict())
+    assert not torch.allclose(plain.features(images()), fixed.features(images()), atol=1e-3)
+    for embed in (plain.patches, plain.flow.conv_in):
+        embed.register_forward_hook(lambda module, inputs, out: out + grid(int(out.shape[1] ** 0.5), out.shape[2]))
+    torch.testing.assert_close(plain.features(images()), fixed.features(images()), rtol=0, atol=1e-6)
+    tokens = plain.encode(images())
+    euler = plain.decode(tokens, noise=KEYS, solver="euler")
+    torch.testing.assert_close(fixed.decode(tokens, noise=KEYS), euler, rtol=0, atol=1e-5)
+    assert not torch.allclose(euler, plain.decode(tokens, noise=KEYS), atol=1e-3)
+
+
+def grid(side: int, dim: int) -> torch.Tensor:
+    """[side^2, dim]: sines and cosines of the row, then of the column, frequency by frequency."""
+    rates = [10000 ** (-i / (dim // 4)) for i in range(dim // 4)]
+    cells = [(row, column) for row in range(side) for column in range(side)]
+    waves = [[f(k * rate) for k in cell for f in (math.sin, math.cos) for rate in rates] for cell in cells]
+    return torch.tensor(waves)
+
+
+def test_an_open_start_passes_tokens_on_at_once():
+    """What the paper's start keeps from the tokens in the first step: its conditions count for nothing yet."""
+    reached = {}
+    for init in ("paper", "open"):
+        model = dar(init=init).train()
+        torch.nn.init.ones_(model.flow.out.weight)  # zero in both: no gradient passes it in the first step
+        model(images(), key=torch.arange(3)).losses["flow"].backward()
+        reached[init] = float(model.project_out.weight.grad.abs().sum())
+    assert reached["paper"] == 0 < reached["open"]
+    for name in ("solver", "positions", "init"):
+        with pytest.raises(ValueError, match=f"{name}='x': choose"):
+            dar(**{name: "x"})
 
 
 def test_the_tapped_states_train_the_flow():

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vtok.layers.block import Block
 from vtok.layers.dit import ConditionAttention, repa_head
+from vtok.layers.flex import sincos
 from vtok.layers.rope import rope_2d
 from vtok.layers.time import TimeEmbedding
 from vtok.layers.vit import PatchEmbed, cell_means, initialise, unpatchify
@@ -71,7 +72,8 @@ class PixelFlow(nn.Module):
 
     patch: side of the patches. condition: width of the condition. tap: index of the block whose input, averaged to
     tap_side x tap_side and put through a network to tap_width channels, is aligned with a pretrained network (REPA, Yu
-    et al., arXiv 2410.06940); None builds none. checkpointing: recompute blocks in the backward pass.
+    et al., arXiv 2410.06940); None builds none. fixed: add sine positions to the patches, beside the blocks' rope.
+    checkpointing: recompute blocks in the backward pass.
     """
 
     def __init__(
@@ -85,13 +87,14 @@ class PixelFlow(nn.Module):
         tap: int | None,
         tap_width: int,
         tap_side: int,
+        fixed: bool = False,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if tap is not None and not 0 <= tap < depth:
             raise ValueError(f"repa_block={tap} is none of the {depth} blocks of flow_depth; null builds none")
         self.patch, self.heads, self.tap, self.tap_side = patch, heads, tap, tap_side
-        self.checkpointing = checkpointing
+        self.fixed, self.checkpointing = fixed, checkpointing
         self.conv_in = PatchEmbed(dim=dim, patch=patch)
         self.condition = nn.Linear(condition, dim)
         self.blocks = nn.ModuleList(FlowBlock(dim=dim, heads=heads) for _ in range(depth))
@@ -102,10 +105,21 @@ class PixelFlow(nn.Module):
             nn.init.zeros_(block.block.modulation.weight)
         nn.init.zeros_(self.out.weight)
 
+    @torch.no_grad()
+    def open(self) -> None:
+        """The start for short trainings: gates of 1, conditions that count at once, patches that read few tokens."""
+        for block in self.blocks:
+            modulation = block.block.modulation
+            nn.init.normal_(modulation.weight, std=0.02)
+            nn.init.ones_(modulation.bias.view(6, -1)[:2])
+            block.cross.q_norm.weight.mul_(3)
+
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
         """Velocity [B, 3, H, W], float32, and the tapped [B, n, tap_width], of x [B, 3, H, W], t [B], [B, m, C]."""
         height, width = x.shape[2] // self.patch, x.shape[3] // self.patch
         h = self.conv_in(x)
+        if self.fixed:
+            h = h + sincos(height, width, h.shape[-1], x.device).to(h.dtype)
         condition = plain_norm(self.condition(condition))
         position = grid_rope(height, width, h.shape[-1] // self.heads, x.device)
         tapped = None

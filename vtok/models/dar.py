@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from vtok import flow
 from vtok.config import describe
+from vtok.layers.flex import sincos
 from vtok.layers.pixel_flow import EPS, PixelFlow, grid_rope, init_std, plain_norm
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.layers.vit import PatchEmbed, initialise
@@ -38,7 +40,10 @@ class DARTokenizer(Tokenizer):
     in the flow. time_shift: see vtok.flow.times. repa_block, repa_width, repa_side: see PixelFlow; the tapped states
     come out as Reconstruction.features["repa"] [B, repa_side^2, repa_width]. gate: start value of the gates on the
     residual branches of encoder and token decoder; at the published 0 all images have the same tokens at first, from
-    which a small codebook may not recover.
+    which a small codebook may not recover. solver: of `decode`, unless told; the published one extrapolates from slope
+    to slope, which overshoots in two steps. positions: "sincos" adds fixed ones to the patches of encoder and flow,
+    beside the paper's "rope". init: "paper", or "open" for trainings of minutes: queries and positions of tokens of
+    deviation 1, a flow whose blocks all pass on from the first step, and sharper attention on both sides.
 
     Training draws a time for every sample; Reconstruction.losses["flow"] is the squared error of the velocity over
     data_std^2, and Reconstruction.images the one-step estimate of the data, which LPIPS judges in the paper.
@@ -70,12 +75,22 @@ class DARTokenizer(Tokenizer):
         repa_width: int = 768,
         repa_side: int = 16,
         gate: float = 0.0,
+        solver: flow.Solver = "ab2_uniform",
+        positions: Literal["rope", "sincos"] = "rope",
+        init: Literal["paper", "open"] = "paper",
     ) -> None:
         super().__init__()
+        if solver not in get_args(flow.Solver):
+            raise ValueError(f"solver={solver!r}: choose {', '.join(get_args(flow.Solver))}")
+        if positions not in ("rope", "sincos"):
+            raise ValueError(f"positions={positions!r}: choose rope or sincos")
+        if init not in ("paper", "open"):
+            raise ValueError(f"init={init!r}: choose paper or open")
         if tokens % groups or tokens > max_tokens:
             raise ValueError(f"tokens={tokens} must be a multiple of groups={groups} and at most {max_tokens=}")
         self.tokens, self.groups, self.window, self.heads = tokens, groups, tokens // groups, heads
-        self.data_std, self.time_shift = data_std, time_shift
+        self.data_std, self.time_shift, self.solver = data_std, time_shift, solver
+        self.fixed = positions == "sincos"
         shape = dict(dim=dim, heads=heads, hidden=4 * dim, norm="layer", eps=EPS, ffn="silu", bias="qkv")
         shape |= dict(qk_norm="layer", layer_scale=gate, final_norm=False)
         self.patches = PatchEmbed(dim=dim, patch=patch)
@@ -98,9 +113,16 @@ class DARTokenizer(Tokenizer):
             tap=repa_block,
             tap_width=repa_width,
             tap_side=repa_side,
+            fixed=self.fixed,
         )
         if not query_rank:
             nn.init.normal_(self.queries, std=0.02)
+        if init == "open":
+            nn.init.normal_(self.queries)
+            nn.init.normal_(self.places)
+            self.flow.open()
+            for block in self.encoder.blocks:
+                nn.init.constant_(block.attention.q_norm.weight, 3.0)
         self.stride = math.lcm(patch, flow_patch)
         self.spec = self.spec_for(image_size)
 
@@ -113,9 +135,12 @@ class DARTokenizer(Tokenizer):
     def features(self, images: Tensor) -> Tensor:
         """[B, N, C]: patches see patches, queries see patches and earlier queries; rope turns the patches only."""
         self.check_images(images)
-        patches = plain_norm(self.patches(images))
-        queries = self.query_out(self.queries[: self.tokens]).expand(len(images), -1, -1)
         height, width = (side // self.patches.patch for side in images.shape[2:])
+        patches = self.patches(images)
+        if self.fixed:
+            patches = patches + sincos(height, width, self.encoder.dim, images.device).to(patches.dtype)
+        patches = plain_norm(patches)
+        queries = self.query_out(self.queries[: self.tokens]).expand(len(images), -1, -1)
         cos, sin = grid_rope(height, width, self.encoder.dim // self.heads, images.device)
         cos, sin = (F.pad(table, (0, 0, 0, self.tokens), value=float(one)) for table, one in ((cos, 1), (sin, 0)))
         rank = torch.arange(self.tokens, device=images.device) + 1
@@ -172,7 +197,7 @@ class DARTokenizer(Tokenizer):
         size: int | None = None,
         noise: SampleNoise | None = None,
         steps: int | None = None,
-        solver: flow.Solver = "ab2_uniform",
+        solver: flow.Solver | None = None,
         on_step: Preview | None = None,
     ) -> Tensor:
         """As Tokenizer.decode, walking the flow in `steps` steps (null: one a group) from noise keyed by `noise`.
@@ -202,7 +227,7 @@ class DARTokenizer(Tokenizer):
         size: int | None = None,
         noise: SampleNoise | None = None,
         steps: int | None = None,
-        solver: flow.Solver = "ab2_uniform",
+        solver: flow.Solver | None = None,
         on_step: Preview | None = None,
     ) -> Tensor:
         """Images of the first tokens z [B, n, C], n <= N; see `decode`."""
@@ -217,7 +242,7 @@ class DARTokenizer(Tokenizer):
         start: Tensor,
         *,
         steps: int | None = None,
-        solver: flow.Solver = "ab2_uniform",
+        solver: flow.Solver | None = None,
         on_step: Preview | None = None,
     ) -> Tensor:
         """Images [B, 3, H, W] from noise `start` with conditions [B, n, D] of the first n tokens."""
@@ -237,7 +262,7 @@ class DARTokenizer(Tokenizer):
             before[0] = x
             on_step(i, (x - grid[i + 1] * used) / self.data_std)
 
-        x = flow.solve(velocity, start, grid, solver=solver, on_step=preview if on_step else None)
+        x = flow.solve(velocity, start, grid, solver=solver or self.solver, on_step=preview if on_step else None)
         return x / self.data_std
 
     @staticmethod
