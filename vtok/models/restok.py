@@ -92,8 +92,7 @@ class ResTok(Tokenizer):
             halves |= {self.align_levels: encoder, self.align_cells: decoder}
         for part, size in halves.items():
             initialise(part, width=size[0])
-        if decoder[0] < NARROW:
-            self.start_short()
+        self.start_short(encoder[0] < NARROW, decoder[0] < NARROW)
         self.quantizer = quantizer
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
@@ -102,12 +101,14 @@ class ResTok(Tokenizer):
         keep_probabilities(nested, tokens)  # raises where it does not fit
 
     @torch.no_grad()
-    def start_short(self) -> None:
-        """The start of models with a narrow decoder, which train for minutes: pictures begin nearly grey, and each cell
-        reads few latents instead of the mean of all, in which all cells are alike."""
-        self.cnn_decoder.conv_out.weight.mul_(0.1)
-        for block in self.decoder.trunk.blocks:
-            block.attention.q_norm.weight.mul_(3)
+    def start_short(self, encoder: bool, decoder: bool) -> None:
+        """The start of narrow halves, which train for minutes: what reads, reads few and not the mean of all, in which
+        all are alike; and pictures begin nearly grey."""
+        for part in (self.encoder,) * encoder + (self.decoder,) * decoder:
+            for block in part.trunk.blocks:
+                block.attention.q_norm.weight.mul_(3)
+        if decoder:
+            self.cnn_decoder.conv_out.weight.mul_(0.1)
 
     def spec_for(self, size: int) -> TokenSpec:
         """Any multiple of stride * 2 ** (stages - 1) has the same tokens."""
