@@ -63,29 +63,19 @@ FAMILIES: dict[str, list[str]] = {
     ],
     "dar": ["tokenizer=dar_small", *VIT, "batch_size=8", "optimizer.lr=1e-3", "objective.pixel_weight=16"],
 }
-# What 128 px need beside the options above, for half a second a step on one core: few channels where there are many
-# pixels, few and large patches, small batches. Tokens at 128 px are 256 at most, but for flexvar's 341.
-EIGHT = ["tokenizer.channels=8", "tokenizer.multipliers=[1,2,4,12]", "tokenizer.groups=4"]  # 16 x 16 tokens
+# What 128 px need beside the options above, for half a second a step on one core: small batches, and few channels where
+# there are many pixels. Convolutions keep their stride of 4, so 32 x 32 tokens.
+FOUR = ["tokenizer.channels=16", "tokenizer.multipliers=[1,2,4]", "batch_size=2"]
 SIXTEEN = ["channels=8", "multipliers=[1,2,4,8,16]", "groups=4"]  # 8 x 8 cells
 WIDE = ["tokenizer.encoder=[192,4,6]", "tokenizer.decoder=[192,4,6]"]
 LARGE: dict[str, list[str]] = {
-    "cnn_vq": [*EIGHT, "tokenizer.quantizer.vocab_size=4096", "batch_size=8"],
-    "fsq": [*EIGHT, "tokenizer.quantizer.levels=[8,8,8,5,5,5]", "batch_size=8"],
-    "ifsq": [*EIGHT, "tokenizer.quantizer.levels=[17,17,17,17]", "batch_size=8"],
-    "lfq": [*EIGHT, "tokenizer.quantizer.bits=16", "tokenizer.quantizer.groups=[8,8]", "batch_size=8"],
-    "bsq": [*EIGHT, "tokenizer.quantizer.bits=16", "batch_size=8"],
-    "ibq": [*EIGHT, "tokenizer.quantizer.vocab_size=4096", "batch_size=4"],
-    "kl": [*EIGHT, "batch_size=8"],
-    "var": [
-        *(f"tokenizer.{option}" for option in SIXTEEN), "tokenizer.quantizer.sides=[1,2,3,4,5,6,7,8]",
-        "tokenizer.quantizer.vocab_size=4096", "tokenizer.quantizer.channels=32", "batch_size=4",
-    ],
-    "flexvar": [*EIGHT, "tokenizer.quantizer.sides=[1,2,4,8,16]", "batch_size=4"],
+    **dict.fromkeys(("cnn_vq", "fsq", "ifsq", "lfq", "bsq", "ibq", "kl", "hita"), FOUR),
+    "var": [*FOUR, "tokenizer.quantizer.sides=[1,2,4,8,16,32]"],
+    "flexvar": [*FOUR, "tokenizer.quantizer.sides=[1,2,4,8,16,32]"],
     "titok": [
         *WIDE, "tokenizer.tokens=128", "tokenizer.head.dim=192", "tokenizer.head.patch=16",
         "tokenizer.quantizer.vocab_size=4096", "batch_size=8",
     ],
-    "hita": [*EIGHT, "batch_size=4"],
     "gigatok": [*(f"tokenizer.{option}" for option in SIXTEEN), "batch_size=4"],
     "restok": [*(f"tokenizer.{option}" for option in SIXTEEN), "tokenizer.width=64", "batch_size=4"],
     "retok": [*(f"tokenizer.network.{option}" for option in SIXTEEN), "batch_size=4"],
@@ -97,7 +87,7 @@ LARGE: dict[str, list[str]] = {
         "tokenizer.flow_heads=8", "batch_size=4",
     ],
 }  # fmt: skip
-SECOND = ("cnn_vq", "fsq", "ifsq", "lfq", "ibq", "kl", "var", "titok")  # of the table at 128 px
+SECOND = ("cnn_vq", "fsq", "ifsq", "lfq", "ibq", "kl", "var", "hita")  # of the table at 128 px
 OVERFIT_STEPS = (300, 700, 1500)  # of one run after the other, until one reaches what is wanted
 FLOW = {"dar", "flextok"}  # decoders that draw: their copies are one draw with a fixed seed
 
