@@ -84,6 +84,13 @@ def test_sampling_with_a_flow_reads_them_at_every_solver_step_and_for_every_fini
     assert few[1] == (2 * xar.layout.steps + xar.layout.steps - 1) * weight_bytes(xar.trunk) and few[0] < operations
 
 
+def test_weights_of_training_alone_are_not_read_by_sampling():
+    """REPA's projector, which nothing calls, beside a head whose weights its owner reads."""
+    model = make("llamagen_repa")
+    sampling = weight_bytes(model) - weight_bytes(model.projector)
+    assert counted(sampled(model), model)[1] == model.layout.steps * sampling < model.layout.steps * weight_bytes(model)
+
+
 def test_training_is_counted_as_in_mfu_and_on_the_cpu_where_there_is_no_closed_form(monkeypatch):
     """VAR has one, and nothing is run for it, so that PyTorch's counter never meets a compiled kernel. MAR has none:
     its step's products are those of one image, whatever the batch."""
@@ -164,6 +171,13 @@ def test_command_measures_every_part_and_keeps_earlier_rows(tmp_path, monkeypatc
     assert len(json.loads(out.read_text())["rows"]) == len(kept)
     assert markdown.read_text().count("\n") == 2 + 4 and picture.stat().st_size > 1000
     assert table(kept).splitlines()[0].count("|") == table(kept).splitlines()[2].count("|")
+    old = [{k: v for k, v in row.items() if k not in ("steps", "solver_steps", "quant", "packed")} for row in kept]
+    drawn = next(row for row in old if row["part"] == "sample")
+    out.write_text(json.dumps({"rows": [*old, drawn | {"quant": "int8"}, drawn | {"steps": 15}]}))
+    evaluate(config("model=llamagen_tiny", f"out={out}", "parts=[sample]"))
+    told = [(row["part"], row.get("quant"), row.get("steps")) for row in json.loads(out.read_text())["rows"]]
+    others = [(row["part"], None, None) for row in old if row["part"] != "sample"]
+    assert told == [*others, ("sample", "int8", None), ("sample", None, 15), ("sample", None, 16)]
 
 
 def test_mistakes_name_their_key(tmp_path):
