@@ -36,6 +36,7 @@ from vtok.noise import SampleNoise, sample_seeds
 
 Run = Callable[[], Any]
 CPU = torch.device("cpu")
+PROGRESS = 0.0  # share of training done, in our training steps
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class Options:
 
     def labels(self) -> Tensor:
         return torch.arange(self.batch, device=self.device)
+
+    def keys(self) -> Tensor:
+        """Of our training samples."""
+        return sample_seeds(0, 0, self.batch).to(self.device)
 
 
 @dataclass
@@ -246,8 +251,8 @@ def learn(model: nn.Module, loss: Callable[[], Tensor], options: Options) -> Run
 
 
 def trained(model: Any, tokens: Tensor, labels: Tensor, options: Options) -> Run:
-    batch = {"tokens": tokens, "label": labels, "key": sample_seeds(0, 0, len(labels)).to(labels.device)}
-    return learn(model, lambda: model.loss(batch, progress=0.0)["loss"], options)
+    batch = {"tokens": tokens, "label": labels, "key": options.keys()}
+    return learn(model, lambda: model.loss(batch, progress=PROGRESS)["loss"], options)
 
 
 def cast(model: Any, options: Options) -> Any:

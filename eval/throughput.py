@@ -50,6 +50,7 @@ PRODUCTS = {  # operations of what PyTorch's counter does not know: shapes of x 
 }
 OPTIONS = ("compile", "cuda_graphs", "packed", "quant")
 STEPS = ("steps", "solver_steps")  # of sampling
+PROGRESS = 0.5  # share of training done, in the step that is timed
 
 
 @dataclass
@@ -275,7 +276,7 @@ def jobs(
         found["sample"] = Job(lambda: draw(fast), cost, light, asked, facts=facts)
     if "train" in config["parts"]:
         compiled, given = bool(config["compile"]), {"tokens": tokens.clone(), "label": labels, "key": seeds}
-        asked = paths.training(generator, batch=batch, device=device, compiled=compiled)
+        asked = paths.training(generator, key=seeds, progress=PROGRESS, device=device, compiled=compiled)
         step = trainer(generator, given, dtype=dtype, compiled=compiled)
         found["train"] = Job(step, lambda: training_cost(generator, given), generator, asked, graded=True)
     return found
@@ -300,7 +301,7 @@ def trainer(
         with torch.inference_mode(False):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = model.loss(batch, progress=0.5)["loss"]
+                loss = model.loss(batch, progress=PROGRESS)["loss"]
             loss.backward()
             optimizer.step()
 

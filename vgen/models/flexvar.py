@@ -64,7 +64,8 @@ class FlexVAR(VAR):
         del self.level_embedding, self.levels
         self.sample_scales = sample_scales
         self.known_sides = tuple(side for side, _ in self.spec.layout.sides)
-        self.layout = self.layout_of(self.known_sides if sides is None else sides)
+        self.own_sides = self.known_sides if sides is None else tuple(sides)
+        self.layout = self.layout_of(self.own_sides)
         self.position = nn.Parameter(positions(TABLE, self.trunk.dim))
 
     cache_kind = KVCache  # nothing is summed
@@ -145,7 +146,10 @@ class FlexVAR(VAR):
     def draw_sides(self, key: Tensor) -> tuple[int, ...]:
         """The list of one training step, some of the spec's sides, from the key of its first sample (a batch shares its
         shapes)."""
-        return drawn_sides(SampleNoise(key), SCALES_STREAM, [s for s, _ in self.layout.sides], self.known_sides)
+        return drawn_sides(SampleNoise(key), SCALES_STREAM, self.own_sides, self.known_sides)
+
+    def trained_length(self, key: Tensor, progress: float) -> int:
+        return self.layout_of(self.draw_sides(key) if self.sample_scales else self.own_sides).length
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
