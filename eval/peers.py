@@ -264,6 +264,7 @@ def cast(model: Any, options: Options) -> Any:
     return model
 
 
+@torch.no_grad()
 def forced(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
     """Teacher-forced logits."""
     return model.head.logits(model(model.arrange(tokens), model.conditioner(labels)))[0]
