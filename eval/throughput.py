@@ -276,6 +276,8 @@ def jobs(
         found["sample"] = Job(lambda: draw(fast), cost, light, asked, facts=facts)
     if "train" in config["parts"]:
         compiled, given = bool(config["compile"]), {"tokens": tokens.clone(), "label": labels, "key": seeds}
+        if "patches" in generator.reads_also:  # any will do: the teacher's own time is not in it
+            given["patches"] = torch.randn(batch, generator.layout.length, generator.channels, device=device)
         asked = paths.training(generator, key=seeds, progress=PROGRESS, device=device, compiled=compiled)
         step = trainer(generator, given, dtype=dtype, compiled=compiled)
         found["train"] = Job(step, lambda: training_cost(generator, given), generator, asked, graded=True)

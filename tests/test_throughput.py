@@ -14,6 +14,7 @@ from eval import paths
 from eval.throughput import Job, counted, evaluate, table, trainer, training_cost, weight_bytes
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
+from vgen.models.repa import LlamaGenREPA
 from vgen.models.var import VAR
 from vtok import counters
 from vtok.acceleration import training_operations
@@ -186,6 +187,14 @@ def test_mistakes_name_their_key(tmp_path):
     for option in ("parts=[encode,fly]", "batches=[]", "batches=[0]", "repeats=0"):
         with pytest.raises(ValueError, match="parts must be of"):
             evaluate(config(option, f"out={tmp_path / 'x.json'}"))
+
+
+def test_a_family_that_learns_from_a_teacher_is_timed_on_random_patches(tmp_path, monkeypatch):
+    seen, loss = [], LlamaGenREPA.loss
+    monkeypatch.setattr(LlamaGenREPA, "loss", lambda self, batch, **o: seen.append(batch) or loss(self, batch, **o))
+    model = ("model=llamagen_repa_small", "model.depth=2", "model.width=16", "model.heads=2", "model.block=1")
+    (row,) = evaluate(config(*model, "parts=[train]", f"out={tmp_path / 'x.json'}"))
+    assert {batch["patches"].shape for batch in seen} == {(2, 16, 64)} and row["images_per_second"] > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
