@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from vgen.cross_entropy import MOST
 from vgen.generator import Generator
 from vgen.heads import CategoricalHead
+from vgen.models.var import VAR
 from vtok.counters import STORED
 from vtok.layers.attention import Attention
 from vtok.layers.packed import PackedLinear
@@ -77,14 +79,17 @@ def sampling(
     return asked
 
 
-def training(generator: Generator, *, batch: int, device: torch.device, compiled: bool = False) -> Asked:
-    """For a training step on whole sequences."""
+def training(
+    generator: Generator, *, key: Tensor, progress: float, device: torch.device, compiled: bool = False
+) -> Asked:
+    """For a training step on whole sequences of the samples key int64 [B], at this share of training."""
     asked = Asked()
     if compiled:
         asked.one_of("block.compiled", "block.plain")
     trunk, layout = generator.trunk, generator.layout
     if isinstance(generator.head, CategoricalHead) and generator.caches:
-        many = batch * layout.length * generator.head.vocab_size > MOST
+        length = generator.trained_length(key, progress) if isinstance(generator, VAR) else layout.length
+        many = len(key) * length * generator.head.vocab_size > MOST
         asked.taken.add("loss.pieces" if many else "loss.whole")
     if not isinstance(trunk, Trunk) or not generator.caches or _own_mask(generator):
         return asked

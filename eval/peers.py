@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from vtok.noise import SampleNoise, sample_seeds
 
 Run = Callable[[], Any]
 CPU = torch.device("cpu")
+PROGRESS = 0.0  # share of training done, in our training steps
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class Options:
 
     def labels(self) -> Tensor:
         return torch.arange(self.batch, device=self.device)
+
+    def keys(self) -> Tensor:
+        """Of our training samples."""
+        return sample_seeds(0, 0, self.batch).to(self.device)
 
 
 @dataclass
@@ -112,6 +117,13 @@ def pair(peer: str, folder: str | None, options: Options) -> Pair:
         raise ValueError(
             f"dir={folder}: {error}; is it a whole checkout of {SOURCES[peer]}, and is what it needs installed?"
         ) from None
+
+
+def sized(options: Options, known: Collection[str], first: str) -> str:
+    """The size that was asked for, or `first`. ValueError where the original has no such size."""
+    if options.size not in (None, *known):
+        raise ValueError(f"size={options.size}: choose {', '.join(known)}")
+    return options.size or first
 
 
 # --- originals on the CPU ---------------------------------------------------------------------------------------------
@@ -246,8 +258,8 @@ def learn(model: nn.Module, loss: Callable[[], Tensor], options: Options) -> Run
 
 
 def trained(model: Any, tokens: Tensor, labels: Tensor, options: Options) -> Run:
-    batch = {"tokens": tokens, "label": labels, "key": sample_seeds(0, 0, len(labels)).to(labels.device)}
-    return learn(model, lambda: model.loss(batch, progress=0.0)["loss"], options)
+    batch = {"tokens": tokens, "label": labels, "key": options.keys()}
+    return learn(model, lambda: model.loss(batch, progress=PROGRESS)["loss"], options)
 
 
 def cast(model: Any, options: Options) -> Any:
@@ -259,6 +271,7 @@ def cast(model: Any, options: Options) -> Any:
     return model
 
 
+@torch.no_grad()
 def forced(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
     """Teacher-forced logits."""
     return model.head.logits(model(model.arrange(tokens), model.conditioner(labels)))[0]
@@ -271,10 +284,11 @@ def llamagen(folder: Path, options: Options) -> Pair:
     gpt = importlib.import_module("autoregressive.models.gpt")
     sampling = importlib.import_module("autoregressive.models.generate")
     common = {"vocab_size": 16384, "block_size": 256}
-    if options.size == "tiny":
+    size = sized(options, ("tiny", *gpt.GPT_models), "GPT-B")
+    if size == "tiny":
         theirs = gpt.Transformer(gpt.ModelArgs(n_layer=2, n_head=2, dim=64, vocab_size=64, block_size=16))
     else:
-        theirs = gpt.GPT_models[options.size or "GPT-B"](**common)
+        theirs = gpt.GPT_models[size](**common)
     fill(theirs)
     ours = convert("llamagen", theirs.state_dict(), {"Transformer_ModelArgs": vars(theirs.config)})
     for side in (theirs, ours):
@@ -313,7 +327,8 @@ def llamagen(folder: Path, options: Options) -> Pair:
 
 def var(folder: Path, options: Options) -> Pair:
     models, module = importlib.import_module("models"), importlib.import_module("models.var")
-    depth = 2 if options.size == "tiny" else int((options.size or "d16").lstrip("d"))
+    size = sized(options, ("tiny", "d16", "d20", "d24", "d30"), "d16")
+    depth = 2 if size == "tiny" else int(size.removeprefix("d"))
     small = {"V": 64, "Cvae": 8, "ch": 32, "patch_nums": (1, 2, 3, 4), "num_classes": 10} if depth == 2 else {}
     with resets_kept():
         vae, theirs = models.build_vae_var(device="cpu", depth=depth, **small)
@@ -369,7 +384,7 @@ def var(folder: Path, options: Options) -> Pair:
 def rar(folder: Path, options: Options) -> Pair:
     config = importlib.import_module("omegaconf").OmegaConf.load(folder / "configs/training/generator/rar.yaml")
     module, g = importlib.import_module("modeling.rar"), config.model.generator
-    if options.size == "tiny":
+    if sized(options, ("tiny", "rar_b"), "rar_b") == "tiny":
         g.hidden_size, g.num_hidden_layers, g.num_attention_heads, g.intermediate_size = 32, 2, 2, 64
         g.image_seq_len, config.model.vq_model.codebook_size = 16, 64
     theirs = fill(module.RAR(config))
@@ -434,10 +449,8 @@ def xar(folder: Path, options: Options) -> Pair:
     stack = {"embed_dim": 32, "depth": 2, "num_heads": 2}
     tiny = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in stack.items()}
     drops = {"attn_dropout": 0.1, "proj_dropout": 0.1}  # of its training command, and ours
-    make = (
-        functools.partial(module.xAR, **tiny) if options.size == "tiny" else getattr(module, options.size or "xar_base")
-    )
-    theirs = fill(make(**drops))
+    size = sized(options, ("tiny", *(name for name in vars(module) if name.startswith("xar_"))), "xar_base")
+    theirs = fill(module.xAR(**tiny, **drops) if size == "tiny" else getattr(module, size)(**drops))
     heads = theirs.encoder_blocks[0].attn.num_heads
     arguments = {"encoder_num_heads": heads, "decoder_num_heads": heads}
     ours = convert("xar", theirs.state_dict(), {"xAR": arguments})
@@ -478,7 +491,7 @@ def mar(folder: Path, options: Options) -> Pair:
     tiny["norm_layer"] = functools.partial(nn.LayerNorm, eps=1e-6)  # of all published sizes, not the default
     tiny |= {"img_size": 64, "buffer_size": 4, "diffloss_d": 2, "diffloss_w": 32, "num_sampling_steps": "5"}
     large = {"diffloss_d": 6, "diffloss_w": 1024, "diffusion_batch_mul": 4, "num_sampling_steps": "100"}
-    named = options.size or "mar_base"
+    named = sized(options, ("tiny", *(name for name in vars(module) if name.startswith("mar_"))), "mar_base")
     theirs = fill(module.MAR(**tiny) if named == "tiny" else getattr(module, named)(**large))
     given = tiny if named == "tiny" else large
     given = {k: v for k, v in given.items() if not k.startswith(("encoder", "decoder", "norm"))}

@@ -6,9 +6,10 @@ Random weights of the published sizes: speed does not depend on their values. Fo
 is the larger of (matrix operations counted / measured matmul rate) and (bytes of weights read / measured bandwidth);
 `fraction` is that over the measured time. What is counted is a plain run, eager and without graphs: products by
 PyTorch's counter, weights whenever a module that has them is called, so that passes of a solver and a second reading of
-finished entities are in it. A training step counts as in MFU (vtok/acceleration.py) and reads its weights three times.
-Sampling does not include decoding. Training is forward and backward, the loss under autocast as in train.py, and a
-fused AdamW update; `mfu` is its share of the peak that the GPU's maker states.
+finished entities are in it; weights that no operation takes, such as those of training alone, are not. A training step
+counts as in MFU (vtok/acceleration.py) and reads its weights three times. Sampling does not include decoding. Training
+is forward and backward, the loss under autocast as in train.py, and a fused AdamW update; `mfu` is its share of the
+peak that the GPU's maker states.
 
 Every row holds the paths that were taken (vtok/counters.py), and a setting whose path was not is an error: a fallback
 is no measurement of it (eval/paths.py). compile is for training, cuda_graphs, packed and quant are for sampling.
@@ -30,6 +31,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval import paths
@@ -47,6 +50,7 @@ PRODUCTS = {  # operations of what PyTorch's counter does not know: shapes of x 
 }
 OPTIONS = ("compile", "cuda_graphs", "packed", "quant")
 STEPS = ("steps", "solver_steps")  # of sampling
+PROGRESS = 0.5  # share of training done, in the step that is timed
 
 
 @dataclass
@@ -93,18 +97,22 @@ def bandwidth(device: torch.device) -> float:
     return x.numel() * 4 / min(seconds(lambda: x.sum(), device, 5))
 
 
-def weight_bytes(module: nn.Module, calls: Mapping[nn.Module, int] | None = None) -> int:
+def weight_bytes(
+    module: nn.Module, calls: Mapping[nn.Module, int] | None = None, taken: Callable[[Tensor], bool] | None = None
+) -> int:
     """Bytes of the weights that a pass reads: all but lookup tables, as they are stored.
 
     calls: how often each module inside was called in a run, whose bytes are wanted; a module that never was has its
-    weights read by the one that holds it, as often as that was called.
+    weights read by the one that holds it, as often as that was called. taken: whether any operation of that run took a
+    weight; others were not read, though their owner was called.
     """
     times: dict[str, int] = {}
     total = 0
     for name, part in module.named_modules():  # owners first
         times[name] = 1 if calls is None else calls.get(part) or times.get(name.rpartition(".")[0], 0)
         if not isinstance(part, nn.Embedding):
-            total += times[name] * sum(stored_bytes(t) for t in stored(part, recurse=False))
+            read = [t for t in stored(part, recurse=False) if taken is None or taken(t)]
+            total += times[name] * sum(stored_bytes(t) for t in read)
     return total
 
 
@@ -115,12 +123,36 @@ def stored(module: nn.Module, *, recurse: bool = True) -> list[Tensor]:
     return [*module.parameters(recurse), *packed]
 
 
+def pieces(tensor: Tensor) -> list[Tensor]:
+    """All that a tensor is made of: 8-bit weights have scales beside them, and show the dtype they stand for."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [piece for name in names for piece in pieces(getattr(tensor, name))]
+
+
 def stored_bytes(tensor: Tensor) -> int:
-    """Of all that a tensor is made of: 8-bit weights have scales beside them, and show the dtype they stand for."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(stored_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
+    return sum(piece.numel() * piece.element_size() for piece in pieces(tensor))
+
+
+class Taken(TorchDispatchMode):
+    """Which tensors the operations inside it take, by what holds their numbers, so that a view counts as its base."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = tree_leaves((args, kwargs))
+        self.seen.update(self.holder(piece) for t in given if isinstance(t, Tensor) for piece in pieces(t))
+        return operation(*args, **(kwargs or {}))
+
+    def __call__(self, tensor: Tensor) -> bool:
+        return any(self.holder(piece) in self.seen for piece in pieces(tensor))
+
+    @staticmethod
+    def holder(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)  # packed: no storage
 
 
 def counted(run: Callable[[], Any], module: nn.Module) -> tuple[float, float]:
@@ -128,12 +160,12 @@ def counted(run: Callable[[], Any], module: nn.Module) -> tuple[float, float]:
     calls: Counter[nn.Module] = Counter()
     hooks = [part.register_forward_pre_hook(lambda part, _: calls.update([part])) for part in module.modules()]
     try:
-        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter, Taken() as taken:
             run()
     finally:
         for hook in hooks:
             hook.remove()
-    return float(counter.get_total_flops()), weight_bytes(module, calls)
+    return float(counter.get_total_flops()), weight_bytes(module, calls, taken)
 
 
 def training_cost(generator: Any, batch: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -244,7 +276,9 @@ def jobs(
         found["sample"] = Job(lambda: draw(fast), cost, light, asked, facts=facts)
     if "train" in config["parts"]:
         compiled, given = bool(config["compile"]), {"tokens": tokens.clone(), "label": labels, "key": seeds}
-        asked = paths.training(generator, batch=batch, device=device, compiled=compiled)
+        if "patches" in generator.reads_also:  # any will do: the teacher's own time is not in it
+            given["patches"] = torch.randn(batch, generator.layout.length, generator.channels, device=device)
+        asked = paths.training(generator, key=seeds, progress=PROGRESS, device=device, compiled=compiled)
         step = trainer(generator, given, dtype=dtype, compiled=compiled)
         found["train"] = Job(step, lambda: training_cost(generator, given), generator, asked, graded=True)
     return found
@@ -269,7 +303,7 @@ def trainer(
         with torch.inference_mode(False):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = model.loss(batch, progress=0.5)["loss"]
+                loss = model.loss(batch, progress=PROGRESS)["loss"]
             loss.backward()
             optimizer.step()
 
@@ -363,11 +397,9 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     names = {"tokenizer": choices.get("tokenizer"), "model": choices.get("model"), "dtype": config["dtype"]}
     names |= {key: config[key] for key in OPTIONS}
     rows = [{**names, **row} for row in measure(config, tokenizer, generator)]
-    key = ("tokenizer", "model", "dtype", *OPTIONS, "part", "batch", *STEPS, "device")
     out = Path(config["out"])
     earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
-    done = {tuple(row.get(k) for k in key) for row in rows}
-    rows_all = [row for row in earlier if tuple(row.get(k) for k in key) not in done] + rows
+    rows_all = [row for row in earlier if not any(same_settings(row, new) for new in rows)] + rows
     date = time.strftime("%Y-%m-%d")
     write_json(out, {"rows": rows_all, "versions": library_versions(), "date": date})
     print(f"wrote {out}")
@@ -376,6 +408,14 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if config["plot"]:
         plot(config["plot"], rows)
     return rows
+
+
+def same_settings(earlier: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether `row` takes the place of a row of before, which lacks keys where an older version wrote it: one of
+    OPTIONS was off then, one of STEPS is not known."""
+    key = ("tokenizer", "model", "dtype", "part", "batch", "device", *(k for k in STEPS if k in earlier))
+    options = all(earlier[k] == row.get(k) if k in earlier else not row.get(k) for k in OPTIONS)
+    return options and all(earlier.get(k) == row.get(k) for k in key)
 
 
 @entry("eval_throughput", CONFIGS)

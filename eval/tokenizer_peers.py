@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.peers import Options, Pair, exact, fill, resets_kept, shipped
+from eval.peers import Options, Pair, exact, fill, resets_kept, shipped, sized
 from vtok.convert import convert
 from vtok.decoding import decode_images, light_tokenizer
 from vtok.tokenizer import Tokenizer
@@ -74,7 +74,8 @@ def spread(module: nn.Module) -> nn.Module:
 
 def llamagen_vq(folder: Path, options: Options) -> Pair:
     module = importlib.import_module("tokenizer.tokenizer_image.vq_model")
-    theirs = spread(module.VQ_models[options.size or "VQ-16"](codebook_size=16384, codebook_embed_dim=8))
+    size = sized(options, module.VQ_models, "VQ-16")
+    theirs = spread(module.VQ_models[size](codebook_size=16384, codebook_embed_dim=8))
     ours = convert("llamagen", theirs.state_dict(), {"VQModel_ModelArgs": vars(theirs.config)})
     theirs.to(options.device)
     side, channels = int(ours.spec.layout.length**0.5), theirs.config.codebook_embed_dim
@@ -86,8 +87,7 @@ def llamagen_vq(folder: Path, options: Options) -> Pair:
 
 
 def var_vqvae(folder: Path, options: Options) -> Pair:
-    if options.size not in (None, "vae_ch160v4096z32"):
-        raise ValueError(f"size={options.size}: VAR has one tokenizer, vae_ch160v4096z32")
+    sized(options, ["vae_ch160v4096z32"], "vae_ch160v4096z32")
     models = importlib.import_module("models")
     with resets_kept():
         vae, _ = models.build_vae_var(device="cpu", depth=1)
@@ -104,7 +104,9 @@ def var_vqvae(folder: Path, options: Options) -> Pair:
 
 def titok(folder: Path, options: Options) -> Pair:
     omegaconf, module = importlib.import_module("omegaconf"), importlib.import_module("modeling.titok")
-    config = omegaconf.OmegaConf.load(folder / f"configs/infer/TiTok/{options.size or 'titok_l32'}.yaml")
+    configs = folder / "configs/infer/TiTok"
+    size = sized(options, sorted(file.stem for file in configs.glob("*.yaml")), "titok_l32")
+    config = omegaconf.OmegaConf.load(configs / f"{size}.yaml")
     theirs = spread(module.TiTok(config).eval())
     ours = convert("titok", theirs.state_dict(), {"TiTok_config": omegaconf.OmegaConf.to_container(config)})
     theirs.to(options.device)

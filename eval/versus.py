@@ -27,7 +27,7 @@ from torch import Tensor
 
 from eval import paths
 from eval.fid import CONFIGS
-from eval.peers import Options, draw, exact, pair
+from eval.peers import PROGRESS, Options, draw, exact, pair
 from eval.protocol import library_versions
 from eval.throughput import describe, storage, wait
 from vtok import counters
@@ -131,7 +131,7 @@ def asked(config: Mapping[str, Any], generator: Any | None, part: str, options: 
     if part == "decode":
         return paths.decoding(dtype=options.dtype)
     if part == "train":
-        return paths.training(generator, batch=options.batch, device=options.device)
+        return paths.training(generator, key=options.keys(), progress=PROGRESS, device=options.device)
     given = {"dtype": options.dtype, "cuda_graphs": options.cuda_graphs, **storage(config)}
     return paths.sampling(generator, guided=True, **given)
 

@@ -22,10 +22,9 @@ from hydra import compose, initialize_config_dir
 from runs import CONFIGS, GENERATOR, losses, run, tokenizer_folder
 
 from vgen.generator import Canvas
-from vgen.heads import DrawRule
 from vgen.models import FAMILIES
 from vgen.models.detailflow import CORRECTED, DetailFlow
-from vgen.models.flexvar import FlexVAR, greedy_beyond, positions
+from vgen.models.flexvar import FlexVAR, positions
 from vgen.models.har import HAR
 from vgen.models.hita import HitaGPT
 from vgen.models.nbp import NBP
@@ -208,7 +207,7 @@ def test_flexvar_arranges_any_list_and_reads_only_the_map_before():
     assert model.eval()(model.blank(2, unseen), cond).shape == (2, 54, 16)
 
 
-def test_flexvar_positions_and_greedy_scales():
+def test_flexvar_positions_and_guidance():
     table = positions(32, 8)
     for c, (row, column) in ((0, (3, 5)), (1, (3, 5)), (6, (7, 2)), (7, (7, 2))):
         turn = 10000 ** -(2 * (c // 2) / 8) * (row if c % 2 == 0 else column)
@@ -216,8 +215,6 @@ def test_flexvar_positions_and_greedy_scales():
         assert abs(table[c, row, column] - want) < 1e-5
     from vgen.guidance import Linear, Progress
 
-    rule = greedy_beyond(DrawRule(top_k=900), SequenceLayout.scales((1, 7, 16, 23)))
-    assert [rule(Progress(k, 4)).temperature for k in range(4)] == [1.0, 0.0, 1.0, 0.0]
     rising = Linear(3.5, reached=9)
     assert rising(Progress(9, 13)) == 3.5 and rising(Progress(12, 13)) > 3.5 and rising(Progress(5, 6)) == 3.5
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,25 +37,6 @@ def test_every_scale_is_a_plain_vq_of_the_pooled_map():
     for name in ("commitment", "codebook"):
         torch.testing.assert_close(found.loss[name], sum(want.loss[name] for want in wants) / 4)
     assert torch.equal(quantizer.indices(z, [2, 5])[:, :4], found.ids[:, 1:5])
-
-
-def test_inputs_of_a_step_are_the_scale_before_bicubic():
-    quantizer = tokenizer().quantizer
-    codes = torch.randn(2, quantizer.length, 4)
-    maps = quantizer.maps(codes, 1, 4)
-    start = 0
-    for before, side in ((1, 2), (2, 3), (3, 6)):
-        square = codes[:, start : start + before**2].mT.unflatten(2, (before, before))
-        want = F.interpolate(square, size=(side, side), mode="bicubic").flatten(2).mT
-        at = sum(s * s for s in (2, 3, 6) if s < side)
-        assert torch.equal(maps[:, at : at + side**2], want)
-        start += before**2
-    poisoned = codes.clone()
-    poisoned[:, quantizer.bounds[2] :] = math.nan
-    assert torch.equal(quantizer.maps(poisoned, 2, 3), maps[:, 4:13])
-    for call in (lambda: quantizer.maps(codes, 0, 1), lambda: quantizer.maps(codes[:, :3], 2, 3)):
-        with pytest.raises(ValueError, match="maps"):
-            call()
 
 
 def test_any_list_of_scales_at_any_size():

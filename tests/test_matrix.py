@@ -16,10 +16,11 @@ from vgen.generator import Generator
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
-from vgen.training import build_module, contradictions
+from vgen.training import TRAINING_ARGUMENTS, build_module, contradictions
 from vtok.checkpoint import save_folder
-from vtok.config import describe, instantiate
+from vtok.config import build, describe, instantiate
 from vtok.layout import SequenceLayout
+from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.optim import make_optimizer
 from vtok.tokenizer import Part, TokenSpec
@@ -170,6 +171,59 @@ def test_a_tokenizers_configuration_agrees_with_what_is_made_of_it(name):
     assert contradictions(said, found, "tokenizer") == []
     other = said | {"_target_": "vtok.models.other.Other"}
     assert contradictions(other, found, "tokenizer") == [f"tokenizer=Other, not {found['family']}"]
+
+
+OTHER = {"beta": 0.5, "codebook_weight": 0.5, "entropy_weight": 0.2, "entropy_temperature": 0.5, "sample_weight": 0.5}
+OTHER |= {"batch_weight": 0.5, "temperature": 0.5, "entropy_groups": 2, "ema_decay": 0.9, "restart": 0.1}
+OTHER |= {"rotation": True, "stochastic": 0.5, "kl_weight": 0.1, "dropout": 0.3, "checkpointing": True, "init": "paper"}
+OTHER |= {"gate": 0.5, "stage": "decoder", "nested": "all", "null_drop": 0.3, "time": [0.0, 1.0], "draw_sides": True}
+OTHER |= {"scale_weight": 0.5, "degradation": 0.5, "near": 5, "auxiliary_until": 0.1, "feature_weight": 0.5}
+OTHER |= {"alignment_power": 2.0, "alignment_decay": 1.0, "alignment_depth": 1, "alignment_channels": 8, "semantic": 8}
+OTHER |= {"global_width": 8, "vision": 2, "vision_channels": 8, "repa_block": 0, "repa_width": 8, "repa_side": 2}
+
+
+def trained_otherwise(described):
+    """A description with every argument of TRAINING_ARGUMENTS at another value."""
+    if isinstance(described, list):
+        return [trained_otherwise(part) for part in described]
+    if not (isinstance(described, dict) and "family" in described):
+        return described
+    given = {name: OTHER.get(name, trained_otherwise(value)) for name, value in described["arguments"].items()}
+    if "stochastic" in given and not given["l2_norm"]:
+        del given["stochastic"]
+    if "entropy_groups" in given:
+        given["entropy_groups"] = [2, given["bits"] - 2]
+    return described | {"arguments": given}
+
+
+def as_configuration(described):
+    if isinstance(described, list):
+        return [as_configuration(part) for part in described]
+    if not (isinstance(described, dict) and "family" in described):
+        return described
+    given = {name: as_configuration(value) for name, value in described["arguments"].items()}
+    return given | {"_target_": f"vtok.{described['family']}"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", names("tokenizer"))
+def test_what_acts_in_training_alone_is_no_contradiction(name):
+    """The same weights under other arguments of training: the same tokens and pictures, bit for bit."""
+    tokenizer = data_of(name).tokenizer
+    found = describe(tokenizer)
+    changed = trained_otherwise(found)
+    assert contradictions(as_configuration(changed), found, "tokenizer") == [] and changed != found
+    other = build(changed, FAMILIES).eval()
+    other.load_state_dict(tokenizer.state_dict(), strict=False)  # what alignment alone uses may be new
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    noise = SampleNoise(sample_seeds(0, 0, 2))
+    tokens = tokenizer.encode(images, noise=noise)
+    assert torch.equal(other.encode(images, noise=noise), tokens)
+    assert torch.equal(other.decode(tokens, noise=noise), tokenizer.decode(tokens, noise=noise))
+
+
+def test_every_training_argument_is_tried():
+    assert set(OTHER) == TRAINING_ARGUMENTS
 
 
 LINES = SequenceLayout.line(8)

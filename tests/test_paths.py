@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generators import FAMILIES, also_read, make, tokens_of
+from generators import FAMILIES, also_read, make, map_spec, tokens_of
 from test_generators import LABELS, draw
 
 from eval import paths
@@ -12,6 +12,8 @@ from vgen.models.llamagen import LlamaGen
 from vtok import counters
 from vtok.acceleration import compile_blocks
 from vtok.noise import sample_seeds
+
+KEY = sample_seeds(0, 0, 3)
 
 
 def counted(run):
@@ -25,8 +27,8 @@ def sampled(model, scale, **options):
     return counted(lambda: draw(model, LABELS, sample_seeds(0, 0, 3), guidance(scale), rule, **options))
 
 
-def trained(model):
-    batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": sample_seeds(0, 0, 3)} | also_read(model, 3)
+def trained(model, **other):
+    batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": KEY} | also_read(model, 3) | other
     return counted(lambda: model.train().loss(batch, progress=0.5))
 
 
@@ -39,7 +41,7 @@ def test_every_family_takes_the_paths_that_are_asked_for(name):
         asked.check(counts, "sample")
         assert counts["rows.guided" if scale != 1 else "rows.single"] == model.layout.steps
     counts = trained(model)
-    paths.training(model, batch=3, device=torch.device("cpu")).check(counts, "train")
+    paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu")).check(counts, "train")
 
 
 def test_counts_are_those_of_the_layers_and_steps():
@@ -78,7 +80,7 @@ def test_fallbacks_fail_and_say_which():
             )
     with pytest.raises(ValueError, match=r"not taken: weights\.int8; taken instead: weights\.bfloat16"):
         paths.sampling(model, dtype=torch.bfloat16, guided=True, quant="int8").check(sampled(model, 2.0), "sample")
-    asked = paths.training(make("var"), batch=3, device=torch.device("cuda"))
+    asked = paths.training(make("var"), key=KEY, progress=0.5, device=torch.device("cuda"))
     with pytest.raises(
         ValueError, match=r"train fell back.*not taken: attention\.blocks; taken instead: attention\.mask"
     ):
@@ -91,11 +93,13 @@ def test_compiled_and_recomputed_blocks_are_counted():
     compile_blocks(model, backend="eager")
     counts = trained(model)
     assert counts["block.compiled"] == counts["block.recomputed"] == 1 and "block.plain" not in counts
-    paths.training(model, batch=3, device=torch.device("cpu"), compiled=True).check(counts, "train")
+    paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu"), compiled=True).check(counts, "train")
     with torch.compiler.set_stance("force_eager"), pytest.raises(ValueError, match=r"taken instead: block\.plain"):
-        paths.training(model, batch=3, device=torch.device("cpu"), compiled=True).check(trained(model), "train")
+        paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu"), compiled=True).check(
+            trained(model), "train"
+        )
     with pytest.raises(ValueError, match=r"not taken: block\.compiled"):
-        paths.training(model, batch=3, device=torch.device("cpu"), compiled=True).check(
+        paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu"), compiled=True).check(
             trained(make("llamagen")), "train"
         )
 
@@ -123,10 +127,27 @@ def test_counting_makes_compiled_code_no_slower():
 def test_pieces_of_the_loss_are_asked_for_where_the_logits_are_many(monkeypatch):
     model = make("llamagen")
     assert isinstance(model, LlamaGen)
-    assert "loss.whole" in paths.training(model, batch=3, device=torch.device("cpu")).taken
+    assert "loss.whole" in paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu")).taken
     monkeypatch.setattr(paths, "MOST", 3 * 16 * 24 - 1)
-    asked = paths.training(model, batch=3, device=torch.device("cpu"))
+    asked = paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"not taken: loss\.pieces"):
         asked.check(trained(model), "train")
     monkeypatch.setattr("vgen.cross_entropy.linear_cross_entropy.__kwdefaults__", {"most": 3 * 16 * 24 - 1})
     asked.check(trained(model), "train")
+
+
+def test_pieces_are_those_of_the_scales_that_are_trained(monkeypatch):
+    """FlexVAR draws its list from the samples' keys, VAR may still train its first scales alone."""
+    flexvar = make("flexvar", spec=map_spec((1, 2, 3, 4, 5)), sides=(1, 3, 5), sample_scales=True)
+    var = make("var", progressive_until=0.9, progressive_first=1)
+    most = 3 * 24 * 20
+    monkeypatch.setattr(paths, "MOST", most)
+    monkeypatch.setattr("vgen.cross_entropy.linear_cross_entropy.__kwdefaults__", {"most": most})
+    lengths = set()
+    for model, keys in ((flexvar, [KEY + n for n in range(24)]), (var, [KEY])):
+        tokens = torch.randint(24, (3, model.spec.layout.length))
+        for key in keys:
+            counts = trained(model, tokens=tokens, key=key)
+            paths.training(model, key=key, progress=0.5, device=torch.device("cpu")).check(counts, "train")
+            lengths.add((type(model).__name__, model.trained_length(key, 0.5) <= 20))
+    assert lengths == {("FlexVAR", True), ("FlexVAR", False), ("VAR", True)} and var.layout.length > 20

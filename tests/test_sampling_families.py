@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_dir
 from pairs import PAIRS, pair, pair_folder
 from PIL import Image
 
-from vgen.guidance import Unguided
+from vgen.conditioning import Cond
+from vgen.guidance import ClassifierFree, Unguided
 from vgen.heads import DrawRule
 from vgen.models import FAMILIES as TABLE
 from vgen.models.llamagen import LlamaGen
@@ -137,20 +138,32 @@ def test_a_preview_is_a_strip_or_an_animation(tmp_path):
     np.testing.assert_array_equal(shown.frames(images)[:, -1], images)
 
 
-@pytest.mark.parametrize("sides, size", [([1, 3, 6], 24), ([1, 2], 8), ([1, 2, 3, 4], 16)])
-def test_flexvar_draws_on_lists_of_scales_of_your_own(sides, size, tmp_path):
-    """Sides that its tokens lack, and lists that end early: the pictures of the canvas of that layout."""
+@pytest.mark.parametrize("sides, greedy", [([1, 3, 6, 7], [3, 6, 7]), ([1, 2], []), ([1, 2, 3, 4], [3])])
+def test_flexvar_draws_on_lists_of_scales_of_your_own(sides, greedy, tmp_path, capsys):
+    """Sides that its tokens lack, and lists that end early: the pictures of the canvas of that layout. The model's own
+    are 1, 2, 4: others by argmax, and larger ones under the whole scale of linear guidance, as the original has it."""
+    size = 4 * sides[-1]
     folder, out = pair_folder("flexvar", tmp_path / "run"), tmp_path / "images.npz"
     options = {"classes": [1], "per_class": 2, "chunk": 2, "sides": sides, "packed": False}
-    options |= {"preview": str(tmp_path / "strip.png")}
+    options |= {"preview": str(tmp_path / "strip.png"), "guidance": 3, "schedule": "linear"}
     sample(config("sample", **{"from": str(folder), "out": str(out), **options}))
     (generator, tokenizer), layout = pair("flexvar"), SequenceLayout.scales(sides)
-    cond, noise = generator.conditioner(torch.tensor([1, 1])), SampleNoise(sample_seeds(0, 0, 2))
-    canvas = ancestral(generator, cond, noise=noise, canvas=generator.blank(2, layout))
+    cond = Cond.cat([generator.conditioner(torch.tensor([1, 1])), generator.conditioner.null(2)])
+    noise, last = SampleNoise(sample_seeds(0, 0, 2)), len(sides) - 1
+    canvas = ancestral(
+        generator,
+        cond,
+        noise=noise,
+        guide=ClassifierFree(lambda now: 3.0 if sides[now.step] > 4 else 1 + 2 * now.step / last),
+        rule=lambda now: DrawRule(temperature=0) if sides[now.step] in greedy else DrawRule(),
+        canvas=generator.blank(2, layout),
+    )
     want = to_uint8(tokenizer.decode(canvas.tokens, layout=layout)).numpy()
     assert want.shape == (2, size, size, 3)
     np.testing.assert_array_equal(np.load(out)["arr_0"], want)
-    assert json.loads((tmp_path / "images.metadata.json").read_text())["sides"] == sides
+    record = json.loads((tmp_path / "images.metadata.json").read_text())
+    assert (record["sides"], record["greedy_sides"]) == (sides, greedy)
+    assert (f"sides {greedy} are none of the model's own" in capsys.readouterr().out) == bool(greedy)
     zoom = max(1, 64 // size)
     assert Image.open(tmp_path / "strip.png").size[0] == len(sides) * (size * zoom + 2)
 

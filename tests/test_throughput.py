@@ -14,6 +14,7 @@ from eval import paths
 from eval.throughput import Job, counted, evaluate, table, trainer, training_cost, weight_bytes
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
+from vgen.models.repa import LlamaGenREPA
 from vgen.models.var import VAR
 from vtok import counters
 from vtok.acceleration import training_operations
@@ -84,6 +85,13 @@ def test_sampling_with_a_flow_reads_them_at_every_solver_step_and_for_every_fini
     assert few[1] == (2 * xar.layout.steps + xar.layout.steps - 1) * weight_bytes(xar.trunk) and few[0] < operations
 
 
+def test_weights_of_training_alone_are_not_read_by_sampling():
+    """REPA's projector, which nothing calls, beside a head whose weights its owner reads."""
+    model = make("llamagen_repa")
+    sampling = weight_bytes(model) - weight_bytes(model.projector)
+    assert counted(sampled(model), model)[1] == model.layout.steps * sampling < model.layout.steps * weight_bytes(model)
+
+
 def test_training_is_counted_as_in_mfu_and_on_the_cpu_where_there_is_no_closed_form(monkeypatch):
     """VAR has one, and nothing is run for it, so that PyTorch's counter never meets a compiled kernel. MAR has none:
     its step's products are those of one image, whatever the batch."""
@@ -108,7 +116,9 @@ def test_var_trains_on_block_masks_on_cuda(compiled):
     step = trainer(model, batch, dtype=torch.bfloat16, compiled=compiled)
     counters.reset()
     step()
-    paths.training(model, batch=3, device=device, compiled=compiled).check(counters.read(), "train")
+    paths.training(model, key=batch["key"], progress=0.5, device=device, compiled=compiled).check(
+        counters.read(), "train"
+    )
 
 
 def test_autocast_spans_the_loss_alone(monkeypatch):
@@ -162,6 +172,13 @@ def test_command_measures_every_part_and_keeps_earlier_rows(tmp_path, monkeypatc
     assert len(again) == len(more) == 1 and len(kept) == 4 + 1, "the same settings replace their row, others stay"
     evaluate(config(f"out={out}", "parts=[decode]", "batches=[1]"))
     assert len(json.loads(out.read_text())["rows"]) == len(kept)
+    old = [{k: v for k, v in row.items() if k not in ("steps", "solver_steps", "quant", "packed")} for row in kept]
+    drawn = next(row for row in old if row["part"] == "sample")
+    out.write_text(json.dumps({"rows": [*old, drawn | {"quant": "int8"}, drawn | {"steps": 15}]}))
+    evaluate(config("model=llamagen_tiny", f"out={out}", "parts=[sample]"))
+    told = [(row["part"], row.get("quant"), row.get("steps")) for row in json.loads(out.read_text())["rows"]]
+    others = [(row["part"], None, None) for row in old if row["part"] != "sample"]
+    assert told == [*others, ("sample", "int8", None), ("sample", None, 15), ("sample", None, 16)]
     assert markdown.read_text().count("\n") == 2 + 4 and picture.stat().st_size > 1000
     assert table(kept).splitlines()[0].count("|") == table(kept).splitlines()[2].count("|")
 
@@ -170,6 +187,14 @@ def test_mistakes_name_their_key(tmp_path):
     for option in ("parts=[encode,fly]", "batches=[]", "batches=[0]", "repeats=0"):
         with pytest.raises(ValueError, match="parts must be of"):
             evaluate(config(option, f"out={tmp_path / 'x.json'}"))
+
+
+def test_a_family_that_learns_from_a_teacher_is_timed_on_random_patches(tmp_path, monkeypatch):
+    seen, loss = [], LlamaGenREPA.loss
+    monkeypatch.setattr(LlamaGenREPA, "loss", lambda self, batch, **o: seen.append(batch) or loss(self, batch, **o))
+    model = ("model=llamagen_repa_small", "model.depth=2", "model.width=16", "model.heads=2", "model.block=1")
+    (row,) = evaluate(config(*model, "parts=[train]", f"out={tmp_path / 'x.json'}"))
+    assert {batch["patches"].shape for batch in seen} == {(2, 16, 64)} and row["images_per_second"] > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

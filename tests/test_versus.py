@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from runs import CONFIGS
 
-from eval.peers import SOURCES, Options, exact, pair, shipped
+from eval.peers import SOURCES, Options, exact, pair, shipped, sized
 from eval.versus import CLOCKS, agree, alternate, evaluate
 
 
@@ -158,6 +158,13 @@ def test_mistakes_name_their_key(tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             evaluate(config(*options, f"out={tmp_path / 'x.json'}"))
+
+
+def test_a_size_that_the_original_lacks_is_refused():
+    size = lambda name: sized(Options(name, 1, None), ("tiny", "rar_b"), "rar_b")  # noqa: E731
+    assert (size(None), size("tiny")) == ("rar_b", "tiny")
+    with pytest.raises(ValueError, match="size=rar_l: choose tiny, rar_b"):
+        size("rar_l")
 
 
 def test_a_folder_that_is_no_checkout_says_so(tmp_path, monkeypatch):

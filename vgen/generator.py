@@ -64,6 +64,7 @@ class Generator(Configured, nn.Module):
 
     caches: bool = True
     free_layout: SequenceLayout | None = None  # of `restore`d tokens, where it is not that of the spec (set_sides)
+    greedy_sides: tuple[int, ...] = ()  # of `free_layout`, those that are drawn by argmax
     closed: bool = True  # whether log_prob is a likelihood of the ids: no, where steps choose what they decide
     reads_also: tuple[str, ...] = ()
     cache_kind: type[KVCache] = KVCache

@@ -145,8 +145,8 @@ class Pipeline:
         return next(self.generator.parameters()).device
 
     def set_sides(self, sides: Sequence[int]) -> None:
-        """Write another list of scales, seen in training or not (FlexVAR); an image has the last side times the
-        tokenizer's stride."""
+        """Write another list of scales, seen in training or not (FlexVAR, which draws those in the generator's
+        `greedy_sides` by argmax); an image has the last side times the tokenizer's stride."""
         if not self.tokenizer.layouts:
             name = type(self.tokenizer).__name__
             raise ValueError(f"sides={list(sides)}: {name} decodes no other scales than its own; leave sides away")

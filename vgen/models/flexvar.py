@@ -9,7 +9,8 @@ stands in, so a tokenizer that emits all sides 1..16 serves every list, and trai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from vgen.conditioning import Cond
 from vgen.generator import Canvas, require_ids
-from vgen.guidance import Progress
+from vgen.guidance import ClassifierFree, Constant, Guidance, Linear
 from vgen.heads import DrawRule
 from vgen.models.var import VAR, scales_of
 from vtok.layers.cache import KVCache
@@ -31,7 +32,6 @@ from vtok.tokenizer import TokenSpec
 
 TABLE = 32  # side of the position table
 SCALES_STREAM = 7301
-TRAINED = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)  # sides that the original samples; the others it draws greedily
 
 
 class FlexVAR(VAR):
@@ -64,7 +64,8 @@ class FlexVAR(VAR):
         del self.level_embedding, self.levels
         self.sample_scales = sample_scales
         self.known_sides = tuple(side for side, _ in self.spec.layout.sides)
-        self.layout = self.layout_of(self.known_sides if sides is None else sides)
+        self.own_sides = self.known_sides if sides is None else tuple(sides)
+        self.layout = self.layout_of(self.own_sides)
         self.position = nn.Parameter(positions(TABLE, self.trunk.dim))
 
     cache_kind = KVCache  # nothing is summed
@@ -100,12 +101,13 @@ class FlexVAR(VAR):
 
     def set_sides(self, sides: Sequence[int]) -> None:
         """Sample on any list of sides, seen in training or not, up to the position table's. Decode what is written then
-        with `decode(tokens, layout=free_layout)`."""
+        with `decode(tokens, layout=free_layout)`. Those in `greedy_sides` are drawn by argmax, see `draw`."""
         sides = tuple(sides)
         whole = all(isinstance(side, int) for side in sides)
         if not whole or len(sides) < 2 or sides[0] != 1 or sides[-1] > TABLE or sorted(set(sides)) != list(sides):
             raise ValueError(f"sides={list(sides)}: give at least two that start with 1, grow, and end by {TABLE}")
         self.layout = self.free_layout = SequenceLayout.scales(sides)
+        self.greedy_sides = tuple(side for side in sides if side not in self.own_sides)
 
     # --- lists of scales ----------------------------------------------------------------------------------------------
 
@@ -145,7 +147,10 @@ class FlexVAR(VAR):
     def draw_sides(self, key: Tensor) -> tuple[int, ...]:
         """The list of one training step, some of the spec's sides, from the key of its first sample (a batch shares its
         shapes)."""
-        return drawn_sides(SampleNoise(key), SCALES_STREAM, [s for s, _ in self.layout.sides], self.known_sides)
+        return drawn_sides(SampleNoise(key), SCALES_STREAM, self.own_sides, self.known_sides)
+
+    def trained_length(self, key: Tensor, progress: float) -> int:
+        return self.layout_of(self.draw_sides(key) if self.sample_scales else self.own_sides).length
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
@@ -175,6 +180,28 @@ class FlexVAR(VAR):
         rank, pattern = layout.ranks(start, stop, device=x.device), layout.pattern(start, stop)
         return Inputs(x=x, rank=rank, pattern=pattern, vector=cond.vector)
 
+    # --- the draw -----------------------------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        canvas: Canvas,
+        cond: Cond,
+        k: int,
+        *,
+        cache: KVCache | None,
+        noise: SampleNoise,
+        guide: Guidance,
+        rule: DrawRule,
+    ) -> Tensor:
+        """As Generator.draw; on a list of `set_sides`, as the original draws: sides that the model's own list lacks by
+        argmax, and those above its largest under the whole scale of a linear guidance."""
+        side = canvas.layout.sides[k][0]
+        if canvas.layout == self.free_layout and side in self.greedy_sides:
+            rule = replace(rule, temperature=0.0)
+            if side > self.own_sides[-1] and isinstance(guide, ClassifierFree) and isinstance(guide.schedule, Linear):
+                guide = ClassifierFree(Constant(guide.schedule.scale))
+        return super().draw(canvas, cond, k, cache=cache, noise=noise, guide=guide, rule=rule)
+
 
 def positions(side: int, width: int) -> Tensor:
     """Start of the position table, float32 [D, side, side]: even channels sin(row w), odd ones cos(column w)."""
@@ -183,10 +210,3 @@ def positions(side: int, width: int) -> Tensor:
     table = torch.empty(side, side, width)
     table[..., 0::2], table[..., 1::2] = turn.sin()[:, None], turn.cos()[None]
     return table.permute(2, 0, 1).contiguous()
-
-
-def greedy_beyond(rule: DrawRule, layout: SequenceLayout, *, largest: int = 16) -> Callable[[Progress], DrawRule]:
-    """`rule`, but the argmax on sides that the original does not sample: odd ones and those above `largest`."""
-    sure = DrawRule(temperature=0.0, processors=rule.processors)
-    greedy = [side > largest or side not in TRAINED for side, _ in layout.sides]
-    return lambda progress: sure if greedy[progress.step] else rule

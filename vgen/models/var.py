@@ -197,6 +197,10 @@ class VAR(Generator):
         since = progress - (added - 0.5) / extra * until
         return first + added, min(max(since / ramp, 0.01), 1.0)
 
+    def trained_length(self, key: Tensor, progress: float) -> int:
+        """Tokens of an image in the training step of the samples key int64 [B] at this share of training."""
+        return self.layout.written(0, self.scales_at(progress)[0])[1]
+
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         scales, newest = self.scales_at(progress) if self.training else (self.layout.steps, 1.0)
         if scales == self.layout.steps:

@@ -32,10 +32,10 @@ def ancestral(
 ) -> Canvas:
     """Write a canvas of B = len(noise.seeds) samples.
 
-    cond: guide.streams * B rows, stream-major; behind the last guided step the first B alone go on. rule: one for all
-    steps, or a function of the progress. canvas: tokens to start from; where `known` is true they are kept. stop: write
-    only the steps before it. on_step: called after each step with the canvas so far. cached=False recomputes every
-    prefix (slow; the same tokens).
+    cond: guide.streams * B rows, stream-major; behind the last guided step the first B alone go on, unless `cond.at` is
+    set. rule: one for all steps, or a function of the progress. canvas: tokens to start from; where `known` is true
+    they are kept. stop: write only the steps before it. on_step: called after each step with the canvas so far.
+    cached=False recomputes every prefix (slow; the same tokens).
     """
     check_rows(cond, noise, guide)
     canvas = generator.begin(noise) if canvas is None else canvas
@@ -51,7 +51,8 @@ def ancestral(
 def phases(
     cond: Cond, cache: KVCache | None, guide: Guidance, canvas: Canvas, steps: int
 ) -> Iterator[tuple[int, Cond, KVCache | None, Guidance]]:
-    """What each of the first `steps` steps runs with: behind the last guided one no null rows."""
+    """What each of the first `steps` steps runs with: behind the last guided one no null rows, but where `cond.at` is
+    set, whose edits may know all rows."""
     last, samples = guided_steps(guide, canvas.layout), len(canvas.tokens)
     for k in range(steps):
         if k == last and guide.streams > 1 and not cond.at:

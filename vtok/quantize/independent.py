@@ -101,25 +101,6 @@ class IndependentVQ(VQ):
         step = ends.index(count) - 1
         return codes[:, ends[step] : count].unflatten(1, (sides[step], sides[step]))
 
-    def maps(self, codes: Tensor, start: int, stop: int, sides: Sequence[int] | None = None) -> Tensor:
-        """Inputs of the steps start..stop-1 (start >= 1), float32 [B, n, C], n their tokens: the codes of the scale
-        before, brought to the step's side by bicubic interpolation.
-
-        codes: [B, l, C] with at least the codes of steps < stop - 1; later ones are not read.
-        """
-        sides = self._sides(sides)
-        ends = bounds(sides)
-        if not 1 <= start < stop <= len(sides):
-            raise ValueError(f"maps exist for steps 1..{len(sides) - 1}, asked for {start}..{stop - 1}")
-        if codes.shape[1] < ends[stop - 1]:
-            raise ValueError(f"maps up to step {stop - 1} need {ends[stop - 1]} codes, got {codes.shape[1]}")
-        found = []
-        with torch.autocast(codes.device.type, enabled=False):
-            for step in range(start, stop):
-                before = to_map(full(codes[:, ends[step - 1] : ends[step]]), sides[step - 1])
-                found.append(from_map(F.interpolate(before, size=sides[step], mode="bicubic")).flatten(1, 2))
-        return torch.cat(found, 1)
-
     def _sides(self, sides: Sequence[int] | None) -> tuple[int, ...]:
         return self.sides if sides is None else check_sides(sides)
 
