@@ -337,7 +337,8 @@ def test_likelihood_sums_to_one_over_every_sequence(family):
 
 @every_continuous
 def test_one_image_of_latents_is_overfitted(name):
-    """Four draws of noise a step on one image: most of the error goes, and samples are near the image, of power 9."""
+    """Four draws of noise a step on one image: most of the error goes, and samples are near the image, of power 9.
+    After 100 steps, or sooner where it is so."""
     torch.manual_seed(0)
     model = CONTINUOUS[name]().train()
     image, labels = 3 * tokens_of(model, 1), torch.zeros(4, dtype=torch.int64)
@@ -350,28 +351,37 @@ def test_one_image_of_latents_is_overfitted(name):
         loss.backward()
         losses.append(loss.item())
         optimizer.step()
-    model.eval()
-    canvas = draw(model, labels, sample_seeds(0, 0, 4), rule=DrawRule(solver_steps=8))
-    error = float((model.restore(canvas) - image).square().mean())
-    assert sum(losses[-5:]) < 0.3 * sum(losses[:5]) and error < 0.7 * float(image.square().mean()), (losses[-1], error)
+        if step in (59, 79, 99):
+            model.eval()
+            canvas = draw(model, labels, sample_seeds(0, 0, 4), rule=DrawRule(solver_steps=8))
+            error = float((model.restore(canvas) - image).square().mean())
+            if sum(losses[-5:]) < 0.3 * sum(losses[:5]) and error < 0.7 * float(image.square().mean()):
+                return
+            model.train()
+    pytest.fail(f"loss {losses[-1]}, error {error}")
 
 
 @every_discrete
 def test_one_batch_is_overfitted(name):
+    """The loss falls to a tenth and the greedy tokens are the batch: after 150 steps, or sooner."""
     torch.manual_seed(0)
     model = FAMILIES[name]().train()
     tokens = tokens_of(model, 4)
     batch = {"tokens": tokens, "label": torch.arange(4), "key": sample_seeds(0, 0, 4)} | also_read(model, 4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     first = model.loss(batch)["loss"].item()
-    for _ in range(150):
+    for step in range(150):
         optimizer.zero_grad()
         model.loss(batch)["loss"].backward()
         optimizer.step()
-    model.eval()
-    assert model.loss(batch)["loss"].item() < 0.1 * first
-    greedy = draw(model, torch.arange(4), sample_seeds(0, 0, 4), rule=DrawRule(temperature=0))
-    assert torch.equal(model.restore(greedy), tokens)
+        if step in (39, 59, 89, 119, 149):
+            model.eval()
+            last = model.loss(batch)["loss"].item()
+            greedy = draw(model, torch.arange(4), sample_seeds(0, 0, 4), rule=DrawRule(temperature=0))
+            if last < 0.1 * first and torch.equal(model.restore(greedy), tokens):
+                return
+            model.train()
+    pytest.fail(f"loss {last} of {first}, {int((model.restore(greedy) != tokens).sum())} tokens are others")
 
 
 @every_discrete

@@ -1,5 +1,6 @@
 """Every small tokenizer with every small generator: the pair trains and samples, or says from its spec why not."""
 
+import functools
 import itertools
 import warnings
 from pathlib import Path
@@ -48,8 +49,9 @@ def names(group: str) -> list[str]:
     return sorted(file.stem for file in (CONFIGS / group).glob("*_small.yaml"))
 
 
+@functools.cache
 def section(group: str, name: str):
-    """The configuration of train.py with that choice, thin."""
+    """The configuration of train.py with that choice, thin; shared: copy it before a change."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=["data=cifar10", "trainer=cpu", f"{group}={name}"])
     OmegaConf.set_struct(config, False)
@@ -63,6 +65,7 @@ def section(group: str, name: str):
     return config
 
 
+@functools.cache
 def data_of(name: str) -> SimpleNamespace:
     """What build_module reads of a data module on the tokens of that tokenizer."""
     torch.manual_seed(0)
@@ -124,11 +127,11 @@ def test_every_pair_fits_or_says_why(capsys):
     warnings.simplefilter("ignore")
     models, tokenizers = names("model"), names("tokenizer")
     datas, configs = {name: data_of(name) for name in tokenizers}, {name: section("model", name) for name in models}
+    families = {n: instantiate(c.model, _convert_="all", _partial_=True).func for n, c in configs.items()}
     fit, refused, wrong = [], [], []
     for model, (tokenizer, data) in itertools.product(models, datas.items()):
-        pair, config = f"model={model} tokenizer={tokenizer}", configs[model].copy()
-        family = instantiate(config.model, _convert_="all", _partial_=True).func
-        why, said = reason(family.accepts, data.spec), reason(build_module, config, data, ())
+        pair, config = f"model={model} tokenizer={tokenizer}", configs[model]
+        why, said = reason(families[model].accepts, data.spec), reason(build_module, config, data, ())
         if said is not None:
             refused.append(pair)
             if said.count("\n") or not any(fact in said for fact in facts(data.spec)):
@@ -140,6 +143,7 @@ def test_every_pair_fits_or_says_why(capsys):
         try:
             for key, value in ADVICE.items():
                 if said is not None and key in said:
+                    config = config.copy()
                     config.model[key] = value
                     said = reason(build_module, config, data, ())
             train_and_sample(config, data)

@@ -1,5 +1,6 @@
 """Sizes of the generators' configurations, on the meta device: the published ones, and those that a header states."""
 
+import functools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from generators import map_spec
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from vgen.generator import Generator
 from vtok.config import describe, instantiate
@@ -129,9 +131,15 @@ SMALL["hita_small"] = TokenSpec(
 )
 
 
-def build(name: str, spec: TokenSpec, classes: int) -> Generator:
+@functools.cache
+def section(name: str) -> DictConfig:
+    """The choice alone: it needs no other key of train.py."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", overrides=[f"model={name}"]).model
+        return compose(f"model/{name}").model
+
+
+def build(name: str, spec: TokenSpec, classes: int) -> Generator:
+    config = section(name)
     with torch.device("meta"):
         return instantiate(config, _convert_="all", _partial_=True)(spec=spec, num_classes=classes)
 

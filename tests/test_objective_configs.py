@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from pathlib import Path
@@ -38,6 +39,7 @@ WITHOUT_GAN = {"plain", "dar", "titok_stage1"}
 OURS = {"gan", "any_gan", "dino"}  # of no paper
 
 
+@functools.cache
 def read(name: str) -> dict:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=["data=imagenet256", "tokenizer=llamagen_vq16", f"objective={name}"])

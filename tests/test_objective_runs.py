@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from drawn import dino_state
-from forks import command
+from forks import torchrun
 from PIL import Image
-from runs import TOKENIZER, everything, losses, run, state
+from runs import TOKENIZER, everything, losses, run, run_all, state
 
 from vtok.collapse import POINTS, CodeUse, curve
 from vtok.losses.dino import FILE
@@ -149,7 +149,8 @@ def test_two_processes_train_as_one_does(tmp_path):
         "val_every=2",
     )
     run(*base, "trainer=cpu", f"run_dir={tmp_path / 'one'}")
-    done = command("train.py", *base, "trainer=ddp_sim", f"run_dir={tmp_path / 'two'}", GLOO_SOCKET_IFNAME="lo")
+    two = ("trainer=ddp_sim", "trainer.strategy.start_method=popen")  # torchrun has started the processes
+    done = torchrun(run_all, [(*base, *two, f"run_dir={tmp_path / 'two'}")])
     assert done.returncode == 0, done.stderr[-2000:]
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert set(one) == set(two)
