@@ -15,7 +15,6 @@ from torch import Tensor
 from vgen.cross_entropy import MOST
 from vgen.generator import Generator
 from vgen.heads import CategoricalHead
-from vgen.models.var import VAR
 from vtok.counters import STORED
 from vtok.layers.attention import Attention
 from vtok.layers.packed import PackedLinear
@@ -88,7 +87,7 @@ def training(
         asked.one_of("block.compiled", "block.plain")
     trunk, layout = generator.trunk, generator.layout
     if isinstance(generator.head, CategoricalHead) and generator.caches:
-        length = generator.trained_length(key, progress) if isinstance(generator, VAR) else layout.length
+        length = generator.trained_length(key, progress)
         many = len(key) * length * generator.head.vocab_size > MOST
         asked.taken.add("loss.pieces" if many else "loss.whole")
     if not isinstance(trunk, Trunk) or not generator.caches or _own_mask(generator):

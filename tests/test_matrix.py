@@ -17,9 +17,10 @@ from vgen.generator import Generator
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
-from vgen.training import TRAINING_ARGUMENTS, build_module, contradictions
+from vgen.training import build_module, contradictions
 from vtok.checkpoint import save_folder
 from vtok.config import build, describe, instantiate
+from vtok.data.codes import TRAINING, unlike
 from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, sample_seeds
@@ -187,7 +188,7 @@ OTHER |= {"global_width": 8, "vision": 2, "vision_channels": 8, "repa_block": 0,
 
 
 def trained_otherwise(described):
-    """A description with every argument of TRAINING_ARGUMENTS at another value."""
+    """A description with every argument of TRAINING at another value."""
     if isinstance(described, list):
         return [trained_otherwise(part) for part in described]
     if not (isinstance(described, dict) and "family" in described):
@@ -217,6 +218,7 @@ def test_what_acts_in_training_alone_is_no_contradiction(name):
     found = describe(tokenizer)
     changed = trained_otherwise(found)
     assert contradictions(as_configuration(changed), found, "tokenizer") == [] and changed != found
+    assert not unlike(changed, found)
     other = build(changed, FAMILIES).eval()
     other.load_state_dict(tokenizer.state_dict(), strict=False)  # what alignment alone uses may be new
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -227,7 +229,7 @@ def test_what_acts_in_training_alone_is_no_contradiction(name):
 
 
 def test_every_training_argument_is_tried():
-    assert set(OTHER) == TRAINING_ARGUMENTS
+    assert set(OTHER) == TRAINING
 
 
 LINES = SequenceLayout.line(8)

@@ -211,6 +211,10 @@ class Generator(Configured, nn.Module):
 
     # --- training and likelihood ------------------------------------------------------------------------------------
 
+    def trained_length(self, key: Tensor, progress: float) -> int:
+        """Tokens of an image in the training step of the samples key int64 [B] at this share of training."""
+        return self.layout.length
+
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """Training loss of {"tokens" [B, L], "label" [B], "key" [B]}; "context" replaces the inputs, not the targets.
 

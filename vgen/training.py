@@ -29,7 +29,7 @@ from vtok.callbacks import Progress, Reconstructions, quiet
 from vtok.ckpt_files import AtomicCheckpointIO
 from vtok.collapse import CodeUse
 from vtok.config import Families, describe, instantiate
-from vtok.data.codes import OnlineTokens
+from vtok.data.codes import TRAINING, OnlineTokens
 from vtok.data.module import ImageData, micro_batch_size
 from vtok.lit import Lit, LitTokenizer
 from vtok.losses.prior import ARPrior
@@ -287,23 +287,14 @@ def check_teacher(config: DictConfig, trust: tuple[str, ...]) -> None:
     require_known(teacher_options(config)["model"], "teacher.model")
 
 
-# arguments of tokenizers and their parts that act in training alone: the same weights give the same codes and pictures
-TRAINING_ARGUMENTS = {"checkpointing", "dropout", "init", "gate", "stage", "nested", "null_drop", "time", "draw_sides"}
-TRAINING_ARGUMENTS |= {"scale_weight", "degradation", "near", "auxiliary_until", "feature_weight", "alignment_power"}
-TRAINING_ARGUMENTS |= {"alignment_decay", "alignment_depth", "alignment_channels", "semantic", "global_width"}
-TRAINING_ARGUMENTS |= {"vision", "vision_channels", "repa_block", "repa_width", "repa_side", "kl_weight", "beta"}
-TRAINING_ARGUMENTS |= {"codebook_weight", "entropy_weight", "entropy_temperature", "sample_weight", "batch_weight"}
-TRAINING_ARGUMENTS |= {"temperature", "entropy_groups", "ema_decay", "restart", "rotation", "stochastic"}
-
-
 def contradictions(said: Any, found: Any, key: str) -> list[str]:
     """Where a configuration with `_target_`s says otherwise of the codes than a module's description
-    (vtok.config.describe), as "key=value, not value"; what it leaves out, and TRAINING_ARGUMENTS, are none."""
+    (vtok.config.describe), as "key=value, not value"; what it leaves out, and TRAINING, are none."""
     if isinstance(said, dict) and "_target_" in said and isinstance(found, dict) and "family" in found:
         name, family = said["_target_"].rpartition(".")[2], found["family"].rpartition(":")[2]
         if name != family:
             return [f"{key}={name}, not {family}"]
-        plain = {n: value for n, value in said.items() if not n.startswith("_") and n not in TRAINING_ARGUMENTS}
+        plain = {n: value for n, value in said.items() if not n.startswith("_") and n not in TRAINING}
         inner = [(n, value, found["arguments"].get(n)) for n, value in plain.items()]
         return [line for n, value, there in inner for line in contradictions(value, there, f"{key}.{n}")]
     if isinstance(said, list) and isinstance(found, list) and len(said) == len(found):

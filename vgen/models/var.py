@@ -198,7 +198,6 @@ class VAR(Generator):
         return first + added, min(max(since / ramp, 0.01), 1.0)
 
     def trained_length(self, key: Tensor, progress: float) -> int:
-        """Tokens of an image in the training step of the samples key int64 [B] at this share of training."""
         return self.layout.written(0, self.scales_at(progress)[0])[1]
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:

@@ -26,12 +26,14 @@ from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key
 from vtok.tokenizer import Tokenizer, TokenSpec
 
-# arguments that tokenizers and quantizers read in training alone
-TRAINING = (
-    "alignment_decay", "alignment_power", "auxiliary_until", "batch_weight", "beta", "checkpointing", "codebook_weight",
-    "degradation", "draw_sides", "dropout", "entropy_weight", "feature_weight", "kl_weight", "nested", "null_drop",
-    "rotation", "sample_weight", "scale_weight", "stage", "stochastic",
-)  # fmt: skip
+# arguments of tokenizers and their parts that act in training alone: the same weights give the same codes and pictures
+TRAINING = {
+    "alignment_channels", "alignment_decay", "alignment_depth", "alignment_power", "auxiliary_until", "batch_weight",
+    "beta", "checkpointing", "codebook_weight", "degradation", "draw_sides", "dropout", "ema_decay", "entropy_groups",
+    "entropy_temperature", "entropy_weight", "feature_weight", "gate", "global_width", "init", "kl_weight", "near",
+    "nested", "null_drop", "repa_block", "repa_side", "repa_width", "restart", "rotation", "sample_weight",
+    "scale_weight", "semantic", "stage", "stochastic", "temperature", "time", "vision", "vision_channels",
+}  # fmt: skip
 _CROP = 1  # separates the draw of the crop from the model's own use of the sample's key
 
 
