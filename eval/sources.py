@@ -201,7 +201,7 @@ def from_data(data: Any, split: str, count: int | None = None) -> Images:
     count: only so many, evenly spaced over the set, which is often sorted by class; null or more than there are = all.
     """
     from vtok.data.module import KeyedImages
-    from vtok.data.sources import Limited, bytes_of
+    from vtok.data.sources import Limited, sizes_hash
     from vtok.data.transforms import to_uint8
 
     if split not in ("train", "val"):
@@ -219,9 +219,8 @@ def from_data(data: Any, split: str, count: int | None = None) -> Images:
     names = hashlib.sha256("\n".join(source.name(i) for i in range(len(source))).encode()).hexdigest()
     how = " var" * (data.transform.crop == "var") + " upright" * bool(getattr(data, "upright", False))
     identity = f"{name} {data.image_size}{how} {names}"
-    sizes = [bytes_of(source, i) for i in range(len(source))]
-    if None not in sizes:
-        identity += FILES + hashlib.sha256("\n".join(map(str, sizes)).encode()).hexdigest()
+    if (sizes := sizes_hash(source)) is not None:
+        identity += FILES + sizes
     return Images(name, len(items), lambda size: span(size, 0, len(items)), _labels(source), "direct", span, identity)
 
 

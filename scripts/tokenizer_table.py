@@ -65,7 +65,7 @@ FAMILIES: dict[str, list[str]] = {
 }
 # What 128 px need beside the options above, for half a second a step on one core: small batches, and few channels where
 # there are many pixels. Convolutions keep their stride of 4, so 32 x 32 tokens.
-FOUR = ["tokenizer.channels=16", "tokenizer.multipliers=[1,2,4]", "batch_size=2"]
+FOUR = ["tokenizer.channels=16", "tokenizer.multipliers=[1,2,6]", "batch_size=2"]
 SIXTEEN = ["channels=8", "multipliers=[1,2,4,8,16]", "groups=4"]  # 8 x 8 cells
 WIDE = ["tokenizer.encoder=[192,4,6]", "tokenizer.decoder=[192,4,6]"]
 LARGE: dict[str, list[str]] = {

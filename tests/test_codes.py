@@ -16,6 +16,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import make
 
 from vtok.checkpoint import CheckpointError, save_folder, weights_hash
@@ -23,6 +24,7 @@ from vtok.config import build, describe
 from vtok.data.codes import Codes, OnlineTokens
 from vtok.data.extract import CROPS, extract
 from vtok.data.fake import Fake
+from vtok.data.imagefolder import ImageFolder
 from vtok.data.shards import dtype_of, id_of, open_split, pack, unpack_row
 from vtok.data.tasks import task_from_environment
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
@@ -620,3 +622,24 @@ def test_limits_are_spread_like_those_of_images(tmp_path):
     assert (codes.train_size, codes.val_size) == (images.train_size, images.val_size) == (6, 3)
     labels = [codes.train_dataset()[(0, i)]["label"] for i in range(6)]
     assert labels == [images.sources.train[i][1] for i in range(6)]
+
+
+def test_a_folder_of_codes_knows_its_pictures_by_their_files_sizes_too(tmp_path):
+    """Pictures of the same names are others where a file has another size; folders of earlier versions go on."""
+    photos, out = tmp_path / "photos" / "a", tmp_path / "codes"
+    photos.mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (16, 16), (i, 90, 90)).save(photos / f"{i}.png")
+
+    def again():
+        folder = ImageFolder(folder=str(photos.parent), image_size=16, batch_size=2, val_fraction=0.5)
+        return extract(folder, make("cnn_vq"), out, batch=2)
+
+    assert again() and again()
+    Image.effect_noise((16, 16), 80).save(photos / "2.png")
+    with pytest.raises(ValueError, match=r"holds codes with files\.\w+=.*choose another out="):
+        again()
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert set(recipe.pop("files")) == {"train", "val"}
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    assert again()

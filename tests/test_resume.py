@@ -71,6 +71,10 @@ def test_a_generator_resumes_exactly(tmp_path, family):
     run(*base, f"run_dir={tmp_path / 'a'}")
     run(*base, f"run_dir={tmp_path / 'b'}", "stop_after=2")
     moved = [group["weight_decay"] for group in state(tmp_path / "b")["optimizer_states"][0]["param_groups"]]
+    config = tokenizer / "config.json"  # what only the tokenizer's own training reads: nothing of it to a generator
+    text = config.read_text()
+    config.write_text(text.replace('"beta": 0.25', '"beta": 0.5'))
+    assert config.read_text() != text
     second = 0.08 - 0.03 * math.cos(math.pi / 8) ** 2 if family == "var" else 0.05  # step 1 of 0 .. 4
     assert moved == pytest.approx([second, 0.0])
     run(*base, f"run_dir={tmp_path / 'b'}", f"ckpt_path={tmp_path / 'b/checkpoints/last.ckpt'}")

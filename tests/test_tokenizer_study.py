@@ -187,7 +187,7 @@ def test_rows_at_128_pixels_build(name):
     tokenizer = built(name, *large)
     assert tokenizer.spec.image_size == 128
     assert 1e6 <= sum(p.numel() for p in tokenizer.parameters()) <= 8e6
-    assert name not in tokenizer_table.SECOND or tokenizer.spec.layout.length <= 256
+    assert name not in tokenizer_table.SECOND or tokenizer.spec.layout.length in (1024, 1040, 1365)
     assert len(tokenizer_table.SECOND) == 8
 
 

@@ -73,8 +73,8 @@ def sample(config: Mapping[str, Any]) -> Path:
     if given is not None:
         sides["sides"] = [given] if isinstance(given, (int, str)) else list(given)
         pipeline.set_sides(sides["sides"])
-        sides["greedy_sides"] = list(pipeline.generator.greedy_sides)
-        if sides["greedy_sides"]:
+        if pipeline.generator.greedy_sides:
+            sides["greedy_sides"] = list(pipeline.generator.greedy_sides)
             print(f"sides {sides['greedy_sides']} are none of the model's own: drawn greedily, as in the paper's code")
     known, names = pipeline.generator.num_classes, pipeline.class_names
     labels = plan(config["classes"], config["per_class"], config["num_images"], known, names, grid=out.suffix == ".png")

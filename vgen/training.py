@@ -29,7 +29,7 @@ from vtok.callbacks import Progress, Reconstructions, quiet
 from vtok.ckpt_files import AtomicCheckpointIO
 from vtok.collapse import CodeUse
 from vtok.config import Families, describe, instantiate
-from vtok.data.codes import TRAINING, OnlineTokens
+from vtok.data.codes import OnlineTokens
 from vtok.data.module import ImageData, micro_batch_size
 from vtok.lit import Lit, LitTokenizer
 from vtok.losses.prior import ARPrior
@@ -37,7 +37,7 @@ from vtok.noise import key
 from vtok.optim import Recipe, memory
 from vtok.resume import EXIT_PREEMPTED, Checkpoints, Preempted, ResumeState
 from vtok.rng import seed_all
-from vtok.tokenizer import TokenSpec
+from vtok.tokenizer import TRAINING, TokenSpec
 from vtok.warmstart import warm_start
 from vtok.watch import DataWatch, PeerWatch, check_restarts
 
@@ -289,12 +289,13 @@ def check_teacher(config: DictConfig, trust: tuple[str, ...]) -> None:
 
 def contradictions(said: Any, found: Any, key: str) -> list[str]:
     """Where a configuration with `_target_`s says otherwise of the codes than a module's description
-    (vtok.config.describe), as "key=value, not value"; what it leaves out, and TRAINING, are none."""
+    (vtok.config.describe), as "key=value, not value"; what it leaves out, TRAINING and places of files are none."""
     if isinstance(said, dict) and "_target_" in said and isinstance(found, dict) and "family" in found:
         name, family = said["_target_"].rpartition(".")[2], found["family"].rpartition(":")[2]
         if name != family:
             return [f"{key}={name}, not {family}"]
-        plain = {n: value for n, value in said.items() if not n.startswith("_") and n not in TRAINING}
+        unread = set() if ":" in found["family"] else {"weights_path", *TRAINING}
+        plain = {n: value for n, value in said.items() if not n.startswith("_") and n not in unread}
         inner = [(n, value, found["arguments"].get(n)) for n, value in plain.items()]
         return [line for n, value, there in inner for line in contradictions(value, there, f"{key}.{n}")]
     if isinstance(said, list) and isinstance(found, list) and len(said) == len(found):

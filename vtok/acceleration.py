@@ -72,7 +72,7 @@ def checkpoint_blocks(module: nn.Module) -> int:
     stacks = [m for m in module.modules() if hasattr(m, "checkpointing")]
     if not stacks:
         name = type(module).__name__
-        raise ValueError(f"checkpointing=true: {name} has no transformer trunk; leave checkpointing=false")
+        raise ValueError(f"checkpointing=true: {name} has no transformer blocks; leave checkpointing=false")
     for stack in stacks:
         stack.checkpointing = True
     return len(stacks)

@@ -29,7 +29,7 @@ from vtok.checkpoint import (
 )
 from vtok.ckpt_files import generations, link, newest_whole, remove, side, step_of, sweep, verify
 from vtok.config import Configured, completed, describe, differences
-from vtok.data.codes import unlike
+from vtok.data.codes import meaning, unlike
 from vtok.loggers import trim_rows
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "timm", "numpy", "pillow", "safetensors")
@@ -142,6 +142,8 @@ def check_same(
         raise CheckpointError(f"{path} is of a {found['family']}, this run trains a {description['family']}")
     both = ({k: d[k] for k in ("family", "arguments")} for d in (found, description))
     theirs, ours = (completed(d, families) for d in both)
+    for d in (theirs, ours) if kind == "generator" else ():  # the tokenizer is frozen: see keep_tokenizer
+        d["arguments"] = {k: meaning(v) if k == "spec" else v for k, v in d["arguments"].items()}
     for name, there, here in differences(theirs, ours, SECTION_OF[kind]):
         raise CheckpointError(
             f"{path} was made with {name}={there!r:.120}, this run has {here!r:.120}; a resume cannot change the "

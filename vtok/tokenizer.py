@@ -20,6 +20,15 @@ from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
 from vtok.quantize.factors import join, split
 
+# arguments of tokenizers and their parts that act in training alone: the same weights give the same codes and pictures
+TRAINING = {
+    "alignment_channels", "alignment_decay", "alignment_depth", "alignment_power", "auxiliary_until", "batch_weight",
+    "beta", "checkpointing", "codebook_weight", "degradation", "draw_sides", "dropout", "ema_decay", "entropy_groups",
+    "entropy_temperature", "entropy_weight", "feature_weight", "gate", "global_width", "init", "kl_weight",
+    "nested", "null_drop", "repa_block", "repa_side", "repa_width", "restart", "rotation", "sample_weight",
+    "scale_weight", "semantic", "stage", "stochastic", "temperature", "time", "vision", "vision_channels",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Part:

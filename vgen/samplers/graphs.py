@@ -124,7 +124,9 @@ class GraphSampler:
         check_rows(cond, noise, guide)
         with torch.inference_mode(False), torch.no_grad():  # later calls overwrite tensors: they must be plain ones
             canvas = generator.begin(noise) if canvas is None else canvas
-            key = (id(generator), guide, rule, stop, canvas.layout, _shapes(cond, COND), _shapes(canvas, CANVAS))
+            greedy = generator.greedy_sides
+            shapes = (_shapes(cond, COND), _shapes(canvas, CANVAS))
+            key = (id(generator), guide, rule, stop, canvas.layout, greedy, *shapes)
             if key != self.key or self.recording is None:
                 self.key, self.recording = None, None  # frees the old graphs' memory first
                 self.recording = self.record(generator, cond, noise, guide, rule, canvas, stop)

@@ -24,16 +24,8 @@ from vtok.data.module import ImageData, Position, StepData, check_limits
 from vtok.data.shards import Crops, Shards, open_split
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key
-from vtok.tokenizer import Tokenizer, TokenSpec
+from vtok.tokenizer import TRAINING, Tokenizer, TokenSpec
 
-# arguments of tokenizers and their parts that act in training alone: the same weights give the same codes and pictures
-TRAINING = {
-    "alignment_channels", "alignment_decay", "alignment_depth", "alignment_power", "auxiliary_until", "batch_weight",
-    "beta", "checkpointing", "codebook_weight", "degradation", "draw_sides", "dropout", "ema_decay", "entropy_groups",
-    "entropy_temperature", "entropy_weight", "feature_weight", "gate", "global_width", "init", "kl_weight", "near",
-    "nested", "null_drop", "repa_block", "repa_side", "repa_width", "restart", "rotation", "sample_weight",
-    "scale_weight", "semantic", "stage", "stochastic", "temperature", "time", "vision", "vision_channels",
-}  # fmt: skip
 _CROP = 1  # separates the draw of the crop from the model's own use of the sample's key
 
 
@@ -283,13 +275,13 @@ def unlike(made: Mapping, now: Mapping) -> list[tuple[str, Any, Any]]:
 
 def meaning(data: Any) -> Any:
     """Plain data without the arguments of this toolkit's tokenizers and quantizers on which no code and no decoding of
-    one depends: TRAINING, and the size of the images, which the spec has."""
+    one depends: TRAINING, places of files, and the size of the images, which the spec has."""
     if isinstance(data, list):
         return [meaning(value) for value in data]
     if not isinstance(data, Mapping):
         return data
     found = {k: meaning(v) for k, v in data.items()}
     if set(found) == {"family", "arguments"}:
-        unread = {"image_size"} if ":" in found["family"] else {"image_size", *TRAINING}
+        unread = {"image_size"} if ":" in found["family"] else {"image_size", "weights_path", *TRAINING}
         found["arguments"] = {k: v for k, v in found["arguments"].items() if k not in unread}
     return found

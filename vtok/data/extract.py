@@ -26,7 +26,7 @@ from vtok.config import completed, describe, differences, imported
 from vtok.data.codes import spec_at
 from vtok.data.module import ImageData
 from vtok.data.shards import Crops, dtype_of, finished, id_of, pack, write_manifest, write_shard
-from vtok.data.sources import Source
+from vtok.data.sources import Source, sizes_hash
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key
@@ -79,6 +79,9 @@ def extract(
     recipe = {"crops": crops, "shard_size": shard_size, "data": {s: _names_hash(v[0]) for s, v in sources.items()}}
     if getattr(data, "upright", False):  # said where it is on only, so that folders begun without the option go on
         recipe["upright"] = True
+    sizes = {split: sizes_hash(part[0]) for split, part in sources.items()}
+    if None not in sizes.values():
+        recipe["files"] = sizes
     if any(isinstance(part, Quantizer) and part.draws for part in tokenizer.modules()):  # also of a VAE inside
         recipe["seed"] = data.seed
     claimed = claim(out, common | recipe)
@@ -171,7 +174,7 @@ def claim(out: Path, recipe: dict, *, what: str = "codes") -> dict:
 
     Raises ValueError where the folder was begun with another one. A tokenizer is known by its weights and its
     description; one that an earlier version wrote is completed (vtok.config.completed), one that it left out is taken
-    for the same, and written now. A seed counts where `recipe` names one.
+    for the same, and written now. A seed counts where `recipe` names one, sizes of files where the folder does.
     """
     path, recipe = out / "recipe.json", json.loads(json.dumps(recipe, default=str))
     if not path.is_file():
@@ -187,6 +190,8 @@ def claim(out: Path, recipe: dict, *, what: str = "codes") -> dict:
     made["tokenizer"] = now["tokenizer"] | made["tokenizer"]
     if "seed" not in now:
         made.pop("seed", None)
+    if "files" not in made:
+        now.pop("files", None)
     different = differences(made, now)
     if different:
         weights = [d for d in different if d[0] == "tokenizer.sha256"]

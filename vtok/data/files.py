@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vtok.checkpoint import full_disk, no_space
-from vtok.data.sources import ArraySource, Mapped
+from vtok.data.sources import THREADS, ArraySource, Mapped
 from vtok.data.transforms import center_crop, to_rgb
 
 try:
@@ -44,7 +44,6 @@ DAMAGE = (
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 NAMED = 10  # unreadable images that a message names before it only counts them
-_THREADS = min(8, os.cpu_count() or 1)
 
 
 class BadImage(ValueError):
@@ -157,7 +156,7 @@ class EncodedImages:
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"data.on_bad_image={on_bad_image!r}: choose error or skip")
         self.folder, self.names, self.labels = Path(folder), names, np.asarray(labels, np.int64)
-        self.on_bad_image, self.upright, self.bad = on_bad_image, upright, set()
+        self.on_bad_image, self.upright, self.bad, self.met = on_bad_image, upright, set(), 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -181,9 +180,10 @@ class EncodedImages:
                 if self.on_bad_image == "error":
                     raise BadImage(f"{error}, or set data.on_bad_image=skip") from None
                 self.bad.add(candidate)
-                count = len(self.bad)
-                if count <= NAMED or count.bit_count() == 1:
-                    log.warning("skipped unreadable image %s (%s): %d so far", self.name(candidate), self.folder, count)
+                self.met += 1
+                if self.met <= NAMED or self.met.bit_count() == 1:
+                    counted = (self.name(candidate), self.folder, len(self.bad))
+                    log.warning("skipped unreadable image %s (%s): %d so far", *counted)
         raise ValueError(f"none of the {len(self)} images in {self.folder} can be read; change data.folder")
 
 
@@ -205,7 +205,11 @@ class FileSource(EncodedImages):
         return self.folder / self.names[index]
 
     def file_size(self, index: int) -> int:
-        return self.path(index).stat().st_size
+        """-1 where there is no file: a dangling link."""
+        try:
+            return self.path(index).stat().st_size
+        except OSError:
+            return -1
 
     def read(self, index: int) -> Image.Image:
         return read_image(self.path(index), self.upright)
@@ -214,7 +218,7 @@ class FileSource(EncodedImages):
         """Open every file (and decode it, if full). Raises BadImage for the first damaged one, or under
         on_bad_image=skip logs and returns their names."""
         fault = _decode_fault if kind == "full" else _header_fault
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             found = [i for i, bad in enumerate(pool.map(fault, map(self.path, range(len(self))))) if bad]
         if found and self.on_bad_image == "error":
             self[found[0]]  # its own message
@@ -301,7 +305,7 @@ def _decode(source: FileSource, size: int, images: Path, labels: Path) -> None:
             table[:, index] = label, image.size == (size, size)
             array[index] = np.asarray(center_crop(image, size))
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             blocks = [range(a, min(len(source), a + 1024)) for a in range(0, len(source), 1024)]
             for block in track(blocks, f"decoding {source.folder} once", console=Console(stderr=True), transient=True):
                 list(pool.map(decode, block))  # block by block: an error stops it soon

@@ -235,6 +235,9 @@ def _label(data: bytes, ending: str, file: Path, name: str, known: int | None) -
 # --- Hugging Face parquet --------------------------------------------------------------------------------------------
 
 
+LABELS = ("integer", "floating", "boolean", "null")  # types of the column `label`; its numbers are whole
+
+
 class Parquet(Packed):
     """Parquet of the Hugging Face hub: a column `image` of {bytes, path} and a column `label`. Needs the extra hf."""
 
@@ -264,10 +267,11 @@ class ParquetSource(PackedSource):
                         blocks.append(rows)
                     has = "label" in columns
                     kind = opened.schema_arrow.field("label").type if has else None
-                    if has and not (pyarrow.types.is_integer(kind) or pyarrow.types.is_null(kind)):
+                    column = opened.read(columns=["label"]).column("label").to_pylist() if has else []
+                    numbers = not has or any(getattr(pyarrow.types, f"is_{name}")(kind) for name in LABELS)
+                    if not numbers or any(v is not None and v != v // 1 for v in column):
                         raise ValueError(f"{file}: column `label` holds {kind}, expected class numbers")
-                    column = opened.read(columns=["label"]).column("label") if has else None
-                    filled = [-1 if v is None else int(v) for v in column.to_pylist()] if has else None
+                    filled = [-1 if v is None else int(v) for v in column]
                     labels.append(np.array(filled if has else [-1] * opened.metadata.num_rows, np.int64))
                     if not number:
                         self.class_names = _class_names(opened.schema_arrow.metadata)

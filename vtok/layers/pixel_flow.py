@@ -73,7 +73,7 @@ class PixelFlow(nn.Module):
     patch: side of the patches. condition: width of the condition. tap: index of the block whose input, averaged to
     tap_side x tap_side and put through a network to tap_width channels, is aligned with a pretrained network (REPA, Yu
     et al., arXiv 2410.06940); None builds none. fixed: add sine positions to the patches, beside the blocks' rope.
-    checkpointing: recompute blocks in the backward pass.
+    Where `checkpointing` is set, blocks are recomputed in the backward pass.
     """
 
     def __init__(
@@ -88,13 +88,12 @@ class PixelFlow(nn.Module):
         tap_width: int,
         tap_side: int,
         fixed: bool = False,
-        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if tap is not None and not 0 <= tap < depth:
             raise ValueError(f"repa_block={tap} is none of the {depth} blocks of flow_depth; null builds none")
         self.patch, self.heads, self.tap, self.tap_side = patch, heads, tap, tap_side
-        self.fixed, self.checkpointing = fixed, checkpointing
+        self.fixed, self.checkpointing = fixed, False
         self.conv_in = PatchEmbed(dim=dim, patch=patch)
         self.condition = nn.Linear(condition, dim)
         self.blocks = nn.ModuleList(FlowBlock(dim=dim, heads=heads) for _ in range(depth))
