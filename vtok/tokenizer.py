@@ -202,6 +202,14 @@ class Quantizer(Configured, nn.Module):
         return join(parts, self.factors)
 
 
+def without_first_stage(first: str) -> ValueError:
+    """What a family raises whose decoder is to train on the codes of no earlier run of stage `first`."""
+    return ValueError(
+        "stage=decoder learns to decode frozen codes, which are random without the stage before: pass "
+        f"init_from=<run of tokenizer.stage={first}>"
+    )
+
+
 class Tokenizer(Configured, nn.Module):
     """Images to tokens and back. One subclass per architecture family, in vtok/models.
 

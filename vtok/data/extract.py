@@ -79,9 +79,9 @@ def extract(
     recipe = {"crops": crops, "shard_size": shard_size, "data": {s: _names_hash(v[0]) for s, v in sources.items()}}
     if getattr(data, "upright", False):  # said where it is on only, so that folders begun without the option go on
         recipe["upright"] = True
-    sizes = {split: sizes_hash(part[0]) for split, part in sources.items()}
-    if None not in sizes.values():
-        recipe["files"] = sizes
+    files = {split: sizes_hash(part[0]) for split, part in sources.items()}
+    if None not in files.values():
+        recipe["files"] = files
     if any(isinstance(part, Quantizer) and part.draws for part in tokenizer.modules()):  # also of a VAE inside
         recipe["seed"] = data.seed
     claimed = claim(out, common | recipe)

@@ -300,7 +300,7 @@ def _decode(source: FileSource, size: int, images: Path, labels: Path) -> None:
         array = np.lib.format.open_memmap(parts[0], mode="w+", dtype=np.uint8, shape=(len(source), size, size, 3))
         _reserve(parts[0])
 
-        def decode(index: int) -> None:
+        def keep(index: int) -> None:
             image, label = source[index]
             table[:, index] = label, image.size == (size, size)
             array[index] = np.asarray(center_crop(image, size))
@@ -308,7 +308,7 @@ def _decode(source: FileSource, size: int, images: Path, labels: Path) -> None:
         with ThreadPoolExecutor(THREADS) as pool:
             blocks = [range(a, min(len(source), a + 1024)) for a in range(0, len(source), 1024)]
             for block in track(blocks, f"decoding {source.folder} once", console=Console(stderr=True), transient=True):
-                list(pool.map(decode, block))  # block by block: an error stops it soon
+                list(pool.map(keep, block))  # block by block: an error stops it soon
         array.flush()
         with open(parts[1], "wb") as file:
             np.save(file, table)

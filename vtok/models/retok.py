@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_probabilities, kept
 from vtok.models.gigatok import GigaTok
 from vtok.noise import SampleNoise, noise_of
-from vtok.tokenizer import Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec
+from vtok.tokenizer import Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec, without_first_stage
 
 KEEP = 31  # stream of the noise that draws how many tokens a sample keeps
 
@@ -119,7 +119,4 @@ class ReToK(Tokenizer):
     def fresh_start(self) -> str | None:
         if self.stage != "decoder":
             return None
-        raise ValueError(
-            "stage=decoder learns to decode frozen codes, which are random without the stage before: pass "
-            "init_from=<run of tokenizer.stage=joint>"
-        )
+        raise without_first_stage("joint")

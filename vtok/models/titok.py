@@ -26,7 +26,7 @@ from vtok.layers.trunk import Trunk
 from vtok.layers.vit import NARROW, PatchEmbed, initialise, positions, table, together, unpatchify
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
-from vtok.tokenizer import Part, Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec
+from vtok.tokenizer import Part, Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec, without_first_stage
 
 Size = Sequence[int]  # width, depth, heads
 
@@ -202,11 +202,7 @@ class TiTok(Tokenizer):
     def fresh_start(self) -> str | None:
         if self.stage != "decoder":
             return None
-        first = "proxy" if isinstance(self.head, ProxyHead) else "joint"
-        raise ValueError(
-            "stage=decoder learns to decode frozen codes, which are random without the stage before: pass "
-            f"init_from=<run of tokenizer.stage={first}>"
-        )
+        raise without_first_stage("proxy" if isinstance(self.head, ProxyHead) else "joint")
 
 
 class LatentEncoder(nn.Module):
