@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from generators import FAMILIES, also_read, make, scale_spec, tokens_of
 from runs import LLAMAGEN, losses, run, tokenizer_folder
+from test_generators import LABELS, draw
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vgen.cross_entropy import linear_cross_entropy
+from vgen.guidance import guidance
+from vgen.heads import DrawRule
 from vtok.acceleration import (
     checkpoint_blocks,
     compile_blocks,
@@ -21,6 +24,7 @@ from vtok.acceleration import (
     training_operations,
     utilisation,
 )
+from vtok.layers.block import FeedForward
 from vtok.layers.trunk import Trunk
 from vtok.layout import SequenceLayout, visible
 from vtok.noise import sample_seeds
@@ -124,6 +128,19 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(name):
     torch.testing.assert_close(again, loss)
     for key in want:
         torch.testing.assert_close(got[key], want[key], msg=key)
+
+
+def test_compiled_blocks_are_whole_with_a_cache_too_and_a_break_is_an_error(monkeypatch):
+    plain, fast, seeds = make("llamagen"), make("llamagen"), sample_seeds(0, 0, 3)
+    torch._dynamo.reset()
+    compile_blocks(fast, backend="eager")
+    want, got = (draw(m, LABELS, seeds, guidance(2.0), DrawRule(top_k=9), stop=4).tokens for m in (plain, fast))
+    assert torch.equal(got, want)
+    run = FeedForward.forward
+    monkeypatch.setattr(FeedForward, "forward", lambda self, x: torch._dynamo.graph_break() or run(self, x))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        fast.loss(batch_of(fast))
 
 
 def test_modules_without_blocks_cannot_be_compiled():

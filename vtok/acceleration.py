@@ -48,7 +48,8 @@ def cpu_has_bf16() -> bool:
 
 
 def compile_blocks(module: nn.Module, *, backend: str = "inductor") -> int:
-    """Compile every transformer block in place (all share one graph, so that it is quick); returns how many.
+    """Compile every transformer block in place, each as a whole (all share one graph, so that it is quick); returns how
+    many. What cannot be traced, or is traced too often, is an error of its first pass, and no slow one.
 
     ValueError where the module has none.
     """
@@ -59,7 +60,7 @@ def compile_blocks(module: nn.Module, *, backend: str = "inductor") -> int:
     # padded lengths may each be one more
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks) + 8)
     for block in blocks:
-        block.compile(backend=backend)
+        block.compile(backend=backend, fullgraph=True)
     return len(blocks)
 
 
