@@ -1,16 +1,19 @@
 """What a benchmark's settings ask for, and whether it was taken: a fallback fails the benchmark.
 
 The paths count themselves (vtok/counters.py). `Asked` says which must have been taken for a part of a benchmark and
-which must not; what a family cannot do, whatever the settings, is not asked for.
+which must not; what a family cannot do, whatever the settings, is not asked for. Which kernel PyTorch takes for
+attention nothing counts: inside `fused` the slow one is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vgen.cross_entropy import MOST
 from vgen.generator import Generator
@@ -20,6 +23,8 @@ from vtok.layers.attention import Attention
 from vtok.layers.packed import PackedLinear
 from vtok.layers.trunk import Trunk
 from vtok.low_bit import LowBit
+
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 @dataclass
@@ -108,6 +113,11 @@ def decoding(*, dtype: torch.dtype) -> Asked:
     if light:
         asked.never.add("decode.channels_first")
     return asked
+
+
+def fused(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """In bfloat16 on CUDA, a context in which attention that no fused kernel takes raises RuntimeError."""
+    return sdpa_kernel(FUSED) if device.type == "cuda" and dtype == torch.bfloat16 else nullcontext()
 
 
 def _own_mask(generator: Generator) -> bool:

@@ -188,6 +188,8 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
         light = copy.deepcopy(generator) if "train" in config["parts"] else generator
         light_weights(light, dtype, **storage(config))
     for batch in config["batches"]:
+        if config["compile"]:
+            torch._dynamo.reset()  # for this size alone, as in a training, and not for any
         work = jobs(config, tokenizer, generator, light, int(batch), device)
         for part in config["parts"]:
             if part not in work:
@@ -199,7 +201,8 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                 counters.reset()  # only what is timed counts, with the run that warms it up
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
-                spent = seconds(job.run, device, int(config["repeats"]))
+                with paths.fused(device, dtype):
+                    spent = seconds(job.run, device, int(config["repeats"]))
             taken = counters.read()
             job.asked.check(taken, f"{part} at batch {batch}")
             middle, smallest = statistics.median(spent), max(operations / rate, bytes_read / speed)

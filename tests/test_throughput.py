@@ -1,6 +1,7 @@
 """`python -m eval.throughput`: its counts against closed forms, and the command from end to end on tiny modules."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -210,6 +211,26 @@ def test_packed_weights_are_counted_as_plain_ones_and_their_path_is_asked_for(dt
     for name in ("parameters", "matmul_operations_per_image", "roofline_ms_per_image"):
         assert packed[1][name] == pytest.approx(plain[1][name])
     assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 4, "other settings are other rows"
+
+
+def test_attention_of_the_timed_part_alone_is_held_to_fused_kernels(tmp_path, monkeypatch):
+    seen, inside = [], [0]
+    monkeypatch.setattr("eval.throughput.matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)
+
+    @contextmanager
+    def fused(device, dtype):
+        assert (device.type, dtype) == ("cpu", torch.bfloat16)
+        inside[0] = 1
+        yield
+        inside[0] = 0
+
+    monkeypatch.setattr(paths, "fused", fused)
+    cost = lambda: (seen.append(("cost", *inside)), (1.0, 1.0))[1]  # noqa: E731
+    job = Job(lambda: seen.append(("run", *inside)), cost, nn.Linear(1, 1), paths.Asked())
+    monkeypatch.setattr("eval.throughput.jobs", lambda *_: {"sample": job})
+    evaluate(config("parts=[sample]", "dtype=bfloat16", f"out={tmp_path / 'x.json'}"))
+    assert seen == [("cost", 0), ("run", 1), ("run", 1)], "a run to warm up, and the timed one"
 
 
 def test_only_what_is_timed_counts(tmp_path, monkeypatch):
