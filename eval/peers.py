@@ -4,6 +4,9 @@ Nothing of the originals is here. Their modules are imported from the folder tha
 and are converted by vgen.convert; from then on both sides hold the same numbers. Code that insists on CUDA runs on the
 CPU through the stand-ins of `on_cpu`. On CUDA in bfloat16 the originals run as their own scripts do: LlamaGen with its
 weights in it, the others under autocast, and so does training on both sides.
+
+What is timed on our side is checked too: the module with its weights as they are stored for sampling, by the sampler
+that is timed, which may replay recorded steps.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import types
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +40,19 @@ from vtok.noise import SampleNoise, sample_seeds
 Run = Callable[[], Any]
 CPU = torch.device("cpu")
 PROGRESS = 0.0  # share of training done, in our training steps
+# Of max|ours - original| / max|original|; where both sides compute in float32:
+TOLERANCE = 1e-4
+# and where ours rounds. Measured: 0.008 (bfloat16) and 0.010 (int8) at most on the two blocks of size=tiny, 0.014 on
+# GPT-B's twelve, 0.031 on images of VQ-16. Independent errors add up as the root of the depth: 0.035 for 24 blocks.
+LIGHT_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Options:
     """What is timed. size: the original's name of it, or tiny; steps: of sampling, None for the peer's own. dtype,
     packed, quant: how our trunk's weights are stored for sampling (vtok/acceleration.py). device: of both sides.
-    cuda_graphs: our sampling is recorded once and replayed."""
+    cuda_graphs: our sampling is recorded once and replayed. compiled_original: the original's model samples through
+    torch.compile, as its own script does (LlamaGen)."""
 
     size: str | None
     batch: int
@@ -53,11 +62,22 @@ class Options:
     quant: LowBit | None = None
     device: torch.device = CPU
     cuda_graphs: bool = False
+    compiled_original: bool = False
 
     @property
     def light(self) -> bool:
         """Whether the originals and training run in `dtype` too: on the CPU they stay in float32."""
         return self.device.type == "cuda" and self.dtype != torch.float32
+
+    def dtype_of(self, part: str) -> torch.dtype:
+        """What our side of this part runs in: on the CPU `dtype` is for sampling and decoding alone."""
+        return self.dtype if self.light or part in ("sample", "decode") else torch.float32
+
+    def rounded(self, part: str) -> str | None:
+        """How our weights or products are rounded in this part: "bfloat16", "bfloat16 int8"; None: float32 as it is."""
+        dtype, quant = self.dtype_of(part), self.quant if part == "sample" else None
+        told = [] if dtype == torch.float32 else [str(dtype).removeprefix("torch.")]
+        return " ".join([*told, *([quant] if quant else [])]) or None
 
     def precision(self) -> torch.autocast:
         """What the originals sample, and both sides compute their losses, under."""
@@ -71,12 +91,32 @@ class Options:
         return sample_seeds(0, 0, self.batch).to(self.device)
 
 
+class Output(NamedTuple):
+    """An output of both sides, ids or values. allowed: the largest difference of values, where ids must be equal; None:
+    any, it is only recorded."""
+
+    name: str
+    theirs: Tensor
+    ours: Tensor
+    allowed: float | None = TOLERANCE
+
+
+def timed(name: str, theirs: Tensor, ours: Tensor, rounded: str | None) -> Output:
+    """An output of our side as it is timed. rounded: see Options; then values may differ by LIGHT_TOLERANCE and ids in
+    any share, and the name says so."""
+    if rounded is None:
+        return Output(f"timed {name}", theirs, ours)
+    if ours.is_floating_point():
+        return Output(f"timed {name}, {rounded}, allowed {LIGHT_TOLERANCE}", theirs, ours, LIGHT_TOLERANCE)
+    return Output(f"timed {name} that differ, {rounded}, any share allowed", theirs, ours, None)
+
+
 @dataclass
 class Pair:
-    """Both sides of a comparison. same: pairs (name, original's output, ours) of the check before any timing, ids or
-    values; parts: name -> (run of the original, run of ours); ours: our module; setting: what sampling means here."""
+    """Both sides of a comparison. same: the outputs of the check before any timing; parts: name -> (run of the
+    original, run of ours); ours: our module as it is timed; setting: what sampling means here."""
 
-    same: Callable[[], list[tuple[str, Tensor, Tensor]]]
+    same: Callable[[], list[Output]]
     parts: dict[str, tuple[Run, Run]]
     ours: nn.Module
     setting: str
@@ -227,9 +267,14 @@ def draw(
     return model.restore(canvas)
 
 
+def recorder(model: Any, options: Options) -> GraphSampler | None:
+    """The sampler that is timed, where it is not the family's own."""
+    return GraphSampler(model) if options.cuda_graphs else None
+
+
 def drawn(model: Any, labels: Tensor, guide: Guidance, rule: DrawRule, options: Options, **more: Any) -> Run:
     """Our sampling as it is timed."""
-    sampler = GraphSampler(model) if options.cuda_graphs else None
+    sampler = recorder(model, options)
     return lambda: draw(model, labels, guide, rule, sampler=sampler, **more)
 
 
@@ -277,6 +322,39 @@ def forced(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
     return model.head.logits(model(model.arrange(tokens), model.conditioner(labels)))[0]
 
 
+def predicted(
+    logits: Tensor,
+    greedy: Tensor,
+    ours: Any,
+    fast: Any,
+    tokens: Tensor,
+    labels: Tensor,
+    guide: Guidance,
+    options: Options,
+    **more: Any,
+) -> list[Output]:
+    """The original's logits and greedy tokens [B, n] beside those of our plain module, and of `fast`, which is timed,
+    by the sampler that is timed."""
+    rule, rounded, n = DrawRule(temperature=0), options.rounded("sample"), greedy.shape[1]
+    mine = draw(ours, labels, guide, rule, **more)[:, :n]
+    quick = draw(fast, labels, guide, rule, sampler=recorder(fast, options), **more)[:, :n]
+    return [
+        Output("logits", logits, forced(ours, tokens, labels)),
+        Output("greedy tokens", greedy, mine),
+        timed("logits", logits, forced(fast, tokens, labels), rounded),
+        timed("greedy tokens", greedy, quick, rounded),
+    ]
+
+
+def replayed(fast: Any, labels: Tensor, guide: Guidance, rule: DrawRule, options: Options) -> list[Output]:
+    """Latents of recorded steps beside those of the same steps run one by one: a recording makes its own noise, so that
+    the original's cannot be put in. The rule is another than the timed one, which is recorded anew."""
+    if not options.cuda_graphs:
+        return []
+    plain, again = (draw(fast, labels, guide, rule, sampler=sampler) for sampler in (None, recorder(fast, options)))
+    return [timed("latents of recorded steps, beside the same ones run", plain, again, options.rounded("sample"))]
+
+
 # --- the peers --------------------------------------------------------------------------------------------------------
 
 
@@ -298,29 +376,35 @@ def llamagen(folder: Path, options: Options) -> Pair:
     steps, guide, fast = options.steps or length, ClassifierFree(Constant(4.0)), cast(ours, options)
     settings = {"cfg_scale": 4.0, "cfg_interval": -1, "temperature": 1.0, "top_p": 1.0}
     quick = copy.deepcopy(theirs).to(options.dtype) if options.light else theirs  # its cache has its weights' dtype
+    shown = quick
+    if options.compiled_original:  # as its sampling script's --compile
+        shown = torch.compile(quick, mode="reduce-overhead", fullgraph=True)
 
-    def plain(*, learning: bool) -> tuple[Tensor, Tensor | None]:
-        for layer in theirs.layers:
+    def plain(model: Any, **also: Tensor) -> Any:
+        for layer in model.layers:
             layer.attention.kv_cache = None  # sampling leaves one
-        if learning:
-            return theirs(tokens[:, :-1], labels, targets=tokens)
-        return theirs(tokens[:, :-1], labels, input_pos=torch.arange(length, device=tokens.device))[0], None
+        return model(tokens[:, :-1], labels, **also)
 
-    def same() -> list[tuple[str, Tensor, Tensor]]:
-        few = min(steps, 32)
-        with torch.no_grad():
-            logits = plain(learning=False)[0]
-        greedy = sampling.generate(theirs, labels, few, top_k=0, sample_logits=False, **settings)
-        mine = draw(ours, labels, guide, DrawRule(temperature=0), stop=few)[:, :few]
-        with torch.no_grad():
-            return [("logits", logits, forced(ours, tokens, labels)), ("greedy tokens", greedy.long(), mine)]
+    @torch.no_grad()
+    def same() -> list[Output]:
+        few, every = min(steps, 32), torch.arange(length, device=tokens.device)
+        logits = plain(theirs, input_pos=every)[0]
+        greedy = sampling.generate(theirs, labels, few, top_k=0, sample_logits=False, **settings).long()
+        found = predicted(logits, greedy, ours, fast, tokens, labels, guide, options, stop=few)
+        if quick is not theirs:
+            told = f"the original's own logits, {options.rounded('sample')}, any allowed"
+            found.append(Output(told, logits, plain(quick, input_pos=every)[0], None))
+        return found
 
     parts = {
         "sample": (
-            lambda: sampling.generate(quick, labels, steps, top_k=2000, sample_logits=True, **settings),
+            lambda: sampling.generate(shown, labels, steps, top_k=2000, sample_logits=True, **settings),
             drawn(fast, labels, guide, DrawRule(top_k=2000), options, stop=steps),
         ),
-        "train": (learn(theirs, lambda: plain(learning=True)[1], options), trained(ours, tokens, labels, options)),
+        "train": (
+            learn(theirs, lambda: plain(theirs, targets=tokens)[1], options),
+            trained(ours, tokens, labels, options),
+        ),
     }
     return Pair(same, parts, fast, f"{steps} tokens, guidance 4, top_k 2000, without decoding")
 
@@ -355,7 +439,7 @@ def var(folder: Path, options: Options) -> Pair:
                 B=options.batch, label_B=labels, cfg=4, top_k=top_k, top_p=top_p, g_seed=0
             )
 
-    def same() -> list[tuple[str, Tensor, Tensor]]:
+    def same() -> list[Output]:
         seen: list[Tensor] = []
 
         def record(*a: Any, **k: Any) -> Tensor:
@@ -366,9 +450,8 @@ def var(folder: Path, options: Options) -> Pair:
             logits = theirs(labels, maps)
         with replaced(module, "sample_with_top_k_top_p_", record):
             sample(1, 0.0)
-        mine = draw(ours, labels, guide, DrawRule(temperature=0))
         greedy = torch.cat([s[:, :, 0] for s in seen], dim=1)
-        return [("logits", logits, forced(ours, tokens, labels)), ("greedy tokens", greedy, mine)]
+        return predicted(logits, greedy, ours, fast, tokens, labels, guide, options)
 
     def loss() -> Tensor:
         return F.cross_entropy(theirs(labels, maps).flatten(0, 1), tokens.flatten())
@@ -409,12 +492,11 @@ def rar(folder: Path, options: Options) -> Pair:
         condition = theirs.preprocess_condition(labels, cond_drop_prob=0.0)
         return theirs(tokens, condition, return_labels=True)[0][:, :-1]
 
-    def same() -> list[tuple[str, Tensor, Tensor]]:
+    def same() -> list[Output]:
         with replaced(torch, "multinomial", best):
             greedy = sample()
         with torch.no_grad():
-            pairs = [("logits", logits(), forced(ours, tokens, labels))]
-        return [*pairs, ("greedy tokens", greedy, draw(ours, labels, guide, DrawRule(temperature=0)))]
+            return predicted(logits(), greedy, ours, fast, tokens, labels, guide, options)
 
     def loss() -> Tensor:
         theirs.set_random_ratio(1.0)  # as ours at the start of training: every sample in its own order
@@ -464,15 +546,16 @@ def xar(folder: Path, options: Options) -> Pair:
         with torch.no_grad():
             return theirs.sample_tokens(num_steps=count, cfg=2.7, label=labels)
 
-    def same() -> list[tuple[str, Tensor, Tensor]]:
+    def same() -> list[Output]:
         numbers = torch.randn(3 * options.batch * ours.layout.length * ours.channels).to(options.device)
         tape = Tape(numbers, options.batch)
         like = lambda x, **_: tape.take(*x.shape).to(x.dtype)  # noqa: E731
         with replaced(torch, "randn", lambda shape, **_: tape.take(*shape)), replaced(torch, "randn_like", like):
-            want = sample(3)
-        rule = DrawRule(solver="euler_maruyama", solver_steps=3)
-        got = draw(ours, labels, guide, rule, noise=Tape(numbers, options.batch))
-        return [("latents on one tape of noise", want.flatten(2).transpose(1, 2), got)]
+            want = sample(3).flatten(2).transpose(1, 2)
+        rule, name = DrawRule(solver="euler_maruyama", solver_steps=3), "latents on one tape of noise"
+        mine, quick = (draw(m, labels, guide, rule, noise=Tape(numbers, options.batch)) for m in (ours, fast))
+        found = [Output(name, want, mine), timed(name, want, quick, options.rounded("sample"))]
+        return found + replayed(fast, labels, guide, rule, options)
 
     rule = DrawRule(solver="euler_maruyama", solver_steps=steps)
     parts = {
@@ -506,18 +589,22 @@ def mar(folder: Path, options: Options) -> Pair:
     tokens = latents.flatten(2).transpose(1, 2)
     guide = ClassifierFree(Count(2.9, tokens=length))
 
-    def same() -> list[tuple[str, Tensor, Tensor]]:
+    @torch.no_grad()
+    def same() -> list[Output]:
         known = length // 4
         cells = torch.rand(options.batch, length).argsort(1)[:, :known].sort(1).values.to(options.device)
         mask = torch.ones(options.batch, length, device=options.device).scatter(1, cells, 0.0)
-        with torch.no_grad():
-            classes = theirs.class_emb(labels)
-            states = theirs.forward_mae_decoder(theirs.forward_mae_encoder(tokens, mask, classes), mask)
-            seen = tokens.gather(1, cells.unsqueeze(-1).expand(-1, -1, channels))
-            mine = ours.states(seen, cells, ours.conditioner(labels))
-            x, t = tokens.flatten(0, 1), torch.randint(1000, (options.batch * length,)).to(options.device)
-            net = theirs.diffloss.net(x, t, states.flatten(0, 1))
-            return [("states", states, mine), ("head", net, ours.head.mlp(x, t / 1000, mine.flatten(0, 1)))]
+        classes = theirs.class_emb(labels)
+        states = theirs.forward_mae_decoder(theirs.forward_mae_encoder(tokens, mask, classes), mask)
+        seen = tokens.gather(1, cells.unsqueeze(-1).expand(-1, -1, channels))
+        x, t = tokens.flatten(0, 1), torch.randint(1000, (options.batch * length,)).to(options.device)
+        net = theirs.diffloss.net(x, t, states.flatten(0, 1))
+        mine, quick = (m.states(seen, cells, m.conditioner(labels)) for m in (ours, fast))
+        heads = [m.head.mlp(x, t / 1000, h.flatten(0, 1)) for m, h in ((ours, mine), (fast, quick))]
+        rounded = options.rounded("sample")
+        plain = [Output("states", states, mine), Output("head", net, heads[0])]
+        light = [timed("states", states, quick, rounded), timed("head", net, heads[1], rounded)]
+        return plain + light + replayed(fast, labels, guide, DrawRule(solver_steps=3), options)
 
     def sample() -> Tensor:
         with torch.no_grad():

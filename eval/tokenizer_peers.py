@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.peers import Options, Pair, exact, fill, resets_kept, shipped, sized
+from eval.peers import Options, Output, Pair, exact, fill, resets_kept, shipped, sized, timed
 from vtok.convert import convert
 from vtok.decoding import decode_images, light_tokenizer
 from vtok.tokenizer import Tokenizer
@@ -43,21 +43,29 @@ def compare(
 
         return call
 
-    def same() -> list[tuple[str, Tensor, Tensor]]:
-        with torch.inference_mode():
-            theirs, plain, quick = decode(ids), ours.decode(ids), decode_images(fast, ids)
-            if clamped:
-                plain, quick = plain.clamp(-1, 1), quick.clamp(-1, 1)
-            return [("ids", ids, ours.encode(images)), ("images", theirs, plain), ("fast images", theirs, quick)]
-
     def quick_encode(given: Tensor) -> Tensor:
         with options.precision():
             return fast.encode(given)
 
+    def quick_decode(given: Tensor) -> Tensor:
+        return decode_images(fast, given, dtype=options.dtype)
+
+    def same() -> list[Output]:
+        with torch.inference_mode():
+            theirs, plain, quick = decode(ids), ours.decode(ids), quick_decode(ids)
+            if clamped:
+                plain, quick = plain.clamp(-1, 1), quick.clamp(-1, 1)
+            return [
+                Output("ids", ids, ours.encode(images)),
+                Output("images", theirs, plain),
+                timed("ids", ids, quick_encode(images), options.rounded("encode")),
+                timed("images", theirs, quick, options.rounded("decode")),
+            ]
+
     theirs = [shipped(inferred(run, given), options) for run, given in ((encode, images), (decode, ids))]
     parts = {
         "encode": (theirs[0], inferred(quick_encode, images)),
-        "decode": (theirs[1], inferred(lambda x: decode_images(fast, x, dtype=options.dtype), ids)),
+        "decode": (theirs[1], inferred(quick_decode, ids)),
     }
     return Pair(same, parts, fast, f"{size} px, {ids.shape[1]} tokens")
 

@@ -2,13 +2,18 @@
 
     python -m eval.versus peer=llamagen dir=../LlamaGen size=GPT-B batch=1
 
-First the outputs must agree: teacher-forced logits (or states) within 1e-4 of the largest, equal greedy tokens. Then
+First the outputs must agree: teacher-forced logits (or states) within 1e-4 of the largest, equal greedy tokens, of our
+plain module and of what is timed. Where that rounds (bfloat16, 8 bits), its logits may differ by LIGHT_TOLERANCE
+(eval/peers.py), and the share of greedy tokens that differ is only recorded; the names in `differences` say which. Then
 the two take turns in one process, the first to go changing every time, and the ratio is the original's time over ours:
 the median over the turns, with its 10-90 % range. A shared machine slows both sides of a turn, so ratios outlive it
 where times do not; clock=cpu with threads=1 counts this process's own seconds alone. On device=cuda both sides are warm
-and waited for, and in bfloat16 the original runs in it too (eval/peers.py). The original's code comes from
-`dir`; without it the command says what to clone. A row holds the paths that our side took (vtok/counters.py); where
-one that the settings ask for was not taken, the command fails (eval/paths.py).
+and waited for, and in bfloat16 the original runs in it too (eval/peers.py); on the CPU bfloat16 is for our sampling and
+decoding, and rows of training and encoding say float32. A training step is forward and backward, without an optimizer.
+compiled_original=true: LlamaGen's model through torch.compile, as its own sampling script does, and caches that are new
+at every call. The original's code comes from `dir`; without it the command says what to clone. A row holds the paths
+that our side took (vtok/counters.py); where one that the settings ask for was not taken, the command fails
+(eval/paths.py).
 """
 
 from __future__ import annotations
@@ -23,34 +28,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from eval import paths
 from eval.fid import CONFIGS
-from eval.peers import PROGRESS, Options, draw, exact, pair
+from eval.peers import PROGRESS, Options, Output, draw, exact, pair
 from eval.protocol import library_versions
 from eval.throughput import describe, storage, wait
 from vtok import counters
 from vtok.cli import entry
 
-TOLERANCE = 1e-4  # of max|a - b| / max|b|; ids must be equal
 LEAST = 7  # turns, fewer are no measurement
 ITSELF = 0.95, 1.05  # the ratio of a module against itself
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def agree(same: list[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
-    """Largest relative difference (or share of unequal ids) by name. ValueError where the two sides differ."""
+def agree(same: list[Output]) -> dict[str, float]:
+    """max|ours - original| / max|original|, or the share of unequal ids, by name. ValueError where the two sides differ
+    by more than is allowed."""
     found = {}
-    for name, theirs, ours in same:
+    for name, theirs, ours, allowed in same:
         if theirs.shape != ours.shape:
             raise ValueError(f"{name}: the original gives {tuple(theirs.shape)}, ours {tuple(ours.shape)}")
         if ours.is_floating_point():
             found[name] = float((theirs.double() - ours.double()).abs().max() / theirs.double().abs().max())
-            limit = TOLERANCE
+            limit = allowed
         else:
             found[name], limit = float((theirs != ours).double().mean()), 0.0
-        if not found[name] <= limit:
+        if allowed is not None and not found[name] <= limit:
             raise ValueError(f"{name} differ by {found[name]:.2e}, allowed is {limit}: nothing was timed")
     return found
 
@@ -136,6 +140,27 @@ def asked(config: Mapping[str, Any], generator: Any | None, part: str, options: 
     return paths.sampling(generator, guided=True, **given)
 
 
+def ran(part: str, options: Options) -> dict[str, Any]:
+    """What this part really runs with, of the options that are for some parts alone."""
+    sampled = part == "sample"
+    return {
+        "dtype": str(options.dtype_of(part)).removeprefix("torch."),
+        "quant": options.quant if sampled else None,
+        "cuda_graphs": sampled and options.cuda_graphs,
+        "compiled_original": sampled and options.compiled_original,
+    }
+
+
+def held(run: Callable[[], Any], part: str, options: Options) -> Callable[[], Any]:
+    """Our run, in which attention may not fall to the unfused kernel (eval/paths.py)."""
+
+    def call() -> Any:
+        with paths.fused(options.device, options.dtype_of(part)):
+            return run()
+
+    return call
+
+
 def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The command: checks, times, prints, adds to `out`; returns the rows of this call."""
     from vgen.sampling import resolve_device, resolve_dtype
@@ -151,6 +176,10 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"clock=cpu adds up the seconds of all threads: pass threads=1, not {config['threads']}")
     if not 0 <= config["least_seconds"] < math.inf:
         raise ValueError(f"least_seconds={config['least_seconds']}: seconds that a side of a turn lasts, 0 or more")
+    if config["compiled_original"] and (config["selftest"] or config["peer"] != "llamagen"):
+        raise ValueError(
+            "compiled_original=true is for peer=llamagen, whose sampling script compiles its model; leave it false"
+        )
     if config["batch"] < 1:
         raise ValueError(f"batch={config['batch']}: at least one image is made at once")
     device, dtype, steps, both = resolve_device(config["device"]), resolve_dtype(config["dtype"]), config["steps"], None
@@ -162,6 +191,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         torch.cuda.set_device(device)  # where an original's bare .cuda() goes
     options = Options(config["size"], int(config["batch"]), steps, dtype, device=device, **storage(config))
     options = replace(options, cuda_graphs=bool(config["cuda_graphs"]))
+    options = replace(options, compiled_original=bool(config["compiled_original"]))
     name, setting, differences = config["peer"], "", {}
     if config["selftest"]:
         run = itself(options.batch, steps, device)
@@ -180,16 +210,14 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for part, (theirs, ours) in parts.items():
         counters.reset()  # only our side counts
-        row = alternate(
-            theirs, ours, int(config["turns"]), device, clock=CLOCKS[config["clock"]], least=config["least_seconds"]
-        )
+        timing = {"clock": CLOCKS[config["clock"]], "least": config["least_seconds"]}
+        row = alternate(theirs, held(ours, part, options), int(config["turns"]), device, **timing)
         row["paths"] = counters.read()
         asked(config, both.ours if both else None, part, options).check(row["paths"], f"{name} {part}")
         facts = {"peer": name, "size": config["size"], "part": part, "batch": options.batch}
-        facts |= {"dtype": config["dtype"], "threads": torch.get_num_threads(), "device": describe(device)}
-        facts |= {"clock": config["clock"], **storage(config), "packed": bool(row["paths"].get("linear.packed"))}
+        facts |= {"threads": torch.get_num_threads(), "device": describe(device), "clock": config["clock"]}
         facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}
-        facts |= {"cuda_graphs": options.cuda_graphs}
+        facts |= ran(part, options) | {"packed": bool(row["paths"].get("linear.packed"))}
         more = {"setting": setting, "differences": differences, "date": time.strftime("%Y-%m-%d")}
         rows.append(facts | row | more | {"note": config["note"], "versions": library_versions()})
         print(
@@ -200,7 +228,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             flush=True,
         )
     out, key = Path(config["out"]), ("peer", "size", "part", "batch", "dtype", "threads", "device", "setting", "clock")
-    key += ("packed", "quant", "cuda_graphs")
+    key += ("packed", "quant", "cuda_graphs", "compiled_original")
     earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
     done = {tuple(row.get(k) or None for k in key) for row in rows}  # rows of before have no storage: a plain one
     kept = [row for row in earlier if tuple(row.get(k) or None for k in key) not in done]

@@ -1,15 +1,31 @@
 """Side by side with an original: what agrees, how turns are timed, the command's self-test. No original is needed."""
 
+import functools
 import itertools
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
+import torch.nn.functional as F
+from generators import make
 from hydra import compose, initialize_config_dir
 from runs import CONFIGS
+from tape import Tape
+from torch import nn
+from torch.nn.attention import SDPBackend
 
-from eval.peers import SOURCES, Options, exact, pair, shipped, sized
-from eval.versus import CLOCKS, agree, alternate, evaluate
+from eval import paths, peers
+from eval.peers import SOURCES, Options, Output, exact, pair, shipped, sized
+from eval.tokenizer_peers import compare
+from eval.versus import CLOCKS, agree, alternate, evaluate, ran
+from vgen.guidance import ClassifierFree, Constant
+from vgen.heads import DrawRule
+from vgen.samplers.graphs import GraphSampler
+from vtok import counters
 
 
 def config(*overrides):
@@ -19,16 +35,204 @@ def config(*overrides):
 
 def test_outputs_agree_within_the_tolerance_and_ids_exactly():
     values, ids = torch.tensor([1.0, -4.0]), torch.tensor([3, 5])
-    found = agree([("logits", values, values + torch.tensor([0.0, 2e-4])), ("tokens", ids, ids.clone())])
+    near = Output("logits", values, values + torch.tensor([0.0, 2e-4]))
+    found = agree([near, Output("tokens", ids, ids.clone())])
     assert found["logits"] == pytest.approx(5e-5, rel=1e-3) and found["tokens"] == 0
     with pytest.raises(ValueError, match=r"logits differ by .* nothing was timed"):
-        agree([("logits", values, values + 1e-3)])
+        agree([Output("logits", values, values + 1e-3)])
+    assert agree([Output("logits", values, values + 1e-3, 0.001)])["logits"] == pytest.approx(2.5e-4, rel=1e-3)
     with pytest.raises(ValueError, match=r"tokens differ by 5\.00e-01"):
-        agree([("tokens", ids, torch.tensor([3, 6]))])
+        agree([Output("tokens", ids, torch.tensor([3, 6]))])
+    assert agree([Output("tokens", ids, torch.tensor([3, 6]), None)]) == {"tokens": 0.5}
     with pytest.raises(ValueError, match="gives"):
-        agree([("logits", values, values[:1])])
+        agree([Output("logits", values, values[:1])])
     with pytest.raises(ValueError, match="differ"):
-        agree([("logits", values, values * float("nan"))])
+        agree([Output("logits", values, values * float("nan"))])
+
+
+class Original(nn.Module):
+    """Our own LlamaGen behind the interface of its authors' model."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.inner, self.layers = config, make("llamagen"), []
+
+    def forward(self, idx, labels, input_pos=None, targets=None):
+        model = self.inner
+        h = model(model.arrange(F.pad(idx, (0, 1))), model.conditioner(labels))
+        logits = model.head.logits(h)[0]
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def stand_in(monkeypatch):
+    """The modules of LlamaGen's checkout; returns a list of the models that were sampled from, greedy or not."""
+    calls = []
+
+    def generate(model, labels, count, *, sample_logits, cfg_scale, **_):
+        calls.append((model, sample_logits))
+        if sample_logits:  # timed: nothing of ours may count
+            return torch.zeros(len(labels), count)
+        guide, rule = ClassifierFree(Constant(cfg_scale)), DrawRule(temperature=0)
+        return peers.draw(model.inner, labels, guide, rule, stop=count)[:, :count]
+
+    def convert(family, state, arguments):
+        ours = make("llamagen")
+        ours.load_state_dict({name.removeprefix("inner."): value for name, value in state.items()})
+        return ours
+
+    gpt = SimpleNamespace(Transformer=Original, ModelArgs=SimpleNamespace, GPT_models={})
+    monkeypatch.setitem(sys.modules, "autoregressive.models.gpt", gpt)
+    monkeypatch.setitem(sys.modules, "autoregressive.models.generate", SimpleNamespace(generate=generate))
+    monkeypatch.setattr(peers, "convert", convert)
+    return calls
+
+
+def llamagen(**options):
+    return peers.llamagen(Path(), Options("tiny", 2, 6, **options))
+
+
+def spoiled(monkeypatch, factor):
+    """What is timed gives logits of about `factor` times the right ones."""
+    light = peers.light_weights
+
+    def store(model, *given, **options):
+        with torch.no_grad():
+            model.trunk.norm.weight.mul_(factor)
+        light(model, *given, **options)
+
+    monkeypatch.setattr(peers, "light_weights", store)
+
+
+def test_what_is_timed_is_checked_and_not_only_the_plain_module(monkeypatch):
+    stand_in(monkeypatch)
+    found = agree(llamagen(packed=None).same())
+    assert list(found) == ["logits", "greedy tokens", "timed logits", "timed greedy tokens"]
+    light = agree(llamagen(dtype=torch.bfloat16, packed=False).same())
+    values, ids = f"timed logits, bfloat16, allowed {peers.LIGHT_TOLERANCE}", "timed greedy tokens that differ"
+    assert list(light) == ["logits", "greedy tokens", values, f"{ids}, bfloat16, any share allowed"]
+    assert 1e-4 < light[values] < peers.LIGHT_TOLERANCE, "the weights were rounded"
+    with monkeypatch.context() as patch:
+        spoiled(patch, 1.01)
+        assert agree(llamagen(dtype=torch.bfloat16, packed=False).same()), "within the tolerance of rounding"
+        with pytest.raises(ValueError, match=r"timed logits differ by .*, allowed is 0\.0001: nothing was timed"):
+            agree(llamagen(packed=None).same())
+    spoiled(monkeypatch, 1 + 2 * peers.LIGHT_TOLERANCE)
+    with pytest.raises(ValueError, match=r"timed logits, bfloat16, allowed .* differ by"):
+        agree(llamagen(dtype=torch.bfloat16, packed=False).same())
+
+
+def test_recorded_steps_are_what_is_checked_where_they_are_timed(monkeypatch):
+    stand_in(monkeypatch)
+    monkeypatch.setattr(peers, "GraphSampler", functools.partial(GraphSampler, capture=Tape))
+    counters.reset()
+    assert agree(llamagen(cuda_graphs=True, packed=False).same())["timed greedy tokens"] == 0
+    assert counters.read()["graph.replayed"] == 6
+
+    class Wrong(GraphSampler):
+        def __call__(self, *given, **options):
+            canvas = super().__call__(*given, **options)
+            canvas.tokens[0, 2] += 1
+            return canvas
+
+    monkeypatch.setattr(peers, "GraphSampler", functools.partial(Wrong, capture=Tape))
+    with pytest.raises(ValueError, match=r"timed greedy tokens differ by 8\.33e-02"):  # one of 2 x 6
+        agree(llamagen(cuda_graphs=True, packed=False).same())
+    light = agree(llamagen(cuda_graphs=True, dtype=torch.bfloat16, packed=False).same())
+    assert light["timed greedy tokens that differ, bfloat16, any share allowed"] > 0
+
+
+def test_recorded_latents_are_held_to_the_plain_steps(monkeypatch):
+    model, labels, guide = make("mar"), torch.arange(2), ClassifierFree(Constant(2.0))
+    rule, options = DrawRule(solver_steps=2), Options(None, 2, None, cuda_graphs=True)
+    assert peers.replayed(model, labels, guide, rule, Options(None, 2, None)) == []
+    monkeypatch.setattr(peers, "GraphSampler", functools.partial(GraphSampler, capture=Tape))
+    ((name, difference),) = agree(peers.replayed(model, labels, guide, rule, options)).items()
+    assert name == "timed latents of recorded steps, beside the same ones run" and difference < 1e-6
+    load = "vgen.samplers.graphs.Recording.load"
+    monkeypatch.setattr(load, lambda self, cond, noise, canvas: self.noise.seeds.zero_())  # other seeds than asked for
+    with pytest.raises(ValueError, match="timed latents of recorded steps"):
+        agree(peers.replayed(model, labels, guide, rule, options))
+
+
+def test_the_light_copy_of_the_original_is_recorded(monkeypatch):
+    stand_in(monkeypatch)
+    monkeypatch.setattr(Options, "light", True)  # as on CUDA
+    both = llamagen(dtype=torch.bfloat16, packed=False)
+    found = agree(both.same())
+    assert 1e-4 < found["the original's own logits, bfloat16, any allowed"] < 0.1
+
+
+def test_the_original_is_compiled_as_its_script_does_and_for_the_timing_alone(monkeypatch):
+    calls, asked = stand_in(monkeypatch), []
+
+    def compiled(model, **options):
+        asked.append(options)
+        return SimpleNamespace(inner=model.inner, compiled=True)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    both = llamagen(compiled_original=True)
+    both.same()
+    both.parts["sample"][0]()
+    assert asked == [{"mode": "reduce-overhead", "fullgraph": True}]
+    assert [(getattr(model, "compiled", False), drawn) for model, drawn in calls] == [(False, False), (True, True)]
+    llamagen().parts["sample"][0]()
+    assert len(asked) == 1 and isinstance(calls[-1][0], Original)
+
+
+def test_rows_say_what_their_part_ran_with(tmp_path, monkeypatch):
+    """On the CPU bfloat16, 8 bits, recordings and a compiled original are for sampling; decoding takes the first."""
+    stand_in(monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr("eval.versus.pair", lambda peer, folder, options: peers.llamagen(Path(), options))
+    out, options = tmp_path / "versus.json", ["peer=llamagen", "dir=.", "size=tiny", "batch=2", "steps=2"]
+    options += ["dtype=bfloat16", "packed=false", "least_seconds=0", "compiled_original=true", f"out={out}"]
+    sample, train = evaluate(config(*options))
+    assert (sample["dtype"], sample["compiled_original"]) == ("bfloat16", True)
+    assert [train[k] for k in ("dtype", "compiled_original", "packed", "quant")] == ["float32", False, False, None]
+    assert sample["paths"]["weights.bfloat16"] and "weights.bfloat16" not in train["paths"]
+    evaluate(config(*options[:-2], "parts=[sample]", options[-1]))
+    kept = json.loads(out.read_text())["rows"]
+    found = [(row["part"], row["compiled_original"]) for row in kept]
+    assert found == [("sample", True), ("train", False), ("sample", False)]
+    given = {"quant": "int8", "cuda_graphs": True, "compiled_original": True}
+    for device, rounded in (("cpu", "float32"), ("cuda", "bfloat16")):
+        mine = Options(None, 1, None, torch.bfloat16, device=torch.device(device), **given)
+        assert ran("sample", mine) == {"dtype": "bfloat16", **given}
+        plain = {"quant": None, "cuda_graphs": False, "compiled_original": False}
+        assert ran("decode", mine) == {"dtype": "bfloat16"} | plain
+        assert ran("train", mine) == ran("encode", mine) == {"dtype": rounded} | plain
+
+
+def test_the_tokenizer_that_is_timed_is_checked(monkeypatch):
+    ours = tokenizers.make("cnn_vq")
+    encode, decode = ours.encode, ours.decode
+
+    def found(dtype=torch.float32):
+        return agree(compare(encode, decode, ours, Options(None, 2, None, dtype)).same())
+
+    assert list(found()) == ["ids", "images", "timed ids", "timed images"]
+    light = f"timed images, bfloat16, allowed {peers.LIGHT_TOLERANCE}"
+    told = found(torch.bfloat16)
+    assert list(told) == ["ids", "images", "timed ids", light], "encoding stays in float32 on the CPU"
+    assert told[light] > 1e-4
+
+    def store(tokenizer, dtype):
+        with torch.no_grad():
+            tokenizer.quantizer.codebook.weight.mul_(-1)
+
+    monkeypatch.setattr("eval.tokenizer_peers.light_tokenizer", store)
+    with pytest.raises(ValueError, match="timed ids differ"):
+        found()
+
+
+def test_unfused_attention_is_an_error_on_cuda_in_bfloat16_alone(monkeypatch):
+    entered = []
+    monkeypatch.setattr(paths, "sdpa_kernel", lambda kernels: entered.append(kernels) or exact())
+    for device, dtype in (("cpu", torch.bfloat16), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+        assert not entered
+        with paths.fused(torch.device(device), dtype):
+            pass
+    assert SDPBackend.MATH not in entered[0] and SDPBackend.FLASH_ATTENTION in entered[0] and len(entered) == 1
 
 
 def test_turns_alternate_and_the_ratio_is_the_first_over_the_second():
@@ -154,6 +358,8 @@ def test_mistakes_name_their_key(tmp_path):
         (["clock=sun", "selftest=true"], "clock=sun"),
         (["clock=cpu", "threads=2", "selftest=true"], "threads=1"),
         (["device=tpu", "selftest=true"], "device='tpu'"),
+        (["compiled_original=true", "peer=var", "dir=."], "compiled_original=true is for peer=llamagen"),
+        (["compiled_original=true", "selftest=true"], "compiled_original=true is for peer=llamagen"),
         ([], "pass peer="),
     ]:
         with pytest.raises(ValueError, match=words):
