@@ -2,13 +2,18 @@
 
     python scripts/bench_gpu.py
     python scripts/bench_gpu.py seconds=540 only=[llamagen_l_sample_1]
+    python scripts/bench_gpu.py peers=..
 
 A row is one call of eval.throughput in a process of its own, on the fast paths unless its name says plain; where one
 was not taken, the row fails. A call of this script starts no row after `seconds`, and kills one that runs over
-`row_seconds`; rows whose file holds a measurement are done, so three calls of nine minutes do what one of 25 would. A
-row that failed or was killed leaves `<row>.failed` and comes first in the next call. MAR is measured at 16 iterations
-and xAR at 10 solver steps, as in eval.versus; the rows say so. scripts/benchmarks.py writes docs/benchmarks.md from the
-files.
+`row_seconds`, so that it ends within their sum, and three calls within 25 minutes. What these do not measure, the least
+wanted rows, is left for more calls: all rows together are bounded by their number times `row_seconds` alone. Rows whose
+file holds a measurement are done. A row that failed or was killed leaves `<row>.failed` and comes first in the next
+call. MAR is measured at 16 iterations and xAR at 10 solver steps, as in eval.versus; the rows say so.
+
+peers: a folder with clones of the originals, named as their repositories are (LlamaGen, VAR, ..). Rows of eval.versus
+(`versus_..`) for those that are there then come behind the most wanted ones. scripts/benchmarks.py writes
+docs/benchmarks.md from the files.
 """
 
 from __future__ import annotations
@@ -24,18 +29,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from eval.peers import SOURCES  # noqa: E402
 from vtok.cli import entry  # noqa: E402
 
 LLAMAGEN, VAR, KL = "tokenizer=llamagen_vq16", "tokenizer=var_vqvae", "tokenizer=kl16"
 GRAPHS, COMPILE = "cuda_graphs=true", "compile=true"
+BATCHES = "batches=[32,64,128]"  # of training, which counts at its best one
 ROWS: dict[str, tuple[str, ...]] = {
     "llamagen_l_sample_1": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]", GRAPHS),
     "var_d16_sample_1": (VAR, "model=var_d16", "parts=[sample]", "batches=[1]", GRAPHS),
-    "llamagen_l_train": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[64]", COMPILE),
-    "var_d16_train": (VAR, "model=var_d16", "parts=[train]", "batches=[64]", COMPILE),
+    "llamagen_l_train": (LLAMAGEN, "model=llamagen_l", "parts=[train]", BATCHES, COMPILE),
+    "var_d16_train": (VAR, "model=var_d16", "parts=[train]", BATCHES, COMPILE),
     "llamagen_l_sample_64": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[64]", GRAPHS),
     "var_d16_sample_64": (VAR, "model=var_d16", "parts=[sample]", "batches=[64]", GRAPHS),
     "llamagen_3b_sample_1": (LLAMAGEN, "model=llamagen_3b", "parts=[sample]", "batches=[1]", GRAPHS),
+    "llamagen_b_sample_8": (LLAMAGEN, "model=llamagen_b", "parts=[sample]", "batches=[8]", GRAPHS),
     "llamagen_l_sample_1_plain": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]"),
     "llamagen_vq16": (LLAMAGEN, "parts=[encode,decode]", "batches=[1,64]"),
     "var_vqvae": (VAR, "parts=[encode,decode]", "batches=[1,64]"),
@@ -57,40 +65,98 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 
 
+FIRST = list(ROWS).index("llamagen_3b_sample_1") + 1  # rows that come before those of VERSUS
+VERSUS: dict[str, tuple[str, str, str, int, float]] = {  # peer, size, part, batch, the ratio that is wanted
+    "versus_llamagen_l_sample_1": ("llamagen", "GPT-L", "sample", 1, 3.0),
+    "versus_var_d16_sample_1": ("var", "d16", "sample", 1, 2.0),
+    "versus_llamagen_b_sample_1": ("llamagen", "GPT-B", "sample", 1, 3.0),
+    "versus_xar_b_sample_1": ("xar", "xar_base", "sample", 1, 2.0),
+    "versus_rar_b_sample_1": ("rar", "rar_b", "sample", 1, 2.0),
+    "versus_mar_b_sample_1": ("mar", "mar_base", "sample", 1, 2.0),
+    "versus_llamagen_l_train_32": ("llamagen", "GPT-L", "train", 32, 1.3),
+    "versus_var_d16_train_32": ("var", "d16", "train", 32, 1.3),
+    "versus_llamagen_l_sample_8": ("llamagen", "GPT-L", "sample", 8, 3.0),
+    "versus_var_d16_sample_8": ("var", "d16", "sample", 8, 2.0),
+    "versus_llamagen_b_sample_8": ("llamagen", "GPT-B", "sample", 8, 3.0),
+    "versus_llamagen_vq16_encode_8": ("llamagen_vq", "VQ-16", "encode", 8, 1.5),
+    "versus_llamagen_vq16_decode_8": ("llamagen_vq", "VQ-16", "decode", 8, 1.5),
+    "versus_var_vqvae_encode_8": ("var_vqvae", "vae_ch160v4096z32", "encode", 8, 1.5),
+    "versus_var_vqvae_decode_8": ("var_vqvae", "vae_ch160v4096z32", "decode", 8, 1.5),
+    "versus_titok_l32_encode_8": ("titok", "titok_l32", "encode", 8, 1.5),
+    "versus_titok_l32_decode_8": ("titok", "titok_l32", "decode", 8, 1.5),
+    "versus_llamagen_l_sample_2": ("llamagen", "GPT-L", "sample", 2, 3.0),
+    "versus_llamagen_b_sample_2": ("llamagen", "GPT-B", "sample", 2, 3.0),
+    "versus_llamagen_b_train_32": ("llamagen", "GPT-B", "train", 32, 1.3),
+    "versus_xar_b_train_32": ("xar", "xar_base", "train", 32, 1.3),
+    "versus_rar_b_train_32": ("rar", "rar_b", "train", 32, 1.3),
+    "versus_mar_b_train_32": ("mar", "mar_base", "train", 32, 1.3),
+}
+
+
+def compiled(peer: str, part: str) -> bool:
+    """Whether the original is wanted as its own script compiles it."""
+    return (peer, part) == ("llamagen", "sample")
+
+
 def measured(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file if every one of them has numbers, else none."""
-    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
-    return rows if all(row.get("images_per_second") and row.get("fraction") for row in rows) else []
+    """The rows of a file, with its date and versions, if every one of them has numbers, else none."""
+    kept = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+    facts = {name: kept[name] for name in ("date", "versions") if name in kept}
+    complete = all(row.get("ratio") or (row.get("images_per_second") and row.get("fraction")) for row in kept["rows"])
+    return [facts | row for row in kept["rows"]] if complete else []
 
 
-def left(folder: Path, only: list[str] | None) -> list[str]:
+def clone(peer: str, peers: str) -> Path:
+    return Path(peers).resolve() / Path(SOURCES[peer]).name
+
+
+def wanted(peers: str | None) -> list[str]:
+    """All rows, most wanted first; comparisons with the originals of which there is a clone in the folder `peers`.
+    ValueError where there is none at all."""
+    compared = [name for name, (peer, *_) in VERSUS.items() if peers is not None and clone(peer, peers).is_dir()]
+    if peers is not None and not compared:
+        named = sorted({Path(source).name for source in SOURCES.values()})
+        raise ValueError(f"peers={peers}: no clone in it is named {', '.join(named)}; leave peers=null, or clone them")
+    return [*list(ROWS)[:FIRST], *compared, *list(ROWS)[FIRST:]]
+
+
+def left(folder: Path, only: list[str] | None, peers: str | None = None) -> list[str]:
     """Rows without a measurement: those that failed before, then the others, each in the order in which they are
     wanted. ValueError for an unknown name."""
-    unknown = set(only or ()) - set(ROWS)
+    rows = wanted(peers)
+    unknown = set(only or ()) - set(rows)
     if unknown:
-        raise ValueError(f"only={sorted(unknown)}: choose of {', '.join(ROWS)}")
-    names = [name for name in ROWS if (not only or name in only) and not measured(folder / f"{name}.json")]
+        more = " (versus_..: pass peers=<folder of the originals' clones>)" if unknown & set(VERSUS) else ""
+        raise ValueError(f"only={sorted(unknown)}: choose of {', '.join(rows)}{more}")
+    names = [name for name in rows if (not only or name in only) and not measured(folder / f"{name}.json")]
     return sorted(names, key=lambda name: not (folder / f"{name}.failed").is_file())
 
 
-def command(name: str, out: Path, repeats: int) -> list[str]:
-    options = (*ROWS[name], "device=cuda", "dtype=bfloat16", f"repeats={repeats}", f"out={out}")
-    return [sys.executable, "-m", "eval.throughput", *options]
+def command(name: str, out: Path, repeats: int, peers: str | None = None) -> list[str]:
+    module, options = "eval.throughput", [*ROWS.get(name, ()), f"repeats={repeats}"]
+    if name in VERSUS:
+        assert peers is not None, name
+        peer, size, part, batch, _ = VERSUS[name]
+        module, options = "eval.versus", [f"peer={peer}", f"dir={clone(peer, peers)}", f"size={size}"]
+        options += [f"parts=[{part}]", f"batch={batch}", "least_seconds=1", f"cuda_graphs={part == 'sample'}"]
+        options += [f"compiled_original={compiled(peer, part)}"]
+    return [sys.executable, "-m", module, *options, "device=cuda", "dtype=bfloat16", f"out={out}"]
 
 
 def run(config: Mapping[str, Any], *, start=subprocess.run, clock=time.monotonic) -> list[str]:
     """Measure what is left and fits into the time; returns the names of the rows measured now."""
     folder, began, done = Path(config["out"]), clock(), []
     folder.mkdir(parents=True, exist_ok=True)
-    todo = left(folder, config["only"])
+    only, peers = config["only"], config["peers"]
+    todo = left(folder, only, peers)
     for name in todo:
         if clock() - began > config["seconds"]:
-            print(f"time is up; {len(left(folder, config['only']))} rows are left: call again", flush=True)
+            print(f"time is up; {len(left(folder, only, peers))} rows are left: call again", flush=True)
             break
         part, failed = folder / f"{name}.part", folder / f"{name}.failed"  # a killed row has no file of its own name
         part.unlink(missing_ok=True)
         try:
-            ended = start(command(name, part, config["repeats"]), cwd=ROOT, timeout=config["row_seconds"])
+            ended = start(command(name, part, config["repeats"], peers), cwd=ROOT, timeout=config["row_seconds"])
             why = "" if ended.returncode == 0 and measured(part) else f"failed, exit code {ended.returncode}"
         except subprocess.TimeoutExpired:
             why = f"over {config['row_seconds']} s, given up"
@@ -101,7 +167,7 @@ def run(config: Mapping[str, Any], *, start=subprocess.run, clock=time.monotonic
         part.rename(folder / f"{name}.json")
         failed.unlink(missing_ok=True)
         done.append(name)
-    print(f"{len(done)} rows measured, {len(left(folder, config['only']))} left, in {folder}")
+    print(f"{len(done)} rows measured, {len(left(folder, only, peers))} left, in {folder}")
     return done
 
 

@@ -19,12 +19,14 @@ CONFIGS = ROOT / "configs"
 
 
 def settings(folder, **options):
-    return {"out": str(folder), "seconds": 100, "row_seconds": 10, "repeats": 1, "only": None, **options}
+    given = {"out": str(folder), "seconds": 100, "row_seconds": 10, "repeats": 1, "only": None, "peers": None}
+    return given | options
 
 
 def result(name):
     row = {"part": "sample", "batch": 1, "images_per_second": 2.0, "ms_per_image": 500.0, "fraction": 0.3}
-    return {"rows": [row | {"device": "a GPU", "name": name}]}
+    row |= {"device": "a GPU", "name": name, "peak_memory_bytes": 3 * 2**29}
+    return {"rows": [row], "date": "2026-01-02", "versions": {"torch": "2.9"}}
 
 
 def runner(calls, *, slow=(), broken=(), cost=30.0, now=None):
@@ -87,7 +89,7 @@ def test_mar_and_xar_are_measured_at_the_steps_of_the_comparison(tmp_path):
             model = compose("eval_throughput", options).model
         assert (model.get("steps", 4), model.solver_steps) == steps
         row = result(name)["rows"][0] | dict(zip(("steps", "solver_steps"), steps))
-        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": [row]}))
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(name) | {"rows": [row]}))
         assert f"| {name} | sample | {shown} | 1 | 2.00 |" in benchmarks.gpu_table(tmp_path)
 
 
@@ -117,7 +119,68 @@ def test_page_says_not_measured_where_there_is_no_row(tmp_path):
     cells = sum(len(batches) for *_, batches, _ in benchmarks.WANTED)
     assert benchmarks.cpu_table([row]).count("not measured") == cells - 1
     assert benchmarks.cpu_table([row | {"on": "cuda"}]).count("not measured") == cells
-    assert benchmarks.gpu_table(tmp_path).count(f"| {name} | sample |  | 1 | 2.00 | 500.0 | 30% |  | a GPU |") == 1
+    line = f"| {name} | sample |  | 1 | 2.00 | 500.0 | 30% |  | a GPU | 1.5 | 2026-01-02 | 2.9 |"
+    assert benchmarks.gpu_table(tmp_path).splitlines().count(line) == 1
+
+
+def compared(peer, size, part, batch, **more):
+    row = {"peer": peer, "size": size, "part": part, "batch": batch, "dtype": "float32", "ratio": 3.5}
+    row |= {"ratio_low": 3.0, "ratio_high": 4.0, "original_seconds": 0.35, "our_seconds": 0.1, "setting": "256 tokens"}
+    row |= {"note": None, "device": "a GPU", "date": "2026-01-02", "clock": "wall", "quant": None}
+    return row | {"versions": {"torch": "2.9"}, "compiled_original": False} | more
+
+
+def test_bf16_is_wanted_four_times_as_fast_in_sampling_alone():
+    for part, wanted in (("sample", 4.0), ("decode", 1.1)):
+        peer, size = ("llamagen", "GPT-B") if part == "sample" else ("llamagen_vq", "VQ-16")
+        table = benchmarks.cpu_table([compared(peer, size, part, 1, dtype="bfloat16")])
+        reached = "no" if part == "sample" else "yes"
+        assert f"| 1 | bfloat16 | >= {wanted} | 3.50 (3.00 to 4.00) | {reached} |" in table
+
+
+def test_ratios_on_a_gpu_have_cells_of_their_own(tmp_path):
+    """From the kept rows and the files of bench_gpu; of LlamaGen's sampling only those of the compiled original."""
+    light = {"on": "cuda", "dtype": "bfloat16"}
+    kept = {"rows": [compared("var", "d16", "train", 32, **light)]}
+    (tmp_path / "versus_var_d16_train_32.json").write_text(json.dumps(kept))
+    own = compared("llamagen", "GPT-L", "sample", 1, compiled_original=True, **light)
+    changes = ({"on": "cpu"}, {"dtype": "float32"}, {"compiled_original": False}, {"quant": "int8"})
+    others = [own | change for change in changes]
+    table = benchmarks.gpu_versus_table([own, *others], tmp_path)
+    cells = "3.50 (3.00 to 4.00) | yes | 350.0, 100.0 | 256 tokens | a GPU | 2026-01-02 | 2.9 |"
+    for name, wanted in (("versus_llamagen_l_sample_1", 3.0), ("versus_var_d16_train_32", 1.3)):
+        assert table.splitlines().count(f"| {name} | >= {wanted} | {cells}") == 1
+    assert table.count("not measured") == len(bench_gpu.VERSUS) - 2
+    assert benchmarks.gpu_versus_table(others, tmp_path).count("not measured") == len(bench_gpu.VERSUS) - 1
+    assert table in benchmarks.page([own, *others], tmp_path)
+
+
+def test_comparisons_run_where_there_are_clones_behind_the_most_wanted_rows(tmp_path):
+    plain = list(bench_gpu.ROWS)
+    assert bench_gpu.left(tmp_path, None) == plain and not set(plain) & set(bench_gpu.VERSUS)
+    with pytest.raises(ValueError, match=r"only=.*pass peers="):
+        bench_gpu.left(tmp_path, ["versus_var_d16_sample_1"])
+    with pytest.raises(ValueError, match=r"peers=.*no clone in it is named 1d-tokenizer, LlamaGen, VAR, mar, xAR"):
+        bench_gpu.left(tmp_path, None, str(tmp_path))
+    (tmp_path / "VAR").mkdir()
+    names = bench_gpu.left(tmp_path, None, str(tmp_path))
+    var = [name for name, (peer, *_) in bench_gpu.VERSUS.items() if peer in ("var", "var_vqvae")]
+    assert names == [*plain[:7], *var, *plain[7:]] and len(var) == 5
+    assert bench_gpu.command("versus_var_d16_train_32", tmp_path / "x", 5, str(tmp_path))[2:] == [
+        "eval.versus", "peer=var", f"dir={tmp_path / 'VAR'}", "size=d16", "parts=[train]", "batch=32",
+        "least_seconds=1", "cuda_graphs=False", "compiled_original=False", "device=cuda", "dtype=bfloat16",
+        f"out={tmp_path / 'x'}",
+    ]  # fmt: skip
+    sampling = bench_gpu.command("versus_llamagen_l_sample_8", tmp_path / "x", 5, str(tmp_path))
+    assert {"cuda_graphs=True", "compiled_original=True", "batch=8"} <= set(sampling)
+    calls = []
+    bench_gpu.run(settings(tmp_path, peers=str(tmp_path), only=[var[0], plain[0]]), start=runner(calls))
+    assert calls == [plain[0], var[0]]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for name in ("versus_llamagen_l_sample_1", "versus_titok_l32_decode_8"):
+            compose("eval_versus", bench_gpu.command(name, tmp_path / "x", 5, str(tmp_path))[3:])
+        bounds = compose("bench_gpu")
+    assert 3 * (bounds.seconds + bounds.row_seconds) <= 25 * 60, "what its docstring promises"
 
 
 def test_kept_page_is_what_its_rows_give():
