@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.peers import Options, Output, Pair, exact, fill, resets_kept, shipped, sized, timed
+from eval.peers import LIGHT_IMAGES, Options, Output, Pair, exact, fill, resets_kept, shipped, sized, timed
 from vtok.convert import convert
 from vtok.decoding import decode_images, light_tokenizer
 from vtok.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def compare(
                 Output("ids", ids, ours.encode(images)),
                 Output("images", theirs, plain),
                 timed("ids", ids, quick_encode(images), options.rounded("encode")),
-                timed("images", theirs, quick, options.rounded("decode")),
+                timed("images", theirs, quick, options.rounded("decode"), LIGHT_IMAGES),
             ]
 
     theirs = [shipped(inferred(run, given), options) for run, given in ((encode, images), (decode, ids))]

@@ -3,9 +3,9 @@
     python -m eval.versus peer=llamagen dir=../LlamaGen size=GPT-B batch=1
 
 First the outputs must agree: teacher-forced logits (or states) within 1e-4 of the largest, equal greedy tokens, of our
-plain module and of what is timed. Where that rounds (bfloat16, 8 bits), its logits may differ by LIGHT_TOLERANCE
-(eval/peers.py), and the share of greedy tokens that differ is only recorded; the names in `differences` say which. Then
-the two take turns in one process, the first to go changing every time, and the ratio is the original's time over ours:
+plain module and of what is timed. Where that rounds (bfloat16, 8 bits), its logits and images may differ by more
+(constants in eval/peers.py), and the share of greedy tokens or ids that differ is only recorded: `differences` says so.
+Then the two take turns in one process, the first to go changing every time; the ratio is the original's time over ours:
 the median over the turns, with its 10-90 % range. A shared machine slows both sides of a turn, so ratios outlive it
 where times do not; clock=cpu with threads=1 counts this process's own seconds alone. On device=cuda both sides are warm
 and waited for, and in bfloat16 the original runs in it too (eval/peers.py); on the CPU bfloat16 is for our sampling and

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from eval.peers import LIGHT_TOLERANCE  # noqa: E402
+from eval.peers import LIGHT_IMAGES, LIGHT_TOLERANCE  # noqa: E402
 from eval.throughput import mfu, steps  # noqa: E402
 from scripts.bench_gpu import ROWS, VERSUS, compiled, measured  # noqa: E402
 from vtok.cli import entry  # noqa: E402
@@ -177,8 +177,8 @@ Written by `python scripts/benchmarks.py`; change the rows, not this page.
 The original's time over ours: the median over at least seven turns in one process on the same weights, with its
 10-90 % range, after a check that outputs agree (teacher-forced logits within 1e-4, equal greedy tokens). A ratio counts
 as reached where the lower end is above what is wanted. Sampling does not include decoding; a training step is forward
-and backward, without the optimizer. What is timed is checked too: where it rounds (bf16, 8 bits), its logits may differ
-by {LIGHT_TOLERANCE} of the largest. `differences` of a row in the JSON says what was checked, and how far it is off.
+and backward, without the optimizer. What is timed is checked too: where it rounds (bf16, 8 bits), logits may be off by
+{LIGHT_TOLERANCE} of the largest, images by {LIGHT_IMAGES}; `differences` of a row in the JSON says what was checked.
 
     python -m eval.versus peer=llamagen dir=../LlamaGen size=GPT-B parts=[sample] threads=2 out=docs/benchmarks.json
     python -m eval.versus peer=llamagen_vq dir=../LlamaGen size=VQ-16 threads=2 out=docs/benchmarks.json

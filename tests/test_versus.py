@@ -211,7 +211,7 @@ def test_the_tokenizer_that_is_timed_is_checked(monkeypatch):
         return agree(compare(encode, decode, ours, Options(None, 2, None, dtype)).same())
 
     assert list(found()) == ["ids", "images", "timed ids", "timed images"]
-    light = f"timed images, bfloat16, allowed {peers.LIGHT_TOLERANCE}"
+    light = f"timed images, bfloat16, allowed {peers.LIGHT_IMAGES}"
     told = found(torch.bfloat16)
     assert list(told) == ["ids", "images", "timed ids", light], "encoding stays in float32 on the CPU"
     assert told[light] > 1e-4
