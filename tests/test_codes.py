@@ -19,8 +19,10 @@ import torch
 from PIL import Image
 from tokenizers import make
 
+from vtok import counters
 from vtok.checkpoint import CheckpointError, save_folder, weights_hash
 from vtok.config import build, describe
+from vtok.data.ahead import Ahead
 from vtok.data.codes import Codes, OnlineTokens
 from vtok.data.extract import CROPS, extract
 from vtok.data.fake import Fake
@@ -234,35 +236,91 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class EarlyTokens(OnlineTokens):
+    """As on a GPU: a batch is encoded while the step before it runs."""
+
+    def train_dataloader(self) -> Ahead:
+        return Ahead(super().train_dataloader(), self.encode, torch.device("cpu"))
+
+
+def fit(tokens: L.LightningDataModule, steps: int, resume: str | None = None, accelerator="cpu"):
+    trainer = L.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Recorder()
+    trainer.fit(module, tokens, ckpt_path=resume)
+    return trainer, module.seen
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["online", "cached"])
+@pytest.mark.parametrize("kind", ["online", "ahead", "cached"])
 def test_resuming_under_lightning_continues_the_tokens(tmp_path, kind):
     write(tmp_path, crops="flip")
 
-    def fit(steps: int, resume: str | None = None) -> tuple[L.Trainer, list]:
-        images = data(flip=True)
-        tokens = (
-            OnlineTokens(data=images, tokenizer=tokenizer())
-            if kind == "online"
-            else Codes(folder=str(tmp_path), batch_size=4)
-        )
-        trainer = L.Trainer(
-            max_steps=steps,
-            max_epochs=-1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        module = Recorder()
-        trainer.fit(module, tokens, ckpt_path=resume)
-        return trainer, module.seen
+    def tokens() -> L.LightningDataModule:
+        if kind == "cached":
+            return Codes(folder=str(tmp_path), batch_size=4)
+        online = EarlyTokens if kind == "ahead" else OnlineTokens
+        return online(data=data(flip=True), tokenizer=tokenizer(), keep_images=kind == "ahead")
 
-    whole = fit(10)[1]
-    trainer, first = fit(4)
+    whole = fit(tokens(), 10)[1]
+    trainer, first = fit(tokens(), 4)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    assert first + fit(10, str(tmp_path / "a.ckpt"))[1] == whole and len(whole) == 10
+    assert first + fit(tokens(), 10, str(tmp_path / "a.ckpt"))[1] == whole and len(whole) == 10
+    if kind == "ahead":  # the same tokens as in turns
+        assert whole == fit(OnlineTokens(data=data(flip=True), tokenizer=tokenizer()), 10)[1]
+
+
+def test_a_batch_is_encoded_while_the_one_before_is_in_use():
+    began: list[int] = []
+
+    def encode(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        began.append(int(batch["index"]))
+        return {"tokens": batch["index"] * 10}
+
+    counters.reset()
+    early = Ahead([{"index": torch.tensor(i)} for i in range(4)], encode, torch.device("cpu"))
+    for _ in range(2):  # it can be read again
+        began.clear()
+        for i, batch in enumerate(early):
+            assert batch["tokens"] == 10 * i and began == list(range(min(i + 2, 4)))
+        assert i == 3
+    assert counters.read() == {"tokens.in_turn": 8} and not list(Ahead([], encode, torch.device("cpu")))
+
+
+def test_lightning_ends_the_workers_of_a_loader_that_is_encoded_ahead(tmp_path):
+    tokens = EarlyTokens(data=data(workers=1), tokenizer=tokenizer())
+    loaders = []
+    make = tokens.train_dataloader
+    tokens.train_dataloader = lambda: loaders.append(make()) or loaders[-1]
+    fit(tokens, 2)
+    assert loaders[0].loader.num_workers == 1 and loaders[0].loader._iterator is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a second stream needs a GPU")
+@pytest.mark.filterwarnings("ignore")
+def test_tokens_encoded_on_a_second_stream_are_those_of_the_first(monkeypatch):
+    found = []
+    slow = OnlineTokens.encode
+
+    def late(self, batch):  # a step that does not wait for it reads what is not written yet
+        torch.cuda._sleep(20_000_000)
+        return slow(self, batch)
+
+    monkeypatch.setattr(OnlineTokens, "encode", late)
+    for ahead in (True, False):
+        tokens = OnlineTokens(data=data(flip=True), tokenizer=tokenizer(), keep_images=True, ahead=ahead)
+        counters.reset()
+        found.append(fit(tokens, 30, accelerator="cuda")[1])
+        assert bool(counters.read().get("tokens.ahead")) is ahead
+    assert found[0] == found[1] and len(found[0]) == 30
 
 
 # --- restarts and tasks ---

@@ -18,8 +18,10 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vtok import counters
 from vtok.checkpoint import CheckpointError, Weights, load_module, weights_hash
 from vtok.config import Families, completed, describe, differences, imported
+from vtok.data.ahead import Ahead
 from vtok.data.module import ImageData, Position, StepData, check_limits
 from vtok.data.shards import Crops, Shards, open_split
 from vtok.models import FAMILIES
@@ -57,7 +59,8 @@ class OnlineTokens(LightningDataModule):
 
     data: an ImageData. tokenizer: run directory, .ckpt, shared folder, or a Tokenizer. keep_images: leave "image" in
     the batch beside "tokens". corrections: add "corrupted" and "repaired", rows [B, L] in which the tokenizer goes on
-    from wrong tokens, to learn to repair them (DetailFlow); needs a tokenizer that can. trust: see `frozen`.
+    from wrong tokens, to learn to repair them (DetailFlow); needs a tokenizer that can. ahead: on a GPU, encode the
+    next training batch beside the step that has this one; the tokens are the same. trust: see `frozen`.
     """
 
     def __init__(
@@ -68,10 +71,11 @@ class OnlineTokens(LightningDataModule):
         weights: Weights = "ema",
         keep_images: bool = False,
         corrections: bool = False,
+        ahead: bool = True,
         trust: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.data, self.keep_images, self.corrections = data, keep_images, corrections
+        self.data, self.keep_images, self.corrections, self.ahead = data, keep_images, corrections, ahead
         self.tokenizer = frozen(tokenizer, weights, trust=trust)
         if corrections and not getattr(self.tokenizer, "correction", False):
             name = type(self.tokenizer).__name__
@@ -112,16 +116,25 @@ class OnlineTokens(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         self.data.setup(stage)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader | Ahead:
+        """On a GPU with `ahead`, its batches are tokens already."""
         self.data.trainer = self.trainer
-        return self.data.train_dataloader()
+        loader = self.data.train_dataloader()
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if device.type != "cuda" or not self.ahead:
+            return loader
+        self.tokenizer.to(device)
+        return Ahead(loader, self.encode, device)
 
     def val_dataloader(self) -> DataLoader:
         self.data.trainer = self.trainer
         return self.data.val_dataloader()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self.encode(batch) if isinstance(batch, Mapping) and "image" in batch else batch
+        fresh = isinstance(batch, Mapping) and "image" in batch and "tokens" not in batch
+        if fresh:
+            counters.count("tokens.in_turn")
+        return self.encode(batch) if fresh else batch
 
     @torch.no_grad()
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
