@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vgen.cross_entropy import MOST
+from vgen.cross_entropy import rows_of_a_piece
 from vgen.generator import Generator
 from vgen.heads import CategoricalHead
+from vgen.heads_factorised import FactorisedHead
+from vgen.models.hita import PartHead
 from vtok.counters import STORED
 from vtok.layers.attention import Attention
 from vtok.layers.packed import PackedLinear
@@ -86,10 +88,12 @@ def training(
     if compiled:
         asked.one_of("block.compiled", "block.plain")
     trunk, layout = generator.trunk, generator.layout
-    if isinstance(generator.head, CategoricalHead) and generator.caches:
-        length = generator.trained_length(key, progress)
-        many = len(key) * length * generator.head.vocab_size > MOST
-        asked.taken.add("loss.pieces" if many else "loss.whole")
+    ways = {
+        "loss.pieces" if len(key) * tokens > rows_of_a_piece(vocab_size) else "loss.whole"
+        for tokens, vocab_size in _softmaxes(generator.head, generator.trained_length(key, progress))
+    }
+    asked.taken |= ways
+    asked.never |= {"loss.pieces", "loss.whole"} - ways
     if not isinstance(trunk, Trunk) or not generator.caches or _own_mask(generator):
         return asked
     pattern = layout.pattern()
@@ -108,6 +112,15 @@ def decoding(*, dtype: torch.dtype) -> Asked:
     if light:
         asked.never.add("decode.channels_first")
     return asked
+
+
+def _softmaxes(head: nn.Module, length: int) -> list[tuple[int, int]]:
+    """(tokens an image, codes) of every cross-entropy of a training step; none for continuous tokens."""
+    if isinstance(head, PartHead):
+        return list(head.parts)
+    if isinstance(head, FactorisedHead):
+        return [(length, size) for size in head.factors]
+    return [(length, head.vocab_size)] if isinstance(head, CategoricalHead) else []
 
 
 def _own_mask(generator: Generator) -> bool:

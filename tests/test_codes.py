@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import make
+from torch.utils.data import default_collate
 
 from vtok import counters
 from vtok.checkpoint import CheckpointError, save_folder, weights_hash
@@ -27,7 +28,8 @@ from vtok.data.codes import Codes, OnlineTokens
 from vtok.data.extract import CROPS, extract
 from vtok.data.fake import Fake
 from vtok.data.imagefolder import ImageFolder
-from vtok.data.shards import dtype_of, id_of, open_split, pack, unpack_row
+from vtok.data.module import EvaluationBatches, StepBatches
+from vtok.data.shards import Shards, dtype_of, id_of, open_split, pack, unpack_row
 from vtok.data.tasks import task_from_environment
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.layout import SequenceLayout
@@ -159,25 +161,57 @@ def test_crop_is_drawn_by_key(tmp_path):
         assert (codes.val_dataset()[(4, i)]["tokens"] == expected).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("crops", CROPS)
 @pytest.mark.parametrize("kind", ["ids", "float16", "bfloat16"])
-def test_a_batch_read_at_once_is_its_items(tmp_path, kind):
+def test_a_batch_read_at_once_is_its_items(tmp_path, kind, crops):
     """Of all shards, in any order and with repeats; row and crop by their definition."""
     model = tokenizer() if kind == "ids" else Means()
-    write(tmp_path, model, crops="flip", dtype=None if kind == "ids" else kind)
+    write(tmp_path, model, crops=crops, dtype=None if kind == "ids" else kind)
     codes = Codes(folder=str(tmp_path), tokenizer=model, seed=2, limit_train=20)
     dataset, shards = codes.train_dataset(), open_split(tmp_path / "train")
     positions = [(epoch, index) for epoch in (3, 0) for index in (19, 4, 0, 11, 4, 8)]
     found = dataset.__getitems__(positions)
-    assert len(found) == len(positions)
-    for item, (epoch, index) in zip(found, positions):
+    assert found["tokens"].dtype == (torch.int64 if kind == "ids" else torch.float32)
+    for tokens, label, sample_key, place, (epoch, index) in zip(*found.values(), positions, strict=True):
         row, sample = index * 25 // 20, key(2, epoch, index)
-        assert torch.equal(item["tokens"], shards.row(row, key(sample, 1) % 2))
-        assert (item["label"], item["key"], item["index"]) == (row % 3, sample, index)
-        single = dataset[(epoch, index)]
-        assert torch.equal(single.pop("tokens"), item["tokens"]) and all(item[k] == v for k, v in single.items())
+        assert torch.equal(tokens, shards.row(row, key(sample, 1) % CROPS[crops]["count"]))
+        assert (label, sample_key, place) == (row % 3, sample, index)
+    for some in (positions, positions[2:3], positions[5:]):  # all shards, one, an odd number
+        same_batch(dataset.__getitems__(some), [dataset[position] for position in some])
     for wrong in ([(0, 0), (0, 20)], [(0, -1)]):
         with pytest.raises(IndexError):
             dataset.__getitems__(wrong)
+
+
+def same_batch(found: dict, items: list[dict]) -> None:
+    want = default_collate(items)
+    assert list(found) == list(want)
+    for name, value in want.items():
+        assert torch.equal(found[name], value) and found[name].dtype == value.dtype and found[name].is_contiguous()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_give_the_batches_of_single_items(tmp_path, workers):
+    """Across shards and epochs, from any step on; held-out ones with a smaller last one."""
+    write(tmp_path, crops="ten")
+    codes = Codes(folder=str(tmp_path), batch_size=7, seed=3, workers=workers)
+    for start in (0, 5):
+        places = StepBatches(size=25, batch_size=7, seed=3, start=start)
+        for found, positions in itertools.islice(zip(codes.train_dataloader(start), places), 8):
+            same_batch(found, [codes.train_dataset()[position] for position in positions])
+    codes.batch_size = 3
+    for found, positions in zip(codes.val_dataloader(), EvaluationBatches(size=7, batch_size=3), strict=True):
+        same_batch(found, [codes.val_dataset()[position] for position in positions])
+
+
+def test_a_batch_is_read_without_single_items(tmp_path, monkeypatch):
+    write(tmp_path, crops="ten")
+    codes = Codes(folder=str(tmp_path), batch_size=8)
+    loader = iter(codes.train_dataloader())
+    first = next(loader)
+    monkeypatch.setattr(Shards, "row", None)
+    monkeypatch.setattr("vtok.data.codes.key", None)
+    assert next(loader)["tokens"].shape == first["tokens"].shape == (8, 64)
 
 
 def test_ten_crop_centre_is_the_place_that_the_manifest_names():
