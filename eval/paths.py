@@ -12,12 +12,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vgen.cross_entropy import MOST
+from vgen.cross_entropy import rows_of_a_piece
 from vgen.generator import Generator
 from vgen.heads import CategoricalHead
+from vgen.heads_factorised import FactorisedHead
+from vgen.models.hita import PartHead
 from vtok.counters import STORED
 from vtok.layers.attention import Attention
 from vtok.layers.packed import PackedLinear
@@ -91,10 +93,12 @@ def training(
     if compiled:
         asked.one_of("block.compiled", "block.plain")
     trunk, layout = generator.trunk, generator.layout
-    if isinstance(generator.head, CategoricalHead) and generator.caches:
-        length = generator.trained_length(key, progress)
-        many = len(key) * length * generator.head.vocab_size > MOST
-        asked.taken.add("loss.pieces" if many else "loss.whole")
+    ways = {
+        "loss.pieces" if len(key) * tokens > rows_of_a_piece(vocab_size) else "loss.whole"
+        for tokens, vocab_size in _softmaxes(generator.head, generator.trained_length(key, progress))
+    }
+    asked.taken |= ways
+    asked.never |= {"loss.pieces", "loss.whole"} - ways
     if not isinstance(trunk, Trunk) or not generator.caches or _own_mask(generator):
         return asked
     pattern = layout.pattern()
@@ -118,6 +122,15 @@ def decoding(*, dtype: torch.dtype) -> Asked:
 def fused(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """In bfloat16 on CUDA, a context in which attention that no fused kernel takes raises RuntimeError."""
     return sdpa_kernel(FUSED) if device.type == "cuda" and dtype == torch.bfloat16 else nullcontext()
+
+
+def _softmaxes(head: nn.Module, length: int) -> list[tuple[int, int]]:
+    """(tokens an image, codes) of every cross-entropy of a training step; none for continuous tokens."""
+    if isinstance(head, PartHead):
+        return list(head.parts)
+    if isinstance(head, FactorisedHead):
+        return [(length, size) for size in head.factors]
+    return [(length, head.vocab_size)] if isinstance(head, CategoricalHead) else []
 
 
 def _own_mask(generator: Generator) -> bool:

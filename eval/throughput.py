@@ -9,7 +9,8 @@ PyTorch's counter, weights whenever a module that has them is called, so that pa
 finished entities are in it; weights that no operation takes, such as those of training alone, are not. A training step
 counts as in MFU (vtok/acceleration.py) and reads its weights three times. Sampling does not include decoding. Training
 is forward and backward, the loss under autocast as in train.py, and a fused AdamW update; `mfu` is its share of the
-peak that the GPU's maker states.
+peak that the GPU's maker states. online is such a step on images, whose encoding is not among its operations: in
+float32 as in train.py, and on a GPU with encode_ahead beside the step before.
 
 Every row holds the paths that were taken (vtok/counters.py), and a setting whose path was not is an error: a fallback
 is no measurement of it (eval/paths.py). compile is for training, cuda_graphs, packed and quant are for sampling.
@@ -18,6 +19,7 @@ is no measurement of it (eval/paths.py). compile is for training, cuda_graphs, p
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import platform
 import statistics
@@ -41,14 +43,16 @@ from eval.protocol import library_versions
 from vtok import counters
 from vtok.acceleration import compile_blocks, light_weights, peak_rate, training_operations, utilisation
 from vtok.cli import entry
+from vtok.data.ahead import Ahead
 from vtok.decoding import channels_last, decode_images
 from vtok.layers.packed import PackedLinear
+from vtok.noise import SampleNoise
 
-PARTS = ("encode", "decode", "sample", "train")
+PARTS = ("encode", "decode", "sample", "train", "online")
 PRODUCTS = {  # operations of what PyTorch's counter does not know: shapes of x and the weight in
     torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x.numel() * weight[0]
 }
-OPTIONS = ("compile", "cuda_graphs", "packed", "quant")
+OPTIONS = ("compile", "cuda_graphs", "packed", "quant", "encode_ahead")
 STEPS = ("steps", "solver_steps")  # of sampling
 PROGRESS = 0.5  # share of training done, in the step that is timed
 
@@ -174,7 +178,7 @@ def training_cost(generator: Any, batch: Mapping[str, Tensor]) -> tuple[float, f
     operations, copied = training_operations(generator), generator
     if operations is None:
         row, copied = {name: value[:1].cpu() for name, value in batch.items()}, copy.deepcopy(generator).cpu()
-        operations, _ = counted(trainer(copied, row), copied)
+        operations, _ = counted(trainer(copied, lambda: row), copied)
     return operations * len(batch["label"]), 3.0 * weight_bytes(generator)
 
 
@@ -185,7 +189,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     rows, light = [], generator
     if generator is not None:  # training needs weights of its own
-        light = copy.deepcopy(generator) if "train" in config["parts"] else generator
+        light = copy.deepcopy(generator) if {"train", "online"} & set(config["parts"]) else generator
         light_weights(light, dtype, **storage(config))
     for batch in config["batches"]:
         if config["compile"]:
@@ -206,7 +210,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
             taken = counters.read()
             job.asked.check(taken, f"{part} at batch {batch}")
             middle, smallest = statistics.median(spent), max(operations / rate, bytes_read / speed)
-            peak = peak_rate(device) if part == "train" and dtype == torch.bfloat16 else None
+            peak = peak_rate(device) if job.graded and dtype == torch.bfloat16 else None
             rows.append(
                 {
                     "part": part,
@@ -250,8 +254,6 @@ def jobs(
     drawer = torch.Generator().manual_seed(int(config["seed"]))
     images = (torch.rand(batch, 3, size, size, generator=drawer) * 2 - 1).to(device)
     seeds = torch.arange(batch, device=device)
-    from vtok.noise import SampleNoise
-
     noise = SampleNoise(seeds)
     with torch.inference_mode():
         tokens = tokenizer.encode(images, noise=noise)
@@ -277,13 +279,34 @@ def jobs(
         facts = {"steps": light.layout.steps, "solver_steps": config["model"].get("solver_steps")}
         cost = lambda: counted(lambda: draw(plain), light)  # noqa: E731
         found["sample"] = Job(lambda: draw(fast), cost, light, asked, facts=facts)
+    given = {"tokens": tokens.clone(), "label": labels, "key": seeds}
+    if "patches" in generator.reads_also:  # any will do: the teacher's own time is not in it
+        given["patches"] = torch.randn(batch, generator.layout.length, generator.channels, device=device)
+    return found | learning(config, tokenizer, generator, images, given)
+
+
+def learning(
+    config: Mapping[str, Any], tokenizer: Any, generator: Any, images: Tensor, given: Mapping[str, Tensor]
+) -> dict[str, Job]:
+    """`train`: steps on `given`, whose tokens are there; `online`: on those of `images`, encoded a step ahead."""
+    device, noise, compiled = images.device, SampleNoise(given["key"]), bool(config["compile"])
+    asked = paths.training(generator, key=given["key"], progress=PROGRESS, device=device, compiled=compiled)
+    options = {"dtype": getattr(torch, config["dtype"]), "compiled": compiled}
+    cost, found = lambda: training_cost(generator, given), {}
+
+    @torch.no_grad()
+    def encode(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**given, "tokens": tokenizer.encode(batch["image"], noise=noise)}
+
     if "train" in config["parts"]:
-        compiled, given = bool(config["compile"]), {"tokens": tokens.clone(), "label": labels, "key": seeds}
-        if "patches" in generator.reads_also:  # any will do: the teacher's own time is not in it
-            given["patches"] = torch.randn(batch, generator.layout.length, generator.channels, device=device)
-        asked = paths.training(generator, key=seeds, progress=PROGRESS, device=device, compiled=compiled)
-        step = trainer(generator, given, dtype=dtype, compiled=compiled)
-        found["train"] = Job(step, lambda: training_cost(generator, given), generator, asked, graded=True)
+        found["train"] = Job(trainer(generator, lambda: given, **options), cost, generator, asked, graded=True)
+    if "online" in config["parts"]:
+        ahead = device.type == "cuda" and bool(config["encode_ahead"])
+        pictures = itertools.repeat({"image": images})
+        batches = iter(Ahead(pictures, encode, device)) if ahead else map(encode, pictures)
+        asked = paths.Asked(asked.taken | ({"tokens.ahead"} if ahead else set()), asked.never)
+        step = trainer(generator, lambda: next(batches), **options)
+        found["online"] = Job(step, cost, generator, asked, graded=True)
     return found
 
 
@@ -293,9 +316,14 @@ def storage(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trainer(
-    generator: Any, batch: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32, compiled: bool = False
+    generator: Any,
+    batch: Callable[[], Mapping[str, Tensor]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> Callable[[], None]:
-    """One optimizer step on a copy of the generator. dtype: of autocast, around the loss alone."""
+    """One optimizer step on a copy of the generator. batch: gives a step's batch. dtype: of autocast, around the loss
+    alone."""
     model = copy.deepcopy(generator).float().train()
     device = next(model.parameters()).device
     if compiled:
@@ -305,8 +333,9 @@ def trainer(
     def step() -> None:
         with torch.inference_mode(False):
             optimizer.zero_grad(set_to_none=True)
+            given = batch()
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = model.loss(batch, progress=PROGRESS)["loss"]
+                loss = model.loss(given, progress=PROGRESS)["loss"]
             loss.backward()
             optimizer.step()
 
@@ -392,7 +421,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         generator = make(spec=tokenizer.spec, num_classes=int(config["num_classes"]))
         generator.adopt(tokenizer)
         generator.to(device).eval()
-    elif {"sample", "train"} & set(config["parts"]):
+    elif {"sample", "train", "online"} & set(config["parts"]):
         print("model=null: encoding and decoding only")
     from hydra.core.hydra_config import HydraConfig
 

@@ -33,8 +33,8 @@ from eval.peers import SOURCES  # noqa: E402
 from vtok.cli import entry  # noqa: E402
 
 LLAMAGEN, VAR, KL = "tokenizer=llamagen_vq16", "tokenizer=var_vqvae", "tokenizer=kl16"
-GRAPHS, COMPILE = "cuda_graphs=true", "compile=true"
 BATCHES = "batches=[32,64,128]"  # of training, which counts at its best one
+GRAPHS, COMPILE, IN_TURN = "cuda_graphs=true", "compile=true", "encode_ahead=false"
 ROWS: dict[str, tuple[str, ...]] = {
     "llamagen_l_sample_1": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]", GRAPHS),
     "var_d16_sample_1": (VAR, "model=var_d16", "parts=[sample]", "batches=[1]", GRAPHS),
@@ -61,6 +61,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         GRAPHS,
         "quant=float8",
     ),
+    "llamagen_b_online": (LLAMAGEN, "model=llamagen_b", "parts=[online]", "batches=[64]", COMPILE),
+    "llamagen_b_online_plain": (LLAMAGEN, "model=llamagen_b", "parts=[online]", "batches=[64]", COMPILE, IN_TURN),
     "llamagen_l_train_plain": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[64]"),
 }
 

@@ -165,7 +165,25 @@ def gpu_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def page(rows: Sequence[Mapping[str, Any]], gpu: Path) -> str:
+def growth_table(scaling: Mapping[str, Any] | None) -> str:
+    """One line for each point of scripts/scaling.py."""
+    if scaling is None:
+        return f"{NONE.capitalize()}."
+    lines = [
+        "| tokens | batch | depth | decode step, ms | last / second quarter | sampling, s | its memory, MiB "
+        "| training step, ms | its memory, MiB |",
+        "|" + "---|" * 9,
+    ]
+    for row in scaling["rows"]:
+        lines.append(
+            f"| {row['tokens']} | {row['batch']} | {row['depth']} | {row['step_ms']:.2f} | {row['growth']:.2f} "
+            f"| {row['sample_seconds']:.2f} | {row['sample_bytes'] / 2**20:.1f} | {1000 * row['train_seconds']:.0f} "
+            f"| {row['train_bytes'] / 2**20:.1f} |"
+        )
+    return "\n".join([*lines, "", f"{scaling['device']}, {scaling['date']}.", "", "![growth](scaling/scaling.png)"])
+
+
+def page(rows: Sequence[Mapping[str, Any]], gpu: Path, scaling: Mapping[str, Any] | None = None) -> str:
     devices = sorted({f"{row['device']}, {row['date']}, torch {row['versions']['torch']}" for row in rows})
     where = "\n".join(f"- {device}" for device in devices) or f"- {NONE}"
     return f"""# Benchmarks
@@ -228,15 +246,20 @@ here has a fused AdamW update in it. Steps are those of sampling, and of the sol
 
 ## Growth
 
-`python scripts/scaling.py` measures time and memory of sampling and training over tokens (64 to 4096), batch (1 to 256)
-and depth (2 to 32), and writes `outputs/scaling/scaling.json` and a picture.
+`python scripts/scaling.py out=docs/scaling` measures a small LlamaGen (width 64) over tokens, batch and depth, one at a
+time: CPU seconds of one thread, and the most bytes that tensors made by a run hold at once (weights come on top). What
+a decode step takes in the last quarter of the steps over the second quarter is what grows with the position: the
+attention over the keys that are there, alone (tests/test_bench.py: all steps run the same operations).
+
+{growth_table(scaling)}
 """
 
 
 def run(config: Mapping[str, Any]) -> str:
     file = ROOT / config["versus"]
     rows = json.loads(file.read_text())["rows"] if file.is_file() else []
-    text = page(rows, ROOT / config["gpu"])
+    grown = ROOT / config["scaling"]
+    text = page(rows, ROOT / config["gpu"], json.loads(grown.read_text()) if grown.is_file() else None)
     Path(ROOT / config["out"]).write_text(text)
     print(f"wrote {config['out']}: {len(rows)} CPU rows, {len(list((ROOT / config['gpu']).glob('*.json')))} GPU files")
     return text

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eval.memory import Memory  # noqa: E402
+from eval.protocol import library_versions  # noqa: E402
+from eval.throughput import describe  # noqa: E402
 from vtok.cli import entry  # noqa: E402
 
 BASE = {"tokens": 64, "batch": 1, "depth": 4}
@@ -175,7 +177,8 @@ def run(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             )
     out = Path(config["out"])
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "scaling.json", {"rows": rows})
+    facts = {"device": describe(torch.device("cpu")), "date": time.strftime("%Y-%m-%d")}
+    write_json(out / "scaling.json", {"rows": rows, **facts, "versions": library_versions()})
     plot(out / "scaling.png", rows)
     print(f"wrote {out / 'scaling.json'} and scaling.png")
     return rows

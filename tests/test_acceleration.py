@@ -13,8 +13,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vgen.cross_entropy import linear_cross_entropy
+from vgen.generator import Canvas
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
+from vgen.heads_factorised import FactorisedHead
+from vgen.models.hita import PartHead
+from vtok import counters
 from vtok.acceleration import (
     checkpoint_blocks,
     compile_blocks,
@@ -28,6 +32,7 @@ from vtok.layers.block import FeedForward
 from vtok.layers.trunk import Trunk
 from vtok.layout import SequenceLayout, visible
 from vtok.noise import sample_seeds
+from vtok.quantize.factors import split
 
 
 def batch_of(model):
@@ -44,27 +49,95 @@ def gradients(model, batch):
 
 @pytest.mark.parametrize("most", [1, 40, 100, 10**6])
 @pytest.mark.parametrize("bias", [True, False])
-def test_pieces_of_the_cross_entropy_have_its_value_and_gradients(most, bias):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_pieces_of_the_cross_entropy_have_its_value_and_gradients(monkeypatch, most, bias, smoothing):
+    monkeypatch.setattr("vgen.cross_entropy.MOST", most)
     torch.manual_seed(0)
     h, weight = torch.randn(11, 6, dtype=torch.float32, requires_grad=True), torch.randn(20, 6, requires_grad=True)
     offset = torch.randn(20, requires_grad=True) if bias else None
     target, scale = torch.randint(20, (11,)), torch.randn(11)
     leaves = [h, weight] + ([offset] if bias else [])
-    want = F.cross_entropy(F.linear(h, weight, offset), target, reduction="none")
-    got = linear_cross_entropy(h, weight, offset, target, most=most)
+    want = F.cross_entropy(F.linear(h, weight, offset), target, reduction="none", label_smoothing=smoothing)
+    got = linear_cross_entropy(h, weight, offset, target, smoothing=smoothing)
     torch.testing.assert_close(got, want)
     wanted = torch.autograd.grad((want * scale).sum(), leaves)
     for a, b in zip(torch.autograd.grad((got * scale).sum(), leaves), wanted, strict=True):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(h, weight, offset, target, most=most), want)
+        torch.testing.assert_close(linear_cross_entropy(h, weight, offset, target, smoothing=smoothing), want)
 
 
-def test_no_more_than_one_piece_of_logits_is_kept_for_the_backward_pass():
+def whole_parts(head, h, target):
+    return F.cross_entropy(head.logits(h)[0].transpose(1, 2), target, reduction="none")
+
+
+def whole_factors(head, h, target):
+    parts = split(target, head.factors).unbind(-1)
+    logits = head.logits(h, None if head.trunk is None else target)
+    return sum(F.cross_entropy(x.transpose(1, 2), ids, reduction="none") for x, ids in zip(logits, parts))
+
+
+HEADS = {
+    "parts": (lambda: PartHead(dim=8, parts=((4, 30), (9, 20))), whole_parts),
+    "factors": (lambda: FactorisedHead(dim=8, factors=(4, 5), bias=True), whole_factors),
+    "factors in turn": (lambda: FactorisedHead(dim=8, factors=(4, 5), depth=1, heads=2), whole_factors),
+}
+
+
+@pytest.mark.parametrize("most", [1, 60, 10**6])
+@pytest.mark.parametrize("name", HEADS)
+def test_pieces_of_every_head_have_the_value_and_gradients_of_whole_logits(monkeypatch, name, most):
+    monkeypatch.setattr("vgen.cross_entropy.MOST", most)
+    torch.manual_seed(0)
+    head, whole = HEADS[name][0](), HEADS[name][1]
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    h, scale = torch.randn(3, 13, 8, requires_grad=True), torch.randn(3, 13)
+    target, leaves = torch.randint(20, (3, 13)), [h, *head.parameters()]
+    want = whole(head, h, target)
+    counters.reset()
+    got = head.loss(h, target, (1,) * 13)
+    ways = {path: times for path, times in counters.read().items() if path.startswith("loss")}
+    assert ways == {"loss.whole" if most > 60 else "loss.pieces": 2}
+    torch.testing.assert_close(got, want)
+    wanted = torch.autograd.grad((want * scale).sum(), leaves)
+    for a, b in zip(torch.autograd.grad((got * scale).sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(head.log_prob(h, target, (1,) * 13), -want)
+
+
+@pytest.mark.parametrize("most", [1, 200, 10**6])
+def test_pieces_of_maskgit_have_the_value_and_gradients_of_whole_logits(monkeypatch, most):
+    monkeypatch.setattr("vgen.cross_entropy.MOST", most)
+    model = make("maskgit")
+    batch = batch_of(model)
+    target, hidden = batch["tokens"], model.hide(batch)
+    h = model(Canvas(target, model.layout, known=~hidden), model.conditioner(batch["label"]))
+    logits = model.head.logits(h)[0].transpose(1, 2)
+    weight = torch.where(hidden, 1.0, 0.1)
+    smooth = F.cross_entropy(logits, target, reduction="none", label_smoothing=0.1)
+    want, leaves = (smooth * weight).sum() / weight.sum(), [p for p in model.parameters() if p.requires_grad]
+    plain = F.cross_entropy(logits, target, reduction="none").detach()
+    wanted = torch.autograd.grad(want, leaves, allow_unused=True)
+    counters.reset()
+    got = model.loss(batch)
+    assert counters.read() == {"loss.whole" if most > 200 else "loss.pieces": 1}
+    torch.testing.assert_close(got["loss"], want)
+    torch.testing.assert_close(got["nats"], (plain * hidden).sum(1, keepdim=True) / hidden.sum(1, keepdim=True))
+    assert not got["nats"].requires_grad
+    for a, b in zip(torch.autograd.grad(got["loss"], leaves, allow_unused=True), wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_no_more_than_one_piece_of_logits_is_kept_for_the_backward_pass(monkeypatch):
+    monkeypatch.setattr("vgen.cross_entropy.MOST", 8000)
     kept = []
     h, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        linear_cross_entropy(h, weight, None, torch.zeros(64, dtype=torch.int64), most=8000)
+        linear_cross_entropy(h, weight, None, torch.zeros(64, dtype=torch.int64))
     assert max(kept, default=0) < 8000
 
 

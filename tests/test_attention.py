@@ -1,12 +1,14 @@
 """Attention, cache and rope against the definitions."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vtok import counters
-from vtok.layers.attention import Attention, attend, attend_blocks, attend_naive, block_mask
+from vtok.layers.attention import MASKS, Attention, attend, attend_blocks, attend_naive, block_mask, block_mask_of
 from vtok.layers.cache import KVCache
 from vtok.layers.rope import rope_1d, rope_2d, rotate
 from vtok.layers.trunk import Inputs, Trunk
@@ -50,6 +52,45 @@ def test_added_positions_of_a_block_mask_are_not_seen(sides):
     assert mask.shape[-2:] == (128, 128) and torch._dynamo.config.recompile_limit >= 64
     got = attend_blocks(flex_attention, q, k, v, mask=mask, scale=0.3)
     torch.testing.assert_close(got, attend_naive(q, k, v, mask=visible(ranks, ranks), scale=0.3), rtol=1e-5, atol=1e-5)
+
+
+def on_cuda(layout, start=0, stop=None):
+    """Inputs of a training pass that say that they lie on CUDA."""
+    x = SimpleNamespace(is_cuda=True, shape=(1, sum(layout.reads[start:stop]), 16))
+    return Inputs(x, layout.ranks(start, stop, device=torch.device("cpu")), layout.pattern(start, stop))
+
+
+def test_block_masks_are_built_once_for_a_shape(monkeypatch):
+    """For each layout and range of steps, whichever trunk asks; no more than MASKS of them are kept."""
+    from torch.nn.attention import flex_attention
+
+    built, build = [], flex_attention.create_block_mask
+    monkeypatch.setattr(flex_attention, "create_block_mask", lambda *a, **o: built.append(a) or build(*a, **o))
+    block_mask_of.cache_clear()
+    first, second = (Trunk(dim=16, depth=1, heads=2, hidden=32).train() for _ in range(2))
+    layout, same = SequenceLayout.levels((1, 2, 4)), SequenceLayout.scales((1, 2))
+    with torch.inference_mode():
+        mask = first.mask(on_cuda(layout), None)
+    assert all(first.mask(on_cuda(layout), None) is mask for _ in range(3)) and len(built) == 1
+    assert second.mask(on_cuda(SequenceLayout.levels((1, 2, 4))), None) is mask and len(built) == 1
+    seen = visible(layout.ranks(), layout.ranks())
+    places = torch.arange(7)
+    assert torch.equal(mask.mask_mod(0, 0, places[:, None], places), seen)
+    assert not mask.kv_num_blocks.is_inference()
+    others = [on_cuda(layout, 0, 2), on_cuda(layout, 1, 3), on_cuda(same)]  # other ranges of steps, another layout
+    for count, inputs in enumerate(others * 2, start=2):
+        got = first.mask(inputs, None)
+        places = torch.arange(len(inputs.rank))
+        seen = visible(inputs.rank, inputs.rank)
+        assert got is not mask and torch.equal(got.mask_mod(0, 0, places[:, None], places), seen)
+        assert len(built) == min(count, 4)
+    first.mask(replace(on_cuda(layout), pattern="ranks"), None)  # ranks that only the device knows
+    assert len(built) == 5
+    for last in range(2, MASKS + 10):  # lists of scales, drawn anew every step
+        first.mask(on_cuda(SequenceLayout.levels((1, 1, last))), None)
+    assert block_mask_of.cache_info().currsize == MASKS
+    first.mask(on_cuda(layout), None)
+    assert len(built) == 5 + MASKS + 8 + 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")

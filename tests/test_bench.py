@@ -187,6 +187,11 @@ def test_kept_page_is_what_its_rows_give():
     kept = json.loads((ROOT / "docs" / "benchmarks.json").read_text())["rows"]
     lines = (ROOT / "docs" / "benchmarks.md").read_text()
     assert benchmarks.cpu_table(kept) in lines
+    grown = json.loads((ROOT / "docs" / "scaling" / "scaling.json").read_text())
+    assert benchmarks.growth_table(grown) in lines
+    points = [(r["axis"], r[r["axis"]]) for r in grown["rows"]]
+    assert points == [(axis, value) for axis, values in scaling.AXES.items() for value in values]
+    assert benchmarks.growth_table(None) == "Not measured."
 
 
 def test_growth_compares_the_last_quarter_with_the_second():

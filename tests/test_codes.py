@@ -18,14 +18,18 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import make
+from torch.utils.data import default_collate
 
+from vtok import counters
 from vtok.checkpoint import CheckpointError, save_folder, weights_hash
 from vtok.config import build, describe
+from vtok.data.ahead import Ahead
 from vtok.data.codes import Codes, OnlineTokens
 from vtok.data.extract import CROPS, extract
 from vtok.data.fake import Fake
 from vtok.data.imagefolder import ImageFolder
-from vtok.data.shards import dtype_of, id_of, open_split, pack, unpack_row
+from vtok.data.module import EvaluationBatches, StepBatches
+from vtok.data.shards import Shards, dtype_of, id_of, open_split, pack, unpack_row
 from vtok.data.tasks import task_from_environment
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.layout import SequenceLayout
@@ -157,25 +161,57 @@ def test_crop_is_drawn_by_key(tmp_path):
         assert (codes.val_dataset()[(4, i)]["tokens"] == expected).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("crops", CROPS)
 @pytest.mark.parametrize("kind", ["ids", "float16", "bfloat16"])
-def test_a_batch_read_at_once_is_its_items(tmp_path, kind):
+def test_a_batch_read_at_once_is_its_items(tmp_path, kind, crops):
     """Of all shards, in any order and with repeats; row and crop by their definition."""
     model = tokenizer() if kind == "ids" else Means()
-    write(tmp_path, model, crops="flip", dtype=None if kind == "ids" else kind)
+    write(tmp_path, model, crops=crops, dtype=None if kind == "ids" else kind)
     codes = Codes(folder=str(tmp_path), tokenizer=model, seed=2, limit_train=20)
     dataset, shards = codes.train_dataset(), open_split(tmp_path / "train")
     positions = [(epoch, index) for epoch in (3, 0) for index in (19, 4, 0, 11, 4, 8)]
     found = dataset.__getitems__(positions)
-    assert len(found) == len(positions)
-    for item, (epoch, index) in zip(found, positions):
+    assert found["tokens"].dtype == (torch.int64 if kind == "ids" else torch.float32)
+    for tokens, label, sample_key, place, (epoch, index) in zip(*found.values(), positions, strict=True):
         row, sample = index * 25 // 20, key(2, epoch, index)
-        assert torch.equal(item["tokens"], shards.row(row, key(sample, 1) % 2))
-        assert (item["label"], item["key"], item["index"]) == (row % 3, sample, index)
-        single = dataset[(epoch, index)]
-        assert torch.equal(single.pop("tokens"), item["tokens"]) and all(item[k] == v for k, v in single.items())
+        assert torch.equal(tokens, shards.row(row, key(sample, 1) % CROPS[crops]["count"]))
+        assert (label, sample_key, place) == (row % 3, sample, index)
+    for some in (positions, positions[2:3], positions[5:]):  # all shards, one, an odd number
+        same_batch(dataset.__getitems__(some), [dataset[position] for position in some])
     for wrong in ([(0, 0), (0, 20)], [(0, -1)]):
         with pytest.raises(IndexError):
             dataset.__getitems__(wrong)
+
+
+def same_batch(found: dict, items: list[dict]) -> None:
+    want = default_collate(items)
+    assert list(found) == list(want)
+    for name, value in want.items():
+        assert torch.equal(found[name], value) and found[name].dtype == value.dtype and found[name].is_contiguous()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_give_the_batches_of_single_items(tmp_path, workers):
+    """Across shards and epochs, from any step on; held-out ones with a smaller last one."""
+    write(tmp_path, crops="ten")
+    codes = Codes(folder=str(tmp_path), batch_size=7, seed=3, workers=workers)
+    for start in (0, 5):
+        places = StepBatches(size=25, batch_size=7, seed=3, start=start)
+        for found, positions in itertools.islice(zip(codes.train_dataloader(start), places), 8):
+            same_batch(found, [codes.train_dataset()[position] for position in positions])
+    codes.batch_size = 3
+    for found, positions in zip(codes.val_dataloader(), EvaluationBatches(size=7, batch_size=3), strict=True):
+        same_batch(found, [codes.val_dataset()[position] for position in positions])
+
+
+def test_a_batch_is_read_without_single_items(tmp_path, monkeypatch):
+    write(tmp_path, crops="ten")
+    codes = Codes(folder=str(tmp_path), batch_size=8)
+    loader = iter(codes.train_dataloader())
+    first = next(loader)
+    monkeypatch.setattr(Shards, "row", None)
+    monkeypatch.setattr("vtok.data.codes.key", None)
+    assert next(loader)["tokens"].shape == first["tokens"].shape == (8, 64)
 
 
 def test_ten_crop_centre_is_the_place_that_the_manifest_names():
@@ -234,35 +270,91 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class EarlyTokens(OnlineTokens):
+    """As on a GPU: a batch is encoded while the step before it runs."""
+
+    def train_dataloader(self) -> Ahead:
+        return Ahead(super().train_dataloader(), self.encode, torch.device("cpu"))
+
+
+def fit(tokens: L.LightningDataModule, steps: int, resume: str | None = None, accelerator="cpu"):
+    trainer = L.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Recorder()
+    trainer.fit(module, tokens, ckpt_path=resume)
+    return trainer, module.seen
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["online", "cached"])
+@pytest.mark.parametrize("kind", ["online", "ahead", "cached"])
 def test_resuming_under_lightning_continues_the_tokens(tmp_path, kind):
     write(tmp_path, crops="flip")
 
-    def fit(steps: int, resume: str | None = None) -> tuple[L.Trainer, list]:
-        images = data(flip=True)
-        tokens = (
-            OnlineTokens(data=images, tokenizer=tokenizer())
-            if kind == "online"
-            else Codes(folder=str(tmp_path), batch_size=4)
-        )
-        trainer = L.Trainer(
-            max_steps=steps,
-            max_epochs=-1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        module = Recorder()
-        trainer.fit(module, tokens, ckpt_path=resume)
-        return trainer, module.seen
+    def tokens() -> L.LightningDataModule:
+        if kind == "cached":
+            return Codes(folder=str(tmp_path), batch_size=4)
+        online = EarlyTokens if kind == "ahead" else OnlineTokens
+        return online(data=data(flip=True), tokenizer=tokenizer(), keep_images=kind == "ahead")
 
-    whole = fit(10)[1]
-    trainer, first = fit(4)
+    whole = fit(tokens(), 10)[1]
+    trainer, first = fit(tokens(), 4)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    assert first + fit(10, str(tmp_path / "a.ckpt"))[1] == whole and len(whole) == 10
+    assert first + fit(tokens(), 10, str(tmp_path / "a.ckpt"))[1] == whole and len(whole) == 10
+    if kind == "ahead":  # the same tokens as in turns
+        assert whole == fit(OnlineTokens(data=data(flip=True), tokenizer=tokenizer()), 10)[1]
+
+
+def test_a_batch_is_encoded_while_the_one_before_is_in_use():
+    began: list[int] = []
+
+    def encode(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        began.append(int(batch["index"]))
+        return {"tokens": batch["index"] * 10}
+
+    counters.reset()
+    early = Ahead([{"index": torch.tensor(i)} for i in range(4)], encode, torch.device("cpu"))
+    for _ in range(2):  # it can be read again
+        began.clear()
+        for i, batch in enumerate(early):
+            assert batch["tokens"] == 10 * i and began == list(range(min(i + 2, 4)))
+        assert i == 3
+    assert counters.read() == {"tokens.in_turn": 8} and not list(Ahead([], encode, torch.device("cpu")))
+
+
+def test_lightning_ends_the_workers_of_a_loader_that_is_encoded_ahead(tmp_path):
+    tokens = EarlyTokens(data=data(workers=1), tokenizer=tokenizer())
+    loaders = []
+    make = tokens.train_dataloader
+    tokens.train_dataloader = lambda: loaders.append(make()) or loaders[-1]
+    fit(tokens, 2)
+    assert loaders[0].loader.num_workers == 1 and loaders[0].loader._iterator is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a second stream needs a GPU")
+@pytest.mark.filterwarnings("ignore")
+def test_tokens_encoded_on_a_second_stream_are_those_of_the_first(monkeypatch):
+    found = []
+    slow = OnlineTokens.encode
+
+    def late(self, batch):  # a step that does not wait for it reads what is not written yet
+        torch.cuda._sleep(20_000_000)
+        return slow(self, batch)
+
+    monkeypatch.setattr(OnlineTokens, "encode", late)
+    for ahead in (True, False):
+        tokens = OnlineTokens(data=data(flip=True), tokenizer=tokenizer(), keep_images=True, ahead=ahead)
+        counters.reset()
+        found.append(fit(tokens, 30, accelerator="cuda")[1])
+        assert bool(counters.read().get("tokens.ahead")) is ahead
+    assert found[0] == found[1] and len(found[0]) == 30
 
 
 # --- restarts and tasks ---

@@ -20,6 +20,7 @@ from scripts.convert import convert
 from vtok.checkpoint import load_folder
 from vtok.convert.detailflow import start_from_siglip2
 from vtok.layers.resolution import decode_side, degrade, prefix_side, resize_table
+from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise
 from vtok.quantize.fsq import FSQ
@@ -181,6 +182,8 @@ def test_mistakes_are_named():
     model = detailflow()
     with pytest.raises(ValueError, match="correction=true"):
         model.encode(images(), prefix=torch.zeros(3, 2).long())
+    with pytest.raises(ValueError, match="layout"):
+        model.encode(images(), prefix=torch.zeros(3, 2).long(), layout=SequenceLayout.raster(2, 4))
     with pytest.raises(ValueError, match="keep=9"):
         model.decode(torch.zeros(1, 8).long(), keep=9)
 

@@ -6,7 +6,7 @@ import torch
 
 from vgen.guidance import Progress
 from vgen.heads import DrawRule, draw_ids, survivors
-from vtok.noise import SampleNoise, key, mix, sample_seeds
+from vtok.noise import SampleNoise, key, keys, mix, sample_seeds
 
 PROGRESS = Progress(0, 1)
 
@@ -29,6 +29,16 @@ def test_published_splitmix64_sequence():
     states = [(1234567 + k * golden) % (1 << 64) for k in (1, 2)]
     signed = [s - (1 << 64) if s >> 63 else s for s in states]
     assert [v % (1 << 64) for v in mix(torch.tensor(signed)).tolist()] == [6457827717110365317, 3203168211198807973]
+
+
+def test_many_keys_are_those_of_each():
+    indices = [0, 1, -1, 2**62, -(2**63), 2**63 - 1, 987654321]
+    epochs = [3, 0, 2**40, -7, 1, 1, 0]
+    for seed in (0, 7, -3, 2**63, 2**64 - 1):
+        want = [key(seed, epoch, index) for epoch, index in zip(epochs, indices)]
+        assert keys(seed, np.array(epochs), np.array(indices)).tolist() == want
+        assert keys(np.array(want), 1).tolist() == [key(k, 1) for k in want]
+    assert sample_seeds(5, 3, 9).tolist() == [key(5, i) for i in range(3, 9)]
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():

@@ -8,7 +8,6 @@ from test_generators import LABELS, draw
 from eval import paths
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
-from vgen.models.llamagen import LlamaGen
 from vtok import counters
 from vtok.acceleration import compile_blocks
 from vtok.noise import sample_seeds
@@ -125,24 +124,29 @@ def test_counting_makes_compiled_code_no_slower():
 
 
 def test_pieces_of_the_loss_are_asked_for_where_the_logits_are_many(monkeypatch):
-    model = make("llamagen")
-    assert isinstance(model, LlamaGen)
-    assert "loss.whole" in paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu")).taken
-    monkeypatch.setattr(paths, "MOST", 3 * 16 * 24 - 1)
-    asked = paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"not taken: loss\.pieces"):
-        asked.check(trained(model), "train")
-    monkeypatch.setattr("vgen.cross_entropy.linear_cross_entropy.__kwdefaults__", {"most": 3 * 16 * 24 - 1})
-    asked.check(trained(model), "train")
+    """Those of a softmax each: Hita's two parts, of which one is large, and sub-codes."""
+    many = {"llamagen": 16 * 24, "maskgit": 16 * 24, "hita": 9 * 24, "llamagen_factorised": 16 * 6}
+    for name, numbers in many.items():
+        model = make(name)
+        whole = paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu"))
+        assert "loss.whole" in whole.taken and "loss.pieces" in whole.never
+        with monkeypatch.context() as patch:
+            patch.setattr("vgen.cross_entropy.MOST", 3 * numbers - 1)
+            asked = paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu"))
+            assert ("loss.whole" in asked.taken) == (name in ("hita", "llamagen_factorised"))
+            counts = trained(model)
+            asked.check(counts, "train")
+        with pytest.raises(ValueError, match=r"taken instead: loss\.pieces"):
+            whole.check(counts, "train")
+        with pytest.raises(ValueError, match=r"not taken: loss\.pieces"):
+            asked.check(trained(model), "train")
 
 
 def test_pieces_are_those_of_the_scales_that_are_trained(monkeypatch):
     """FlexVAR draws its list from the samples' keys, VAR may still train its first scales alone."""
     flexvar = make("flexvar", spec=map_spec((1, 2, 3, 4, 5)), sides=(1, 3, 5), sample_scales=True)
     var = make("var", progressive_until=0.9, progressive_first=1)
-    most = 3 * 24 * 20
-    monkeypatch.setattr(paths, "MOST", most)
-    monkeypatch.setattr("vgen.cross_entropy.linear_cross_entropy.__kwdefaults__", {"most": most})
+    monkeypatch.setattr("vgen.cross_entropy.MOST", 3 * 24 * 20)
     lengths = set()
     for model, keys in ((flexvar, [KEY + n for n in range(24)]), (var, [KEY])):
         tokens = torch.randint(24, (3, model.spec.layout.length))

@@ -20,6 +20,7 @@ from vgen.models.var import VAR
 from vtok import counters
 from vtok.acceleration import training_operations
 from vtok.layers.packed import packable
+from vtok.models.cnn import CNNTokenizer
 from vtok.noise import sample_seeds
 
 TINY = (
@@ -103,7 +104,7 @@ def test_training_is_counted_as_in_mfu_and_on_the_cpu_where_there_is_no_closed_f
         assert training_cost(var, batch) == (3 * training_operations(var), 3 * weight_bytes(var))
     batch["tokens"] = tokens_of(mar, 3)
     got, _ = training_cost(mar, batch)
-    assert got == counted(trainer(mar, batch), mar)[0] > 0
+    assert got == counted(trainer(mar, lambda: batch), mar)[0] > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")
@@ -114,7 +115,7 @@ def test_var_trains_on_block_masks_on_cuda(compiled):
     batch = {"tokens": tokens_of(model, 3), "label": torch.tensor([0, 1, 2]), "key": sample_seeds(0, 0, 3)}
     batch = {name: value.to(device) for name, value in batch.items()}
     assert training_cost(model, batch)[0] == 3 * training_operations(model)
-    step = trainer(model, batch, dtype=torch.bfloat16, compiled=compiled)
+    step = trainer(model, lambda: batch, dtype=torch.bfloat16, compiled=compiled)
     counters.reset()
     step()
     paths.training(model, key=batch["key"], progress=0.5, device=device, compiled=compiled).check(
@@ -126,7 +127,7 @@ def test_autocast_spans_the_loss_alone(monkeypatch):
     """As in training: neither the backward pass nor the update runs under it."""
     inside, model = {}, make("llamagen")
     batch = {"tokens": tokens_of(model, 2), "label": torch.tensor([0, 1]), "key": sample_seeds(0, 0, 2)}
-    step = trainer(model, batch, dtype=torch.bfloat16)
+    step = trainer(model, lambda: batch, dtype=torch.bfloat16)
 
     def watched(owner, name):
         run = getattr(owner, name)
@@ -255,6 +256,22 @@ def test_training_rows_in_bf16_say_their_mfu_where_the_peak_is_known(tmp_path, m
     assert sample["mfu"] is None
     assert train["mfu"] == pytest.approx(train["images_per_second"] * train["matmul_operations_per_image"] / 1e12)
     assert evaluate(config(*common, "parts=[train]"))[0]["mfu"] is None, "the peak is that of bf16"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_online_training_takes_a_steps_operations_and_longer(ahead, tmp_path, monkeypatch):
+    for name in ("matmul_rate", "bandwidth"):
+        monkeypatch.setattr(f"eval.throughput.{name}", lambda *_: 1e9)
+    asked = []
+    monkeypatch.setattr("eval.paths.Asked.check", lambda self, counts, part: asked.append((part, self.taken)))
+    encoded = []
+    encode = CNNTokenizer.encode
+    monkeypatch.setattr(CNNTokenizer, "encode", lambda self, *a, **k: encoded.append(1) or encode(self, *a, **k))
+    common = ("model=llamagen_tiny", f"out={tmp_path / 't.json'}", f"encode_ahead={ahead}", "repeats=3")
+    train, online = evaluate(config(*common, "parts=[train,online]", "batches=[2]"))
+    assert online["matmul_operations_per_image"] == train["matmul_operations_per_image"] > 0
+    assert len(encoded) == 1 + 4, "once for the tokens of `train`, once for each step of `online`"
+    assert not any("tokens.ahead" in taken for _, taken in asked), "there is no second stream on the CPU"
 
 
 def test_a_fallback_is_no_measurement(tmp_path, monkeypatch):

@@ -17,17 +17,30 @@ from vtok.counters import count
 MOST = 2**27  # logits of a piece: 512 MiB in float32
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, most: int = MOST) -> Tensor:
-    """-log softmax(h weight^T + bias)[target], float32 [n], of h [n, D], weight [V, D] and ids int64 [n]."""
-    rows = max(1, most // len(weight))
-    pieces = [(h[i : i + rows], target[i : i + rows]) for i in range(0, len(h), rows)]
+def rows_of_a_piece(vocab_size: int) -> int:
+    """Of how many tokens the logits exist at once; more are cut into pieces."""
+    return max(1, MOST // vocab_size)
+
+
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, smoothing: float = 0.0
+) -> Tensor:
+    """-log softmax(h weight^T + bias)[target], float32 [..], of h [.., D], weight [V, D] and ids int64 [..].
+
+    smoothing: the share of the target that is spread evenly over all V codes.
+    """
+    rows, flat, ids = rows_of_a_piece(len(weight)), h.flatten(0, -2), target.flatten()
+    pieces = list(zip(flat.split(rows), ids.split(rows)))
     count("loss.whole" if len(pieces) == 1 else "loss.pieces")
     if len(pieces) == 1 or not torch.is_grad_enabled():
-        return torch.cat([_piece(x, weight, bias, ids) for x, ids in pieces])
-    return torch.cat([checkpoint(_piece, x, weight, bias, ids, use_reentrant=False) for x, ids in pieces])
+        found = [_piece(x, weight, bias, given, smoothing) for x, given in pieces]
+    else:
+        found = [checkpoint(_piece, x, weight, bias, given, smoothing, use_reentrant=False) for x, given in pieces]
+    return torch.cat(found).view(target.shape)
 
 
-def _piece(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+def _piece(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float) -> Tensor:
     with torch.autocast(h.device.type, enabled=False):  # float32: bf16 loses small probabilities
         bias = None if bias is None else bias.float()
-        return F.cross_entropy(F.linear(h.float(), weight.float(), bias), target, reduction="none")
+        logits = F.linear(h.float(), weight.float(), bias)
+        return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)

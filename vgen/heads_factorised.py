@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgen.cross_entropy import linear_cross_entropy
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule, draw_ids
 from vtok.config import build, imported
@@ -129,14 +130,15 @@ class FactorisedHead(nn.Module):
             return tuple(self._scores(h, f) for f in range(len(self.factors)))
         if ids is None:
             raise ValueError("sub-codes depend on each other here (depth > 0): pass ids")
-        states = self._states(h, split(ids, self.factors)[..., :-1])
-        return tuple(self._scores(states[..., f, :], f) for f in range(len(self.factors)))
+        states = self._states(h, split(ids, self.factors)[..., :-1]).unbind(-2)
+        return tuple(self._scores(state, f) for f, state in enumerate(states))
 
     def loss(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         """Cross-entropy of whole tokens in nats, the sum over sub-codes, float32 [B, n]."""
         parts, total = split(target, self.factors), 0
-        for f, logits in enumerate(self.logits(h, target)):
-            total = total + F.cross_entropy(logits.transpose(1, 2), parts[..., f], reduction="none")
+        states = [h] * len(self.factors) if self.trunk is None else self._states(h, parts[..., :-1]).unbind(-2)
+        for f, state in enumerate(states):
+            total = total + linear_cross_entropy(state, *self._rows(f), parts[..., f])
         return total
 
     def log_prob(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -166,12 +168,17 @@ class FactorisedHead(nn.Module):
             parts.append(draw_ids(logits, rule, noise, position, progress, stream=f))
         return join(torch.stack(parts, -1), self.factors)
 
-    def _scores(self, h: Tensor, f: int) -> Tensor:
+    def _rows(self, f: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [factors[f], D] and bias of a sub-code."""
         a = sum(self.factors[:f])
         b = a + self.factors[f]
+        return self.linear.weight[a:b], None if self.linear.bias is None else self.linear.bias[a:b]
+
+    def _scores(self, h: Tensor, f: int) -> Tensor:
+        weight, bias = self._rows(f)
         with torch.autocast(h.device.type, enabled=False):
-            bias = None if self.linear.bias is None else self.linear.bias[a:b].float()
-            return F.linear(h.float(), self.linear.weight[a:b].float(), bias)
+            bias = None if bias is None else bias.float()
+            return F.linear(h.float(), weight.float(), bias)
 
     def _states(self, h: Tensor, parts: Tensor) -> Tensor:
         """States [B, n, F', D] that predict sub-codes 0 .. F' - 1, given those before: parts int64 [B, n, F' - 1]."""

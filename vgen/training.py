@@ -191,6 +191,7 @@ def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
         weights=config.tokenizer_weights,
         keep_images=config.get("teacher") is not None,
         corrections=bool(config.get("corrections", False)),
+        ahead=bool(config.get("encode_ahead", True)),
         trust=trust,
     )
     data.setup()

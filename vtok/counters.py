@@ -34,6 +34,8 @@ PATHS = {
     "step.cached": "a sampling step that reads keys and values of earlier ones from the cache",
     "step.recomputed": "a sampling step that computes the whole prefix although it could be kept",
     "step.whole": "a sampling step of a family that keeps nothing: it reads all tokens anew",
+    "tokens.ahead": "a batch of images encoded on a stream of its own, beside the training step before it",
+    "tokens.in_turn": "a batch of images encoded before its training step begins",
     "weights.bfloat16": "a trunk's pass with weights stored in bfloat16",
     "weights.float32": "a trunk's pass with weights stored in float32",
     "weights.float8": "a trunk's pass with weights stored in 8-bit floats",

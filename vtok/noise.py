@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,9 +49,24 @@ def key(*numbers: int) -> int:
     return h >> 1
 
 
+def keys(*numbers: int | np.ndarray) -> np.ndarray:
+    """`key` of many at once: int64 [n], where some of the numbers are int64 arrays [n]."""
+    h = np.zeros(1, np.uint64)  # no scalar: arrays wrap without a warning
+    for number in numbers:
+        number = number.astype(np.uint64) if isinstance(number, np.ndarray) else np.uint64(int(number) & _MASK64)
+        h = h + number
+        h += np.uint64(_GOLDEN)
+        h ^= h >> np.uint64(30)
+        h *= np.uint64(_MIX1)
+        h ^= h >> np.uint64(27)
+        h *= np.uint64(_MIX2)
+        h ^= h >> np.uint64(31)
+    return (h >> np.uint64(1)).astype(np.int64)
+
+
 def sample_seeds(seed: int, start: int, stop: int) -> Tensor:
     """Seeds int64 [stop - start] of the images start..stop-1 of a run: independent of batch, rank and restart."""
-    return torch.tensor([key(seed, i) for i in range(start, stop)], dtype=torch.int64)
+    return torch.from_numpy(keys(seed, np.arange(start, stop)))
 
 
 @dataclass(frozen=True)

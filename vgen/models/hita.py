@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.conditioning import Cond
+from vgen.cross_entropy import linear_cross_entropy
 from vgen.generator import Canvas
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule, draw_ids
@@ -60,7 +61,9 @@ class PartHead(nn.Module):
 
     def loss(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         """Cross-entropy in nats, float32 [B, L], of the whole sequence h [B, L, D] and ids [B, L]."""
-        return F.cross_entropy(self.logits(h)[0].transpose(1, 2), target, reduction="none")
+        counts, vocab_sizes = zip(*self.parts)
+        parts = zip(h.split(counts, 1), self.linear.weight.split(vocab_sizes), target.split(counts, 1))
+        return torch.cat([linear_cross_entropy(x, weight, None, ids) for x, weight, ids in parts], dim=1)
 
     def log_prob(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         """log p(target), float32 [B, L]."""

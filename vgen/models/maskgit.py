@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
+from vgen.cross_entropy import linear_cross_entropy
 from vgen.generator import Canvas, Generator, require_ids
 from vgen.heads import CategoricalHead
 from vgen.masking import masked_layout, random_order, ratio_uniform
@@ -148,15 +148,22 @@ class MaskGIT(Generator):
         hidden, target = self.hide(batch), batch["tokens"]
         canvas = Canvas(batch.get("context", target), self.layout, known=~hidden)
         h = self(canvas, self.conditioner(batch["label"], self.dropped(batch)))
-        logits = self.head.logits(h)[0].transpose(1, 2)
-        smooth = F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
+        linear = self.head.linear
+        smooth = linear_cross_entropy(h, linear.weight, linear.bias, target, smoothing=self.smoothing)
         weight = torch.where(hidden, 1.0, self.unmasked_weight)
         with torch.no_grad():
-            plain = F.cross_entropy(logits, target, reduction="none")
+            plain = smooth - self.smoothing * self.lead(h, target)
             nats = (plain * hidden).sum(1, keepdim=True) / hidden.sum(1, keepdim=True)
         count = weight.sum()  # of all processes, as their gradients are averaged: the whole batch has one weight
         count = all_mean(count) if self.training else count
         return {"loss": (smooth * weight).sum() / count, "nats": nats}
+
+    def lead(self, h: Tensor, target: Tensor) -> Tensor:
+        """The target's logit minus the mean of all logits, float32 [B, L], without computing those. Times s it is what
+        smoothing by s adds to -log p(target): log sum exp - (1 - s) target's - s mean, for log sum exp - target's."""
+        weight, bias = self.head.linear.weight.float(), self.head.linear.bias.float()
+        apart, offset = weight[target] - weight.mean(0), bias[target] - bias.mean()
+        return (h.float() * apart).sum(-1) + offset
 
 
 class MaskedBlock(nn.Module):

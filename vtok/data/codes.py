@@ -18,12 +18,14 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vtok import counters
 from vtok.checkpoint import CheckpointError, Weights, load_module, weights_hash
 from vtok.config import Families, completed, describe, differences, imported
+from vtok.data.ahead import Ahead
 from vtok.data.module import ImageData, Position, StepData, check_limits
 from vtok.data.shards import Crops, Shards, open_split
 from vtok.models import FAMILIES
-from vtok.noise import SampleNoise, key
+from vtok.noise import SampleNoise, key, keys
 from vtok.tokenizer import TRAINING, Tokenizer, TokenSpec
 
 _CROP = 1  # separates the draw of the crop from the model's own use of the sample's key
@@ -57,7 +59,8 @@ class OnlineTokens(LightningDataModule):
 
     data: an ImageData. tokenizer: run directory, .ckpt, shared folder, or a Tokenizer. keep_images: leave "image" in
     the batch beside "tokens". corrections: add "corrupted" and "repaired", rows [B, L] in which the tokenizer goes on
-    from wrong tokens, to learn to repair them (DetailFlow); needs a tokenizer that can. trust: see `frozen`.
+    from wrong tokens, to learn to repair them (DetailFlow); needs a tokenizer that can. ahead: on a GPU, encode the
+    next training batch beside the step that has this one; the tokens are the same. trust: see `frozen`.
     """
 
     def __init__(
@@ -68,10 +71,11 @@ class OnlineTokens(LightningDataModule):
         weights: Weights = "ema",
         keep_images: bool = False,
         corrections: bool = False,
+        ahead: bool = True,
         trust: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.data, self.keep_images, self.corrections = data, keep_images, corrections
+        self.data, self.keep_images, self.corrections, self.ahead = data, keep_images, corrections, ahead
         self.tokenizer = frozen(tokenizer, weights, trust=trust)
         if corrections and not getattr(self.tokenizer, "correction", False):
             name = type(self.tokenizer).__name__
@@ -112,16 +116,25 @@ class OnlineTokens(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         self.data.setup(stage)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader | Ahead:
+        """On a GPU with `ahead`, its batches are tokens already."""
         self.data.trainer = self.trainer
-        return self.data.train_dataloader()
+        loader = self.data.train_dataloader()
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if device.type != "cuda" or not self.ahead:
+            return loader
+        self.tokenizer.to(device)
+        return Ahead(loader, self.encode, device)
 
     def val_dataloader(self) -> DataLoader:
         self.data.trainer = self.trainer
         return self.data.val_dataloader()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self.encode(batch) if isinstance(batch, Mapping) and "image" in batch else batch
+        fresh = isinstance(batch, Mapping) and "image" in batch and "tokens" not in batch
+        if fresh:
+            counters.count("tokens.in_turn")
+        return self.encode(batch) if fresh else batch
 
     @torch.no_grad()
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -205,7 +218,9 @@ class Codes(StepData):
 
 
 class KeyedCodes(Dataset):
-    """Shards indexed by (epoch, index): {"tokens" int64 [L] or float [L, C], "label", "key", "index"}.
+    """Shards indexed by (epoch, index): {"tokens" int64 [L] or float32 [L, C], "label", "key", "index"}.
+
+    A loader asks for whole batches (`__getitems__`, `collate`): the same numbers, computed and read together.
 
     The centre crop is crop 0 of `none` and `flip`, and crop 4 of `ten`; `ten` holds two sets of five.
     """
@@ -227,18 +242,23 @@ class KeyedCodes(Dataset):
         tokens = self.shards.row(row, crop)
         return {"tokens": tokens, "label": int(self.shards.labels[row]), "key": sample_key, "index": index}
 
-    def __getitems__(self, positions: Sequence[Position]) -> list[dict[str, Any]]:
-        """The same items, as a loader asks for a batch of them: read together."""
-        if not all(0 <= index < self.size for _, index in positions):
+    def __getitems__(self, positions: Sequence[Position]) -> dict[str, Tensor]:
+        """The batch of these items: {"tokens" [B, L(, C)], "label", "key", "index" int64 [B]}."""
+        epochs, indices = map(np.array, zip(*positions))
+        if not ((indices >= 0) & (indices < self.size)).all():
             raise IndexError(positions)
-        keys = [key(self.seed, epoch, index) for epoch, index in positions]
-        rows = [index * len(self.shards) // self.size for _, index in positions]
-        centre, count = self.shards.manifest["crops"]["centre"], self.shards.crops
-        crops = [key(k, _CROP) % count if self.augment else centre for k in keys]
-        tokens = self.shards.rows(np.array(rows), np.array(crops))
-        labels = self.shards.labels[rows].tolist()
-        found = zip(tokens, labels, keys, positions)
-        return [{"tokens": t, "label": label, "key": k, "index": index} for t, label, k, (_, index) in found]
+        rows, sample_keys = indices * len(self.shards) // self.size, keys(self.seed, epochs, indices)
+        if self.augment:
+            crops = keys(sample_keys, _CROP) % self.shards.crops
+        else:
+            crops = np.full(len(rows), self.shards.manifest["crops"]["centre"])
+        found = {"label": self.shards.labels[rows].astype(np.int64), "key": sample_keys, "index": indices}
+        return {"tokens": self.shards.rows(rows, crops)} | {name: torch.from_numpy(x) for name, x in found.items()}
+
+    @staticmethod
+    def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `__getitems__` gives is a batch already."""
+        return batch
 
 
 def check_hash(manifest: Mapping, tokenizer: Tokenizer, folder: str | Path, source: Any) -> None:

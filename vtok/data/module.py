@@ -65,11 +65,15 @@ class StepBatches(Sampler[list[Position]]):
         """This rank's part of micro batch `micro`."""
         step, part = divmod(micro, self.accumulate)
         first = step * self.batch_size + (part * self.world + self.rank) * self.micro
-        return [self.place(p) for p in range(first, first + self.micro)]
+        found: list[Position] = []
+        while len(found) < self.micro:  # an epoch at a time
+            epoch, offset = divmod(first + len(found), self.size)
+            indices = self.order(epoch)[offset : offset + self.micro - len(found)].tolist()
+            found += [(epoch, index) for index in indices]
+        return found
 
-    def place(self, position: int) -> Position:
-        """The item at a place of the endless stream."""
-        epoch, offset = divmod(position, self.size)
+    def order(self, epoch: int) -> torch.Tensor:
+        """The items of an epoch as the stream has them, int64 [size]."""
         if epoch not in self._order:
             generator = torch.Generator().manual_seed(key(self.seed, epoch))
             self._order = {e: o for e, o in self._order.items() if abs(e - epoch) < 2}  # a batch may span two epochs
@@ -78,7 +82,7 @@ class StepBatches(Sampler[list[Position]]):
                 if self.blocks is None
                 else block_order(self.blocks, generator)
             )
-        return epoch, int(self._order[epoch][offset])
+        return self._order[epoch]
 
 
 def block_order(blocks: np.ndarray, generator: torch.Generator, window: int = WINDOW) -> torch.Tensor:
@@ -228,6 +232,7 @@ class StepData(LightningDataModule):
         return Loader(
             dataset,
             batch_sampler=batches,
+            collate_fn=getattr(dataset, "collate", None),
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -24,7 +24,7 @@ from vtok.layers.rope import rotate
 Mask = Tensor | Literal["causal"] | tuple[int, ...] | Any | None
 QKNorm = Literal["none", "l2", "rms", "layer", "layer_plain"]
 MAX_LOG_SCALE = math.log(100)
-TILE, KERNELS = 128, 64
+TILE, KERNELS, MASKS = 128, 64, 64
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float | None = None, dropout: float = 0.0):
@@ -98,6 +98,14 @@ def block_mask(rank: Tensor) -> Any:
     last = 2**31 - 1  # of what is added: no position sees it
     ranks = F.pad(rank, (0, length - len(rank)), value=last)
     return create_block_mask(lambda b, h, q, k: ranks[q] >= ranks[k], None, None, length, length, device=rank.device)
+
+
+@functools.lru_cache(maxsize=MASKS)  # a run has one, or as many as VAR has stages; FlexVAR draws a list every step
+def block_mask_of(ends: tuple[int, ...], device: torch.device) -> Any:
+    """`block_mask` of blocks that end at these places (see vtok.layout.Pattern), on that device: built once."""
+    with torch.inference_mode(False):  # a mask kept from inference could not be trained with
+        rank = torch.bucketize(torch.arange(ends[-1]), torch.tensor(ends), right=True)
+        return block_mask(rank.to(device))
 
 
 class Attention(nn.Module):

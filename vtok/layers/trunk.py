@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtok.counters import count, stored_as
-from vtok.layers.attention import Mask, QKNorm, block_mask
+from vtok.layers.attention import Mask, QKNorm, block_mask, block_mask_of
 from vtok.layers.block import Activation, Block, Modulation, Norm, make_norm
 from vtok.layers.cache import KVCache
 from vtok.layout import Pattern, visible
@@ -197,9 +197,10 @@ class Trunk(nn.Module):
             return None if fresh else cache.mask(None, inputs.x.shape[1])
         if fresh and inputs.pattern == "causal":
             return "causal"
-        if fresh and inputs.x.is_cuda and self.training and inputs.rank.dim() == 1 and not self.attention_dropout:
-            return block_mask(inputs.rank)
         blocks = inputs.pattern if fresh and isinstance(inputs.pattern, tuple) else ()
+        if fresh and inputs.x.is_cuda and self.training and inputs.rank.dim() == 1 and not self.attention_dropout:
+            # ranks on the device tell no two masks apart without waiting for it
+            return block_mask_of(blocks, inputs.rank.device) if blocks else block_mask(inputs.rank)
         if blocks and BLOCK * len(blocks) <= blocks[-1] and not torch.is_grad_enabled():
             return blocks
         seen = visible(inputs.rank, inputs.rank)

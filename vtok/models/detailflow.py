@@ -144,6 +144,8 @@ class DetailFlowTokenizer(Tokenizer):
         """prefix: ids int64 [B, k] that stay; the tokens after them are written anew, to go with them."""
         if prefix is None:
             return super().encode(images, layout=layout, noise=noise)
+        if layout not in (None, self.spec.layout):
+            raise ValueError("a prefix is only continued in the layout of the tokenizer's spec: leave `layout` away")
         self.check_images(images)
         rest = prefix.new_zeros(len(prefix), self.tokens - prefix.shape[1])
         counts = prefix.new_full((len(prefix),), prefix.shape[1])
