@@ -154,14 +154,17 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     """The command: measures, prints, writes JSON; returns what it wrote."""
     from eval.sources import from_data
     from vgen.pipeline import Pipeline
-    from vgen.sampling import resolve_device
+    from vgen.sampling import resolve_device, resolve_dtype
     from vtok.checkpoint import write_json
 
+    dtype, quant = config.get("dtype", "float32"), config.get("quant")
     pipeline = Pipeline.load(
         config["from"],
         weights=config["weights"],
         tokenizer=config["tokenizer_from"],
         device=resolve_device(config["device"]),
+        dtype=resolve_dtype(dtype),
+        quant=quant,
         trust=config.get("trust") or (),
     )
     held = from_data(data, "val", int(config["images"]))
@@ -176,6 +179,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     elif not pipeline.generator.closed:
         measure, unit = masked_losses, "nats a hidden token"
     result = measure(pipeline.generator, train_tokens, tokens, labels, batch_size=batch, seed=int(config["seed"]))
+    result |= {"dtype": dtype, "quant": quant}
     result |= {"weights": config["weights"], "command": "python -m eval.likelihood " + " ".join(sys.argv[1:])}
     for name, value in result.items():
         if isinstance(value, float):

@@ -57,7 +57,7 @@ class Options:
     cuda_graphs: our sampling is recorded once and replayed. compiled_original: the original's model samples through
     torch.compile, as its own script does (LlamaGen)."""
 
-    size: str | None
+    size: str
     batch: int
     steps: int | None
     dtype: torch.dtype = torch.float32
@@ -125,6 +125,16 @@ class Pair:
     setting: str
 
 
+SIZES = {  # of size=null
+    "llamagen": "GPT-B",
+    "llamagen_vq": "VQ-16",
+    "var": "d16",
+    "var_vqvae": "vae_ch160v4096z32",
+    "rar": "rar_b",
+    "titok": "titok_l32",
+    "xar": "xar_base",
+    "mar": "mar_base",
+}
 SOURCES = {
     "llamagen": "github.com/FoundationVision/LlamaGen",
     "llamagen_vq": "github.com/FoundationVision/LlamaGen",
@@ -162,11 +172,11 @@ def pair(peer: str, folder: str | None, options: Options) -> Pair:
         ) from None
 
 
-def sized(options: Options, known: Collection[str], first: str) -> str:
-    """The size that was asked for, or `first`. ValueError where the original has no such size."""
-    if options.size not in (None, *known):
+def sized(options: Options, known: Collection[str]) -> str:
+    """The size that was asked for. ValueError where the original has no such size."""
+    if options.size not in known:
         raise ValueError(f"size={options.size}: choose {', '.join(known)}")
-    return options.size or first
+    return options.size
 
 
 # --- originals on the CPU ---------------------------------------------------------------------------------------------
@@ -365,7 +375,7 @@ def llamagen(folder: Path, options: Options) -> Pair:
     gpt = importlib.import_module("autoregressive.models.gpt")
     sampling = importlib.import_module("autoregressive.models.generate")
     common = {"vocab_size": 16384, "block_size": 256}
-    size = sized(options, ("tiny", *gpt.GPT_models), "GPT-B")
+    size = sized(options, ("tiny", *gpt.GPT_models))
     if size == "tiny":
         theirs = gpt.Transformer(gpt.ModelArgs(n_layer=2, n_head=2, dim=64, vocab_size=64, block_size=16))
     else:
@@ -414,7 +424,7 @@ def llamagen(folder: Path, options: Options) -> Pair:
 
 def var(folder: Path, options: Options) -> Pair:
     models, module = importlib.import_module("models"), importlib.import_module("models.var")
-    size = sized(options, ("tiny", "d16", "d20", "d24", "d30"), "d16")
+    size = sized(options, ("tiny", "d16", "d20", "d24", "d30"))
     depth = 2 if size == "tiny" else int(size.removeprefix("d"))
     small = {"V": 64, "Cvae": 8, "ch": 32, "patch_nums": (1, 2, 3, 4), "num_classes": 10} if depth == 2 else {}
     with resets_kept():
@@ -470,7 +480,7 @@ def var(folder: Path, options: Options) -> Pair:
 def rar(folder: Path, options: Options) -> Pair:
     config = importlib.import_module("omegaconf").OmegaConf.load(folder / "configs/training/generator/rar.yaml")
     module, g = importlib.import_module("modeling.rar"), config.model.generator
-    if sized(options, ("tiny", "rar_b"), "rar_b") == "tiny":
+    if sized(options, ("tiny", "rar_b")) == "tiny":
         g.hidden_size, g.num_hidden_layers, g.num_attention_heads, g.intermediate_size = 32, 2, 2, 64
         g.image_seq_len, config.model.vq_model.codebook_size = 16, 64
     theirs = fill(module.RAR(config))
@@ -534,7 +544,7 @@ def xar(folder: Path, options: Options) -> Pair:
     stack = {"embed_dim": 32, "depth": 2, "num_heads": 2}
     tiny = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in stack.items()}
     drops = {"attn_dropout": 0.1, "proj_dropout": 0.1}  # of its training command, and ours
-    size = sized(options, ("tiny", *(name for name in vars(module) if name.startswith("xar_"))), "xar_base")
+    size = sized(options, ("tiny", *(name for name in vars(module) if name.startswith("xar_"))))
     theirs = fill(module.xAR(**tiny, **drops) if size == "tiny" else getattr(module, size)(**drops))
     heads = theirs.encoder_blocks[0].attn.num_heads
     arguments = {"encoder_num_heads": heads, "decoder_num_heads": heads}
@@ -577,7 +587,7 @@ def mar(folder: Path, options: Options) -> Pair:
     tiny["norm_layer"] = functools.partial(nn.LayerNorm, eps=1e-6)  # of all published sizes, not the default
     tiny |= {"img_size": 64, "buffer_size": 4, "diffloss_d": 2, "diffloss_w": 32, "num_sampling_steps": "5"}
     large = {"diffloss_d": 6, "diffloss_w": 1024, "diffusion_batch_mul": 4, "num_sampling_steps": "100"}
-    named = sized(options, ("tiny", *(name for name in vars(module) if name.startswith("mar_"))), "mar_base")
+    named = sized(options, ("tiny", *(name for name in vars(module) if name.startswith("mar_"))))
     theirs = fill(module.MAR(**tiny) if named == "tiny" else getattr(module, named)(**large))
     given = tiny if named == "tiny" else large
     given = {k: v for k, v in given.items() if not k.startswith(("encoder", "decoder", "norm"))}

@@ -82,7 +82,7 @@ def spread(module: nn.Module) -> nn.Module:
 
 def llamagen_vq(folder: Path, options: Options) -> Pair:
     module = importlib.import_module("tokenizer.tokenizer_image.vq_model")
-    size = sized(options, module.VQ_models, "VQ-16")
+    size = sized(options, module.VQ_models)
     theirs = spread(module.VQ_models[size](codebook_size=16384, codebook_embed_dim=8))
     ours = convert("llamagen", theirs.state_dict(), {"VQModel_ModelArgs": vars(theirs.config)})
     theirs.to(options.device)
@@ -95,7 +95,7 @@ def llamagen_vq(folder: Path, options: Options) -> Pair:
 
 
 def var_vqvae(folder: Path, options: Options) -> Pair:
-    sized(options, ["vae_ch160v4096z32"], "vae_ch160v4096z32")
+    sized(options, ["vae_ch160v4096z32"])
     models = importlib.import_module("models")
     with resets_kept():
         vae, _ = models.build_vae_var(device="cpu", depth=1)
@@ -113,7 +113,7 @@ def var_vqvae(folder: Path, options: Options) -> Pair:
 def titok(folder: Path, options: Options) -> Pair:
     omegaconf, module = importlib.import_module("omegaconf"), importlib.import_module("modeling.titok")
     configs = folder / "configs/infer/TiTok"
-    size = sized(options, sorted(file.stem for file in configs.glob("*.yaml")), "titok_l32")
+    size = sized(options, sorted(file.stem for file in configs.glob("*.yaml")))
     config = omegaconf.OmegaConf.load(configs / f"{size}.yaml")
     theirs = spread(module.TiTok(config).eval())
     ours = convert("titok", theirs.state_dict(), {"TiTok_config": omegaconf.OmegaConf.to_container(config)})

@@ -31,7 +31,7 @@ import torch
 
 from eval import paths
 from eval.fid import CONFIGS
-from eval.peers import PROGRESS, Options, Output, draw, exact, pair
+from eval.peers import PROGRESS, SIZES, Options, Output, draw, exact, pair
 from eval.protocol import library_versions
 from eval.throughput import describe, storage, wait
 from vtok import counters
@@ -189,7 +189,8 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         torch.set_num_threads(int(config["threads"]))
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # where an original's bare .cuda() goes
-    options = Options(config["size"], int(config["batch"]), steps, dtype, device=device, **storage(config))
+    size = config["size"] or SIZES.get(config["peer"], "tiny")
+    options = Options(size, int(config["batch"]), steps, dtype, device=device, **storage(config))
     options = replace(options, cuda_graphs=bool(config["cuda_graphs"]))
     options = replace(options, compiled_original=bool(config["compiled_original"]))
     name, setting, differences = config["peer"], "", {}
@@ -214,7 +215,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         row = alternate(theirs, held(ours, part, options), int(config["turns"]), device, **timing)
         row["paths"] = counters.read()
         asked(config, both.ours if both else None, part, options).check(row["paths"], f"{name} {part}")
-        facts = {"peer": name, "size": config["size"], "part": part, "batch": options.batch}
+        facts = {"peer": name, "size": size, "part": part, "batch": options.batch}
         facts |= {"threads": torch.get_num_threads(), "device": describe(device), "clock": config["clock"]}
         facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}
         facts |= ran(part, options) | {"packed": bool(row["paths"].get("linear.packed"))}

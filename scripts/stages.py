@@ -43,11 +43,20 @@ class Stages:
         return time.perf_counter() - self.began
 
 
-def train_for(stages: Stages, run: Path, options: Sequence[str], budget: float, *, checked: int = CHECKED) -> int:
+def train_for(
+    stages: Stages,
+    run: Path,
+    options: Sequence[str],
+    budget: float,
+    *,
+    checked: int = CHECKED,
+    larger: float = 1.0,
+) -> int:
     """Train for about `budget` seconds, checks and pictures included; returns the steps.
 
     run: the run directory; options: of train.py. A short run of the same command is timed first, and the number of
-    steps, to which the learning-rate schedule is tied, follows from its speed. checked: held-out images looked at.
+    steps, to which the learning-rate schedule is tied, follows from its speed. checked: held-out images looked at;
+    larger: how many times the pixels of a training image they have.
     """
     probe = run.with_name(f"{run.name}_probe")
     command = ["train.py", *options, "overwrite=true"]
@@ -60,7 +69,7 @@ def train_for(stages: Stages, run: Path, options: Sequence[str], budget: float, 
     step = batch * len(later) / sum(later)
     start = max(0.0, spent - PROBE_STEPS * step)
     checks = 4 if budget < FULL_BUDGET else 10
-    validation = 2 / 3 * checked / batch * step  # two forward passes an image, of raw and averaged weights
+    validation = 2 / 3 * larger * checked / batch * step  # two forward passes an image, of raw and averaged weights
     # A tenth is left for pictures, checkpoints and other processes; the probe is part of the budget.
     steps = max(PROBE_STEPS, int((0.9 * budget - spent - start - checks * validation) / step))
     print(f"{step * 1000:.0f} ms a step, {start:.0f} s to start: {steps} steps in {budget:g} s", flush=True)

@@ -100,7 +100,12 @@ def test_cached_codes_and_likelihood(runs, monkeypatch):
     out = (f"from={runs / 'cached'}", TRUST, f"out={runs / 'likelihood.json'}", "images=24")
     digits = ("data=digits", "data.image_size=16", "train_images=24")
     assert command(monkeypatch, "eval.likelihood", *out, *digits) == 0
-    assert (runs / "likelihood.json").is_file()
+    plain = json.loads((runs / "likelihood.json").read_text())
+    light = runs / "light.json"
+    assert command(monkeypatch, "eval.likelihood", *out, *digits, "dtype=bfloat16", f"out={light}") == 0
+    rounded = json.loads(light.read_text())  # what bf16 weights cost
+    assert (plain["dtype"], rounded["dtype"]) == ("float32", "bfloat16")
+    assert rounded["held_out"] == pytest.approx(plain["held_out"], rel=0.01) != plain["held_out"]
 
 
 def test_export_and_sampling_from_the_folder(runs, monkeypatch, capsys):

@@ -336,7 +336,10 @@ def test_flip_and_shift():
         for x in (-1, 0, 1)
     }
     assert moved == expected
-    assert np.array_equal(ImageTransform(size=8, flip=True, shift=3)(image), image)
+    assert np.array_equal(ImageTransform(size=8, flip=True, shift=3, window=3)(image), image)
+    cut = {ImageTransform(size=8, window=5)(image, Draws(s)).tobytes() for s in range(400)}
+    whole = [np.ascontiguousarray(image[y : y + 5, x : x + 5]) for y in range(4) for x in range(4)]
+    assert cut == {square.tobytes() for square in whole}
 
 
 def test_draws_are_uniform_and_independent():

@@ -28,6 +28,7 @@ from vtok.config import instantiate
 from vtok.data.fake import Fake
 from vtok.layout import SequenceLayout
 from vtok.lit import NotFinite
+from vtok.models.cnn import CNNTokenizer
 from vtok.resume import Checkpoints
 from vtok.tokenizer import Part, Tokenizer, TokenSpec
 from vtok.warmstart import warm_start
@@ -364,6 +365,27 @@ def test_other_tokens_are_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="tokenizer_from"):
         run(*LLAMAGEN, "steps=1", f"run_dir={tmp_path / 'run'}")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_tokenizer_trains_on_windows_and_is_judged_on_whole_pictures(tmp_path, monkeypatch):
+    seen, forward = set(), CNNTokenizer.forward
+
+    def watched(self, images, **options):
+        seen.add((self.training, images.shape[-1]))
+        return forward(self, images, **options)
+
+    monkeypatch.setattr(CNNTokenizer, "forward", watched)
+    run(*PLAIN, "data.window=8", "steps=2", "val_every=2", f"run_dir={tmp_path / 'run'}")
+    assert seen == {(True, 8), (False, 16)}
+    for options, words in (
+        ((*PLAIN, "data.window=6"), "image_size=6 must be a multiple of the stride"),
+        ((*PLAIN, "data.window=17"), "data.window=17 must lie in 1..16"),
+        ((*LLAMAGEN, f"tokenizer_from={tokenizer_folder(tmp_path / 'tokenizer')}", "data.window=8"), "whole pictures"),
+        (("data=fake", "data.image_size=32", "data.window=8", "tokenizer=var_small"), "takes pictures of one size"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(*options, "steps=2", f"run_dir={tmp_path / 'wrong'}")
+    assert not (tmp_path / "wrong" / "checkpoints").exists()
 
 
 def test_a_resumed_generator_needs_its_tokenizer(tmp_path):

@@ -22,6 +22,7 @@ from eval import paths, peers
 from eval.peers import SOURCES, Options, Output, exact, pair, shipped, sized
 from eval.tokenizer_peers import compare
 from eval.versus import CLOCKS, agree, alternate, evaluate, ran
+from scripts.benchmarks import WANTED
 from vgen.guidance import ClassifierFree, Constant
 from vgen.heads import DrawRule
 from vgen.samplers.graphs import GraphSampler
@@ -143,8 +144,8 @@ def test_recorded_steps_are_what_is_checked_where_they_are_timed(monkeypatch):
 
 def test_recorded_latents_are_held_to_the_plain_steps(monkeypatch):
     model, labels, guide = make("mar"), torch.arange(2), ClassifierFree(Constant(2.0))
-    rule, options = DrawRule(solver_steps=2), Options(None, 2, None, cuda_graphs=True)
-    assert peers.replayed(model, labels, guide, rule, Options(None, 2, None)) == []
+    rule, options = DrawRule(solver_steps=2), Options("tiny", 2, None, cuda_graphs=True)
+    assert peers.replayed(model, labels, guide, rule, Options("tiny", 2, None)) == []
     monkeypatch.setattr(peers, "GraphSampler", functools.partial(GraphSampler, capture=Tape))
     ((name, difference),) = agree(peers.replayed(model, labels, guide, rule, options)).items()
     assert name == "timed latents of recorded steps, beside the same ones run" and difference < 1e-6
@@ -196,7 +197,7 @@ def test_rows_say_what_their_part_ran_with(tmp_path, monkeypatch):
     assert found == [("sample", True), ("train", False), ("sample", False)]
     given = {"quant": "int8", "cuda_graphs": True, "compiled_original": True}
     for device, rounded in (("cpu", "float32"), ("cuda", "bfloat16")):
-        mine = Options(None, 1, None, torch.bfloat16, device=torch.device(device), **given)
+        mine = Options("tiny", 1, None, torch.bfloat16, device=torch.device(device), **given)
         assert ran("sample", mine) == {"dtype": "bfloat16", **given}
         plain = {"quant": None, "cuda_graphs": False, "compiled_original": False}
         assert ran("decode", mine) == {"dtype": "bfloat16"} | plain
@@ -208,7 +209,7 @@ def test_the_tokenizer_that_is_timed_is_checked(monkeypatch):
     encode, decode = ours.encode, ours.decode
 
     def found(dtype=torch.float32):
-        return agree(compare(encode, decode, ours, Options(None, 2, None, dtype)).same())
+        return agree(compare(encode, decode, ours, Options("tiny", 2, None, dtype)).same())
 
     assert list(found()) == ["ids", "images", "timed ids", "timed images"]
     light = f"timed images, bfloat16, allowed {peers.LIGHT_IMAGES}"
@@ -289,11 +290,11 @@ def test_on_cuda_both_sides_are_warm_and_waited_for(monkeypatch):
 
 
 def test_bfloat16_is_the_originals_too_on_cuda_and_ours_alone_on_the_cpu():
-    light = Options(None, 2, None, torch.bfloat16, device=torch.device("cuda"))
-    assert light.light and not Options(None, 2, None, torch.bfloat16).light
-    assert not Options(None, 2, None, torch.float32, device=torch.device("cuda")).light
+    light = Options("tiny", 2, None, torch.bfloat16, device=torch.device("cuda"))
+    assert light.light and not Options("tiny", 2, None, torch.bfloat16).light
+    assert not Options("tiny", 2, None, torch.float32, device=torch.device("cuda")).light
     seen = []
-    for options in (light, Options(None, 2, None, torch.bfloat16)):
+    for options in (light, Options("tiny", 2, None, torch.bfloat16)):
         kind = options.device.type
         shipped(lambda kind=kind: seen.append(torch.is_autocast_enabled(kind)), options)()
     assert seen == [torch.cuda.is_available(), False]
@@ -347,7 +348,7 @@ def test_selftest_command_writes_one_row_and_keeps_others(tmp_path, monkeypatch)
 @pytest.mark.parametrize("peer", SOURCES)
 def test_without_the_original_the_message_says_what_to_clone(peer):
     with pytest.raises(ValueError, match=f"clone https://{SOURCES[peer]}"):
-        pair(peer, "nowhere", Options(None, 1, None))
+        pair(peer, "nowhere", Options("tiny", 1, None))
 
 
 def test_mistakes_name_their_key(tmp_path):
@@ -367,14 +368,20 @@ def test_mistakes_name_their_key(tmp_path):
 
 
 def test_a_size_that_the_original_lacks_is_refused():
-    size = lambda name: sized(Options(name, 1, None), ("tiny", "rar_b"), "rar_b")  # noqa: E731
-    assert (size(None), size("tiny")) == ("rar_b", "tiny")
+    size = lambda name: sized(Options(name, 1, None), ("tiny", "rar_b"))  # noqa: E731
+    assert size("tiny") == "tiny"
     with pytest.raises(ValueError, match="size=rar_l: choose tiny, rar_b"):
         size("rar_l")
+
+
+def test_a_row_says_its_size_by_name_so_that_the_page_finds_it():
+    assert peers.SIZES.keys() == peers.SOURCES.keys()
+    wanted = {peer: size for _, peer, size, *_ in reversed(WANTED)}  # the first of each
+    assert wanted == peers.SIZES
 
 
 def test_a_folder_that_is_no_checkout_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.peers.on_cpu", lambda: None)
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
     with pytest.raises(ValueError, match="whole checkout"):
-        pair("llamagen", str(tmp_path), Options(None, 1, None))
+        pair("llamagen", str(tmp_path), Options("tiny", 1, None))

@@ -183,6 +183,8 @@ def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
         OmegaConf.set_struct(section, False)
         section.trust = list(trust)
         return instantiate(section, trust=trust, _convert_="all")
+    if config.data.get("window"):
+        raise ValueError(f"data.window={config.data.window} is for tokenizers, a generator needs whole pictures: null")
     if not source:
         raise ValueError("a generator needs tokens: pass tokenizer_from=<run or folder of a tokenizer>, or data=codes")
     data = OnlineTokens(
@@ -218,6 +220,12 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
                 f"the tokenizer is built for {module.spec.image_size} px, the data have {data.image_size} px; "
                 "change tokenizer.image_size or data.image_size"
             )
+        if window := data.transform.window:
+            if module.grows == "no" or not hasattr(module, "spec_for"):
+                raise ValueError(
+                    f"data.window={window}: {type(module).__name__} takes pictures of one size; pass data.window=null"
+                )
+            module.spec_for(window)
         objective = instantiate(fitted(config.objective, module.spec), trust=trust, _convert_="all")
         adversary = OmegaConf.to_container(config.discriminator_optimizer, resolve=True)
         return LitTokenizer(module, objective, recipe, discriminator_optimizer=adversary)

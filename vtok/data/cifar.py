@@ -35,6 +35,7 @@ class Cifar10(ImageData):
         seed: int = 0,
         flip: bool = True,
         shift: int = 0,
+        window: int | None = None,
         on_bad_image: OnBadImage = "error",
         cache_dir: str = "outputs/cache",
         limit_train: int | None = None,
@@ -48,6 +49,7 @@ class Cifar10(ImageData):
             seed=seed,
             flip=flip,
             shift=shift,
+            window=window,
             limit_train=limit_train,
             limit_val=limit_val,
         )

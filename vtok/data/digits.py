@@ -31,6 +31,7 @@ class Digits(ImageData):
         workers: int = 0,
         seed: int = 0,
         shift: int = 0,
+        window: int | None = None,
         limit_train: int | None = None,
         limit_val: int | None = None,
     ) -> None:
@@ -42,6 +43,7 @@ class Digits(ImageData):
             seed=seed,
             crop="none",
             shift=shift,
+            window=window,
             limit_train=limit_train,
             limit_val=limit_val,
         )

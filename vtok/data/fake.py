@@ -33,6 +33,7 @@ class Fake(ImageData):
         crop: Crop = "none",
         flip: bool = False,
         shift: int = 0,
+        window: int | None = None,
         num_classes: int = 10,
         train_images: int = 512,
         val_images: int = 128,
@@ -48,6 +49,7 @@ class Fake(ImageData):
             crop=crop,
             flip=flip,
             shift=shift,
+            window=window,
             limit_train=limit_train,
             limit_val=limit_val,
         )

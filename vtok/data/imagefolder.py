@@ -50,6 +50,7 @@ class ImageFolder(ImageData):
         crop: Crop = "center",
         flip: bool = True,
         shift: int = 0,
+        window: int | None = None,
         on_bad_image: OnBadImage = "error",
         scan: Scan = "auto",
         upright: bool = False,
@@ -67,6 +68,7 @@ class ImageFolder(ImageData):
             crop=crop,
             flip=flip,
             shift=shift,
+            window=window,
             limit_train=limit_train,
             limit_val=limit_val,
         )

@@ -283,8 +283,8 @@ class KeyedImages(Dataset):
 class ImageData(StepData):
     """Base of the image data modules: a subclass implements `prepare`.
 
-    image_size: side in pixels. batch_size: global, per optimizer step. crop, flip, shift: see ImageTransform; the
-    held-out set is never augmented. limit_train, limit_val: use only so many images, evenly spaced.
+    image_size: side in pixels. batch_size: global, per optimizer step. crop, flip, shift, window: see ImageTransform;
+    the held-out set is never augmented. limit_train, limit_val: use only so many images, evenly spaced.
     """
 
     def __init__(
@@ -298,6 +298,7 @@ class ImageData(StepData):
         crop: Crop = "center",
         flip: bool = False,
         shift: int = 0,
+        window: int | None = None,
         limit_train: int | None = None,
         limit_val: int | None = None,
     ) -> None:
@@ -308,9 +309,11 @@ class ImageData(StepData):
             raise ValueError(f"data.crop={crop!r}: choose one of {', '.join(CROPS)}")
         if not 0 <= shift < image_size:
             raise ValueError(f"data.shift={shift} must lie in 0..{image_size - 1}")
+        if window is not None and not 0 < window <= image_size:
+            raise ValueError(f"data.window={window} must lie in 1..{image_size}, or be null for whole pictures")
         check_limits(limit_train, limit_val)
         self.image_size = image_size
-        self.transform = ImageTransform(size=image_size, crop=crop, flip=flip, shift=shift)
+        self.transform = ImageTransform(size=image_size, crop=crop, flip=flip, shift=shift, window=window)
         self.limit_train, self.limit_val = limit_train, limit_val
         self._sources: Sources | None = None
 

@@ -56,6 +56,7 @@ class Packed(ImageData):
         crop: Crop = "center",
         flip: bool = True,
         shift: int = 0,
+        window: int | None = None,
         on_bad_image: OnBadImage = "error",
         upright: bool = False,
         cache_dir: str = "outputs/cache",
@@ -63,7 +64,7 @@ class Packed(ImageData):
         limit_val: int | None = None,
     ) -> None:
         sampling = dict(batch_size=batch_size, accumulate=accumulate, workers=workers, seed=seed)
-        look = dict(image_size=image_size, crop=crop, flip=flip, shift=shift)
+        look = dict(image_size=image_size, crop=crop, flip=flip, shift=shift, window=window)
         super().__init__(**look, **sampling, limit_train=limit_train, limit_val=limit_val)
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"data.on_bad_image={on_bad_image!r}: choose error or skip")

@@ -146,13 +146,15 @@ class ImageTransform:
 
     crop: center and random are ADM's, var is VAR's, none takes images that have the size already. Without draws,
     random becomes center. flip: mirror half of the images. shift: move by up to that many pixels each way, the border
-    pixel repeated.
+    pixel repeated. window: of all this, a random square of that side is given, for tokenizers that take any size: more
+    pictures for the same work.
     """
 
     size: int
     crop: Crop = "center"
     flip: bool = False
     shift: int = 0
+    window: int | None = None
 
     def __call__(self, image: Any, draws: Draws | None = None) -> np.ndarray:
         array = self._cropped(image, draws)
@@ -164,6 +166,9 @@ class ImageTransform:
             x, y = draws.below(2 * self.shift + 1), draws.below(2 * self.shift + 1)
             pad = (self.shift, self.shift)
             array = np.pad(array, (pad, pad, (0, 0)), mode="edge")[y : y + self.size, x : x + self.size]
+        if self.window is not None:
+            x, y = (draws.below(self.size - self.window + 1) for _ in range(2))
+            array = array[y : y + self.window, x : x + self.window]
         return array
 
     def _cropped(self, image: Any, draws: Draws | None) -> np.ndarray:
