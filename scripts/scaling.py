@@ -152,6 +152,8 @@ def plot(path: Path, rows: list[Mapping[str, Any]]) -> None:
             for name, factor, label in drawn:
                 panel.plot([r[axis] for r in members], [r[name] * factor for r in members], marker="o", label=label)
             panel.set(xscale="log", yscale="log", xlabel=axis, title=f"over {axis}")
+            panel.set_xticks([r[axis] for r in members], [str(r[axis]) for r in members])
+            panel.minorticks_off()
             panel.grid(alpha=0.3)
         row_of_panels[0].set_ylabel(unit)
         row_of_panels[0].legend()

@@ -340,6 +340,9 @@ def test_flip_and_shift():
     cut = {ImageTransform(size=8, window=5)(image, Draws(s)).tobytes() for s in range(400)}
     whole = [np.ascontiguousarray(image[y : y + 5, x : x + 5]) for y in range(4) for x in range(4)]
     assert cut == {square.tobytes() for square in whole}
+    for side in (0, 17):
+        with pytest.raises(ValueError, match=f"data.window={side} must lie in 1..16"):
+            Fake(image_size=16, window=side)
 
 
 def test_draws_are_uniform_and_independent():
