@@ -272,7 +272,7 @@ COLUMNS: tuple[Column, ...] = (
 )  # fmt: skip
 TITLES = {
     "cifar10": "CIFAR-10, 32 px (2,000 test images)",
-    "imagenet": f"ImageNet sample, 128 px ({TESTED} held-out pictures, {TRAINED} trained on)",
+    "imagenet": f"ImageNet sample, 128 px ({TESTED} held-out pictures; {TRAINED} trained on, by windows of 32 px)",
     "overfit": f"Overfitting: {OVERFIT} photographs at 128 px, 1,500 steps at most (wanted: 26 dB, flow 22)",
 }
 
