@@ -220,7 +220,7 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
                 f"the tokenizer is built for {module.spec.image_size} px, the data have {data.image_size} px; "
                 "change tokenizer.image_size or data.image_size"
             )
-        if window := data.transform.window:
+        if window := config.data.get("window"):
             if module.grows == "no" or not hasattr(module, "spec_for"):
                 raise ValueError(
                     f"data.window={window}: {type(module).__name__} takes pictures of one size; pass data.window=null"
