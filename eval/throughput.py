@@ -49,6 +49,7 @@ from vtok.layers.packed import PackedLinear
 from vtok.noise import SampleNoise
 
 PARTS = ("encode", "decode", "sample", "train", "online")
+LEARNING = {"train", "online"}  # those that change weights
 PRODUCTS = {  # operations of what PyTorch's counter does not know: shapes of x and the weight in
     torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x.numel() * weight[0]
 }
@@ -189,7 +190,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     rows, light = [], generator
     if generator is not None:  # training needs weights of its own
-        light = copy.deepcopy(generator) if {"train", "online"} & set(config["parts"]) else generator
+        light = copy.deepcopy(generator) if LEARNING & set(config["parts"]) else generator
         light_weights(light, dtype, **storage(config))
     for batch in config["batches"]:
         if config["compile"]:
@@ -279,6 +280,8 @@ def jobs(
         facts = {"steps": light.layout.steps, "solver_steps": config["model"].get("solver_steps")}
         cost = lambda: counted(lambda: draw(plain), light)  # noqa: E731
         found["sample"] = Job(lambda: draw(fast), cost, light, asked, facts=facts)
+    if not LEARNING & set(config["parts"]):
+        return found
     given = {"tokens": tokens.clone(), "label": labels, "key": seeds}
     if "patches" in generator.reads_also:  # any will do: the teacher's own time is not in it
         given["patches"] = torch.randn(batch, generator.layout.length, generator.channels, device=device)
@@ -421,7 +424,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         generator = make(spec=tokenizer.spec, num_classes=int(config["num_classes"]))
         generator.adopt(tokenizer)
         generator.to(device).eval()
-    elif {"sample", "train", "online"} & set(config["parts"]):
+    elif {"sample", *LEARNING} & set(config["parts"]):
         print("model=null: encoding and decoding only")
     from hydra.core.hydra_config import HydraConfig
 

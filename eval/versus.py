@@ -23,7 +23,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +189,8 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # where an original's bare .cuda() goes
     size = config["size"] or SIZES.get(config["peer"], "tiny")
-    options = Options(size, int(config["batch"]), steps, dtype, device=device, **storage(config))
-    options = replace(options, cuda_graphs=bool(config["cuda_graphs"]))
-    options = replace(options, compiled_original=bool(config["compiled_original"]))
+    switches = {name: bool(config[name]) for name in ("cuda_graphs", "compiled_original")}
+    options = Options(size, int(config["batch"]), steps, dtype, device=device, **storage(config), **switches)
     name, setting, differences = config["peer"], "", {}
     if config["selftest"]:
         run = itself(options.batch, steps, device)

@@ -72,8 +72,7 @@ FAST = [  # path, command with the key, the key, where it is shown to change not
         "quant",
         "tests/test_light_weights.py: logits of a tiny model off by 0.4 % of the largest; the generator of "
         "`make demo` has 3.0256 nats a token on 300 held-out digits in float32, 3.0255 in int8, 3.0257 in both bf16 "
-        "and int8 "
-        "(`python -m eval.likelihood from=outputs/demo/generator images=300 quant=int8`)",
+        "and int8 (`python -m eval.likelihood from=outputs/demo/generator images=300 quant=int8`)",
     ),
     (
         "channels-last bf16 decoding, CPU",

@@ -43,20 +43,11 @@ class Stages:
         return time.perf_counter() - self.began
 
 
-def train_for(
-    stages: Stages,
-    run: Path,
-    options: Sequence[str],
-    budget: float,
-    *,
-    checked: int = CHECKED,
-    larger: float = 1.0,
-) -> int:
+def train_for(stages: Stages, run: Path, options: Sequence[str], budget: float, *, checked: int = CHECKED) -> int:
     """Train for about `budget` seconds, checks and pictures included; returns the steps.
 
     run: the run directory; options: of train.py. A short run of the same command is timed first, and the number of
-    steps, to which the learning-rate schedule is tied, follows from its speed. checked: held-out images looked at;
-    larger: how many times the pixels of a training image they have.
+    steps, to which the learning-rate schedule is tied, follows from its speed. checked: held-out images looked at.
     """
     probe = run.with_name(f"{run.name}_probe")
     command = ["train.py", *options, "overwrite=true"]
@@ -69,7 +60,8 @@ def train_for(
     step = batch * len(later) / sum(later)
     start = max(0.0, spent - PROBE_STEPS * step)
     checks = 4 if budget < FULL_BUDGET else 10
-    validation = 2 / 3 * larger * checked / batch * step  # two forward passes an image, of raw and averaged weights
+    # two forward passes an image, of raw and averaged weights
+    validation = 2 / 3 * larger_held_out(probe) * checked / batch * step
     # A tenth is left for pictures, checkpoints and other processes; the probe is part of the budget.
     steps = max(PROBE_STEPS, int((0.9 * budget - spent - start - checks * validation) / step))
     print(f"{step * 1000:.0f} ms a step, {start:.0f} s to start: {steps} steps in {budget:g} s", flush=True)
@@ -86,6 +78,14 @@ def batch_size(run: Path) -> int:
     from omegaconf import OmegaConf
 
     return int(OmegaConf.load(run / "config.yaml").batch_size)
+
+
+def larger_held_out(run: Path) -> float:
+    """Pixels of a held-out image over those of a training one: above 1 where a run trains on windows."""
+    from omegaconf import OmegaConf
+
+    data = OmegaConf.load(run / "config.yaml").data
+    return (data.image_size / data.window) ** 2 if data.get("window") else 1.0
 
 
 def overrides(section: Mapping[str, object]) -> list[str]:

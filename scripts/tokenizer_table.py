@@ -150,8 +150,7 @@ def row(kind: str, family: str, folder: Path, budget: float) -> None:
     tried: list[int] = []
     for steps in OVERFIT_STEPS if kind == "overfit" else (None,):
         if steps is None:
-            larger = (128 / 32) ** 2 if "data.window=32" in options else 1.0
-            tried.append(train_for(stages, run, options, budget, checked=TESTED, larger=larger))
+            tried.append(train_for(stages, run, options, budget, checked=TESTED))
         else:
             tried.append(steps)
             stages.run(

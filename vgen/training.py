@@ -29,7 +29,7 @@ from vtok.callbacks import Progress, Reconstructions, quiet
 from vtok.ckpt_files import AtomicCheckpointIO
 from vtok.collapse import CodeUse
 from vtok.config import Families, describe, instantiate
-from vtok.data.codes import OnlineTokens
+from vtok.data.codes import OnlineTokens, spec_at
 from vtok.data.module import ImageData, micro_batch_size
 from vtok.lit import Lit, LitTokenizer
 from vtok.losses.prior import ARPrior
@@ -221,11 +221,11 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
                 "change tokenizer.image_size or data.image_size"
             )
         if window := config.data.get("window"):
-            if module.grows == "no" or not hasattr(module, "spec_for"):
+            if module.grows == "no":
                 raise ValueError(
                     f"data.window={window}: {type(module).__name__} takes pictures of one size; pass data.window=null"
                 )
-            module.spec_for(window)
+            spec_at(module, window)
         objective = instantiate(fitted(config.objective, module.spec), trust=trust, _convert_="all")
         adversary = OmegaConf.to_container(config.discriminator_optimizer, resolve=True)
         return LitTokenizer(module, objective, recipe, discriminator_optimizer=adversary)
