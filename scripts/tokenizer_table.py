@@ -37,15 +37,16 @@ BUDGET = 600.0  # seconds on one core: 10 CPU-minutes
 SHARED = ["batch_size=64", "optimizer={lr: 1e-3, betas: [0.9, 0.95], weight_decay: 0.0, eps: 1e-8}", "ema=0.995"]
 # transformers: more steps, of cheaper products where the core has them
 VIT = ["batch_size=32", f"precision={'bf16-mixed' if cpu_has_bf16() else '32-true'}", "optimizer.lr=2e-3"]
+MILLION = ["tokenizer.multipliers=[1,2,6]", "optimizer.lr=2e-3"]  # to have at least 1 M parameters
 FAMILIES: dict[str, list[str]] = {
-    "cnn_vq": ["tokenizer=cnn_vq_small", "optimizer.lr=2e-3"],
-    "fsq": ["tokenizer=cnn_fsq_small", "optimizer.lr=2e-3"],
+    "cnn_vq": ["tokenizer=cnn_vq_small", *MILLION],
+    "fsq": ["tokenizer=cnn_fsq_small", *MILLION],
     "ifsq": ["tokenizer=ifsq_small", "optimizer.lr=2e-3"],
     "lfq": ["tokenizer=lfq_small"],
     "bsq": ["tokenizer=bsq_small"],
     "ibq": ["tokenizer=ibq_small", "batch_size=16"],
     "kl": ["tokenizer=kl_small"],
-    "var": ["tokenizer=var_small", "optimizer.lr=2e-3"],
+    "var": ["tokenizer=var_small", *MILLION],
     "flexvar": ["tokenizer=flexvar_small"],
     "titok": ["tokenizer=titok_small", *VIT],
     "hita": ["tokenizer=hita_small"],
