@@ -86,9 +86,17 @@ def sampling(
 
 
 def training(
-    generator: Generator, *, key: Tensor, progress: float, device: torch.device, compiled: bool = False
+    generator: Generator,
+    *,
+    key: Tensor,
+    progress: float,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    prefixes: bool = False,
 ) -> Asked:
-    """For a training step on whole sequences of the samples key int64 [B], at this share of training."""
+    """For a training step on whole sequences of the samples key int64 [B], at this share of training, under autocast
+    to `dtype`; prefixes: as Trunk's."""
     asked = Asked()
     if compiled:
         asked.one_of("block.compiled", "block.plain")
@@ -99,11 +107,16 @@ def training(
     }
     asked.taken |= ways
     asked.never |= {"loss.pieces", "loss.whole"} - ways
+    if ways:
+        rounded = device.type == "cuda" and dtype == torch.bfloat16
+        asked.one_of("head.bfloat16" if rounded else "head.float32", "head.bfloat16", "head.float32")
     if not isinstance(trunk, Trunk) or not generator.caches or _own_mask(generator):
         return asked
     pattern = layout.pattern()
     if pattern in ("causal", "full"):
         asked.one_of(f"attention.{pattern}", "attention.mask")
+    elif prefixes:
+        asked.one_of("attention.prefixes", "attention.blocks", "attention.mask")
     elif device.type == "cuda" and not trunk.attention_dropout:
         asked.one_of("attention.blocks", "attention.mask")
     return asked

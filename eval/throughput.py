@@ -13,7 +13,8 @@ peak that the GPU's maker states. online is such a step on images, whose encodin
 float32 as in train.py, and on a GPU with encode_ahead beside the step before.
 
 Every row holds the paths that were taken (vtok/counters.py), and a setting whose path was not is an error: a fallback
-is no measurement of it (eval/paths.py). compile is for training, cuda_graphs, packed and quant are for sampling.
+is no measurement of it (eval/paths.py). compile and prefixes are for training, cuda_graphs, packed and quant for
+sampling.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from vtok.cli import entry
 from vtok.data.ahead import Ahead
 from vtok.decoding import channels_last, decode_images
 from vtok.layers.packed import PackedLinear
+from vtok.layers.trunk import Trunk
 from vtok.noise import SampleNoise
 
 PARTS = ("encode", "decode", "sample", "train", "online")
@@ -53,7 +55,7 @@ LEARNING = {"train", "online"}  # those that change weights
 PRODUCTS = {  # operations of what PyTorch's counter does not know: shapes of x and the weight in
     torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x.numel() * weight[0]
 }
-OPTIONS = ("compile", "cuda_graphs", "packed", "quant", "encode_ahead")
+OPTIONS = ("compile", "prefixes", "cuda_graphs", "packed", "quant", "encode_ahead")
 STEPS = ("steps", "solver_steps")  # of sampling
 PROGRESS = 0.5  # share of training done, in the step that is timed
 
@@ -293,8 +295,8 @@ def learning(
 ) -> dict[str, Job]:
     """`train`: steps on `given`, whose tokens are there; `online`: on those of `images`, encoded a step ahead."""
     device, noise, compiled = images.device, SampleNoise(given["key"]), bool(config["compile"])
-    asked = paths.training(generator, key=given["key"], progress=PROGRESS, device=device, compiled=compiled)
-    options = {"dtype": getattr(torch, config["dtype"]), "compiled": compiled}
+    options = {"dtype": getattr(torch, config["dtype"]), "compiled": compiled, "prefixes": bool(config["prefixes"])}
+    asked = paths.training(generator, key=given["key"], progress=PROGRESS, device=device, **options)
     cost, found = lambda: training_cost(generator, given), {}
 
     @torch.no_grad()
@@ -324,10 +326,14 @@ def trainer(
     *,
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
+    prefixes: bool = False,
 ) -> Callable[[], None]:
     """One optimizer step on a copy of the generator. batch: gives a step's batch. dtype: of autocast, around the loss
-    alone."""
+    alone. prefixes: as Trunk's."""
     model = copy.deepcopy(generator).float().train()
+    for trunk in model.modules():
+        if isinstance(trunk, Trunk):
+            trunk.prefixes = prefixes
     device = next(model.parameters()).device
     if compiled:
         compile_blocks(model)

@@ -134,7 +134,8 @@ def asked(config: Mapping[str, Any], generator: Any | None, part: str, options: 
     if part == "decode":
         return paths.decoding(dtype=options.dtype)
     if part == "train":
-        return paths.training(generator, key=options.keys(), progress=PROGRESS, device=options.device)
+        dtype = options.dtype_of(part)
+        return paths.training(generator, key=options.keys(), progress=PROGRESS, device=options.device, dtype=dtype)
     given = {"dtype": options.dtype, "cuda_graphs": options.cuda_graphs, **storage(config)}
     return paths.sampling(generator, guided=True, **given)
 

@@ -61,6 +61,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         GRAPHS,
         "quant=float8",
     ),
+    "var_d16_train_prefixes": (VAR, "model=var_d16", "parts=[train]", BATCHES, COMPILE, "prefixes=true"),
     "llamagen_b_online": (LLAMAGEN, "model=llamagen_b", "parts=[online]", "batches=[64]", COMPILE),
     "llamagen_b_online_plain": (LLAMAGEN, "model=llamagen_b", "parts=[online]", "batches=[64]", COMPILE, IN_TURN),
     "llamagen_l_train_plain": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[64]"),

@@ -92,6 +92,12 @@ FAST = [  # path, command with the key, the key, where it is shown to change not
         "the row",
         "tests/test_acceleration.py",
     ),
+    (
+        "attention of block-causal training: FlexAttention, or a call a step",
+        "python scripts/bench_gpu.py only=[var_d16_train,var_d16_train_prefixes]",
+        "the row",
+        "tests/test_attention.py",
+    ),
 ]
 
 

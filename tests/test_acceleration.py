@@ -12,7 +12,7 @@ from test_generators import LABELS, draw
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vgen.cross_entropy import linear_cross_entropy
+from vgen.cross_entropy import LightProduct, light, linear_cross_entropy, summed_in_float32
 from vgen.generator import Canvas
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
@@ -65,6 +65,72 @@ def test_pieces_of_the_cross_entropy_have_its_value_and_gradients(monkeypatch, m
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(h, weight, offset, target, smoothing=smoothing), want)
+
+
+def test_the_light_product_is_that_of_rounded_numbers_summed_in_float32():
+    torch.manual_seed(0)
+    x, weight = torch.randn(11, 64, requires_grad=True), torch.randn(20, 64, requires_grad=True)
+    given = torch.randn(11, 20)
+    got = LightProduct.apply(x, weight)
+    rounded = [t.detach().bfloat16().double() for t in (x, weight, given)]
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got.double(), rounded[0] @ rounded[1].T, rtol=1e-6, atol=1e-5)
+    of_x, of_weight = torch.autograd.grad(got, (x, weight), given)
+    torch.testing.assert_close(of_x.double(), rounded[2] @ rounded[1], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(of_weight.double(), rounded[2].T @ rounded[0], rtol=1e-6, atol=1e-5)
+    assert LightProduct.apply(x.bfloat16(), weight).equal(got)
+    # the call that CUDA gets exists, and gives float32
+    a, b = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((11, 64), (64, 20)))
+    assert torch.mm(a, b, out_dtype=torch.float32).dtype is torch.float32
+
+
+@pytest.mark.parametrize("most", [40, 10**6])
+@pytest.mark.parametrize("bias", [True, False])
+def test_training_rounds_what_the_head_multiplies_where_it_is_light(monkeypatch, most, bias):
+    """The value and gradients of rounded states and weights; pieces and whole logits agree."""
+    monkeypatch.setattr("vgen.cross_entropy.MOST", most)
+    monkeypatch.setattr("vgen.cross_entropy.light", lambda h: torch.is_grad_enabled())
+    torch.manual_seed(0)
+    h, weight = torch.randn(11, 6, requires_grad=True), torch.randn(20, 6, requires_grad=True)
+    offset = torch.randn(20, requires_grad=True) if bias else None
+    target, leaves = torch.randint(20, (11,)), [h, weight] + ([offset] if bias else [])
+    near = [t.detach().bfloat16().float().requires_grad_() for t in (h, weight)]
+    want = F.cross_entropy(F.linear(*near, offset), target, reduction="none")
+    counters.reset()
+    got = linear_cross_entropy(h, weight, offset, target)
+    assert counters.read()["head.bfloat16"] == 1 and "head.float32" not in counters.read()
+    torch.testing.assert_close(got, want)
+    wanted = torch.autograd.grad(want.sum(), near + leaves[2:])
+    for a, b in zip(torch.autograd.grad(got.sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)  # the gradient of the logits is rounded too
+    with torch.no_grad():  # a likelihood is not
+        exact = F.cross_entropy(F.linear(h, weight, offset), target, reduction="none")
+        torch.testing.assert_close(linear_cross_entropy(h, weight, offset, target), exact)
+
+
+def test_the_product_is_float32_on_the_cpu_and_without_autocast():
+    h = torch.randn(3, 4, requires_grad=True)
+    assert not light(h) and not light(h.detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not light(h)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this product is for a CUDA device")
+def test_training_under_autocast_rounds_the_heads_product_on_cuda():
+    torch.manual_seed(0)
+    h, weight = torch.randn(11, 64), torch.randn(200, 64)
+    a, b = h.bfloat16(), weight.bfloat16().T
+    torch.testing.assert_close(summed_in_float32(a.cuda(), b.cuda()).cpu(), summed_in_float32(a, b))
+    target, found = torch.randint(200, (11,)), []
+    for device in ("cuda", "cpu"):
+        leaves = [t.to(device).requires_grad_() for t in (h, weight)]
+        counters.reset()
+        with torch.autocast(device, torch.bfloat16):
+            loss = linear_cross_entropy(*leaves, None, target.to(device))
+        assert counters.read()["head.bfloat16" if device == "cuda" else "head.float32"] == 1
+        found.append([x.cpu() for x in (loss, *torch.autograd.grad(loss.sum(), leaves))])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 def whole_parts(head, h, target):
@@ -122,7 +188,7 @@ def test_pieces_of_maskgit_have_the_value_and_gradients_of_whole_logits(monkeypa
     wanted = torch.autograd.grad(want, leaves, allow_unused=True)
     counters.reset()
     got = model.loss(batch)
-    assert counters.read() == {"loss.whole" if most > 200 else "loss.pieces": 1}
+    assert counters.read() == {"loss.whole" if most > 200 else "loss.pieces": 1, "head.float32": 1}
     torch.testing.assert_close(got["loss"], want)
     torch.testing.assert_close(got["nats"], (plain * hidden).sum(1, keepdim=True) / hidden.sum(1, keepdim=True))
     assert not got["nats"].requires_grad

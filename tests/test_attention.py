@@ -11,7 +11,7 @@ from vtok import counters
 from vtok.layers.attention import MASKS, Attention, attend, attend_blocks, attend_naive, block_mask, block_mask_of
 from vtok.layers.cache import KVCache
 from vtok.layers.rope import rope_1d, rope_2d, rotate
-from vtok.layers.trunk import Inputs, Trunk
+from vtok.layers.trunk import Inputs, Trunk, pays
 from vtok.layout import SequenceLayout, visible
 
 
@@ -179,7 +179,7 @@ def test_cached_steps_equal_one_pass(qk_norm, modulation):
 
 @pytest.mark.parametrize("qk_norm", ["none", "l2"])
 def test_a_call_a_step_equals_a_mask_in_memory(qk_norm):
-    layout, x = SequenceLayout.levels((1, 8, 16)), torch.randn(3, 25, 16, dtype=torch.float64)
+    layout, x = SequenceLayout.levels((1, 16, 20)), torch.randn(3, 37, 16, dtype=torch.float64)
     model, paths = trunk(qk_norm=qk_norm).double(), {"prefixes": layout.pattern(), "mask": "ranks"}
     found = []
     with torch.no_grad():
@@ -188,9 +188,20 @@ def test_a_call_a_step_equals_a_mask_in_memory(qk_norm):
             found.append(model(Inputs(x, layout.ranks(), pattern)))
             assert counters.read()[f"attention.{path}"] == 1
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
-    counters.reset()
-    model(Inputs(x, layout.ranks(), layout.pattern()))
-    assert counters.read()["attention.mask"] == 1, "training is faster with the mask"
+    results = []
+    for model.prefixes, path in ((False, "mask"), (True, "prefixes")):  # training is faster with the mask, on the CPU
+        counters.reset()
+        out = model(Inputs(x, layout.ranks(), layout.pattern()))
+        assert counters.read()[f"attention.{path}"] == 1
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_a_call_a_block_is_for_blocks_of_many_positions():
+    assert pays(SequenceLayout.scales((1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).pattern())
+    assert not pays((256, *range(257, 289))), "32 queries in turn behind a grid"
+    assert not pays(SequenceLayout.levels((1, 2, 4)).pattern())
 
 
 def test_several_causal_positions_against_a_cache():

@@ -26,6 +26,7 @@ from generators import (
     tokens_of,
     var,
 )
+from patterns import watched_patterns
 
 from vgen.conditioning import Cond
 from vgen.guidance import ClassifierFree, Progress, Unguided, guidance
@@ -41,6 +42,7 @@ from vgen.models.par import PAR
 from vgen.models.repa import LlamaGenREPA
 from vgen.models.var import VAR
 from vtok.config import build, describe
+from vtok.layers.trunk import Trunk
 from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES as TOKENIZERS
 from vtok.noise import SampleNoise, sample_seeds
@@ -232,6 +234,17 @@ def test_every_prediction_sees_the_prefix(name):
     predicts = (plain != 0).any(-1)  # all but DTM's first level, which is noise
     assert seen.shape == plain.shape and predicts.any()
     assert ((seen - plain).abs().amax(-1) > 1e-5)[predicts].all()
+
+
+@every_family
+def test_patterns_say_what_the_ranks_say(name, monkeypatch):
+    """Masks of training come from the pattern (FlexAttention, calls a block) or from the ranks: the same ones."""
+    model = make(name)
+    canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
+    seen = watched_patterns(monkeypatch)
+    for given in (cond, with_prefix(cond, 0)):
+        model(canvas, given)
+    assert seen or not any(isinstance(m, Trunk) for m in model.modules())
 
 
 @every_family

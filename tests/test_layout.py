@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from patterns import seen_by
 
-from vtok.layout import SequenceLayout, visible
+from vtok.layout import SequenceLayout, behind, visible
 
 LAYOUTS = {
     "line": SequenceLayout.line(7),
@@ -52,6 +53,19 @@ def test_pattern_says_what_the_ranks_say(name):
             assert ends[-1] == b - a and list(ends) == sorted(set(ends))
             for first, last in zip((0, *ends), ends):  # a block's queries see the keys up to its end, and no others
                 assert block[first:last, :last].all() and not block[first:last, last:].any()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_positions_behind_others_see_all_of_them(name, count):
+    layout = LAYOUTS[name]
+    block = brute_force(layout)
+    want = torch.zeros(len(block) + count, len(block) + count, dtype=torch.bool)
+    want[:, :count] = True
+    want[count:, count:] = block
+    ends = behind(layout.pattern(), len(block), count)
+    assert torch.equal(seen_by(ends, len(want)), want)
+    assert behind("ranks", len(block), count) == "ranks"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

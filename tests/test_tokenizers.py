@@ -5,10 +5,12 @@ from importlib import import_module
 
 import pytest
 import torch
+from patterns import watched_patterns
 from tokenizers import FAMILIES, STOCHASTIC_DECODERS, images, make
 
 from vtok.checkpoint import save_folder
 from vtok.config import build, completed, describe, differences
+from vtok.layers.trunk import Trunk
 from vtok.models import FAMILIES as CLASSES
 from vtok.noise import SampleNoise
 from vtok.quantize.fsq import FSQ
@@ -32,6 +34,16 @@ def test_tokens_meet_their_spec_and_decode_to_images(name):
     decoded = model.decode(tokens, noise=noise())
     assert decoded.shape == images().shape and bool(decoded.isfinite().all())
     assert torch.equal(decoded, model.decode(tokens, noise=noise()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_patterns_say_what_the_ranks_say(name, monkeypatch):
+    """As for the generators. Families of convolutions alone have no pass to look at."""
+    model = make(name).train()
+    seen = watched_patterns(monkeypatch)
+    model.decode(model.encode(images()), noise=noise())
+    model(images(), key=KEYS, progress=0.5)
+    assert seen or not any(isinstance(m, Trunk) for m in model.modules())
 
 
 @pytest.mark.parametrize("name", NAMES)

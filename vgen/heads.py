@@ -84,14 +84,12 @@ def draw_ids(logits: Tensor, rule: DrawRule, noise: SampleNoise, position: Tenso
 class CategoricalHead(nn.Module):
     """One softmax over the vocabulary. Logits and losses are float32: bf16 loses ties and small probabilities.
 
-    So is their product, under autocast too, in training as in sampling: as VAR's published head; LlamaGen's and
-    FlexVAR's multiply in bf16 and cast the result. On a GPU this has a price, computed and not measured, for LlamaGen-L
-    on an H200 (its maker states 989 TFLOP/s in bf16 and 67 in float32, 14.8 times less): the head's products are
-    6 x 1024 x 16,384 x 256 = 25.8 of an image's 509 GFLOP, 5.1 %. Computed once, they bound the MFU of training at
-    1 / (0.949 + 0.051 x 14.8) = 59 %. At batch 64 the 2^28 logits come in two pieces (vgen/cross_entropy.py), whose
-    backward pass computes the forward product again: 8 operations where MFU counts 6, so
-    1 / (0.949 + 0.051 x 14.8 x 8/6) = 51 %. `torch.set_float32_matmul_precision("high")` (TF32, half the bf16 rate)
-    lifts that to 1 / (0.949 + 0.051 x 2 x 8/6) = 92 %, and rounds what else is in float32, quantizers too, to ten bits.
+    So is their product in sampling, and under autocast too. In training on CUDA under autocast to bf16 the product
+    takes rounded states and weights and sums in float32 (vgen/cross_entropy.py): between VAR's published head, whose
+    product rounds to TF32, and LlamaGen's and FlexVAR's, which round the logits too. In float32 it would bound the MFU
+    of training, by arithmetic: for LlamaGen-L on an H200 (its maker states 989 TFLOP/s in bf16 and 67 in float32, 14.8
+    times less) the head's products are 6 x 1024 x 16,384 x 256 = 25.8 of an image's 509 GFLOP, 5.1 %, so that not more
+    than 1 / (0.949 + 0.051 x 14.8) = 59 % could be reached; now all of it.
     """
 
     def __init__(self, *, dim: int, vocab_size: int, bias: bool = False) -> None:

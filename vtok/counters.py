@@ -26,6 +26,8 @@ PATHS = {
     "decode.float32": "image decoding in float32, as stored",
     "graph.captured": "a sampling step recorded as a CUDA graph",
     "graph.replayed": "a sampling step replayed from its CUDA graph",
+    "head.bfloat16": "cross-entropy of a head whose product takes bfloat16 and sums in float32 (CUDA, training)",
+    "head.float32": "cross-entropy of a head whose product is float32",
     "linear.packed": "a product with weights that were reordered once (CPU)",
     "loss.pieces": "cross-entropy whose logits exist piece by piece",
     "loss.whole": "cross-entropy over all logits at once",

@@ -22,6 +22,14 @@ from torch import Tensor
 Pattern = Literal["full", "causal", "ranks"] | tuple[int, ...]
 
 
+def behind(pattern: Pattern, length: int, count: int) -> Pattern:
+    """The pattern of `length` positions of `pattern` that all see `count` more in front, which see each other alone."""
+    if pattern == "ranks":
+        return pattern
+    ends = (length,) if pattern == "full" else range(1, length + 1) if pattern == "causal" else pattern
+    return (count, *(count + end for end in ends))
+
+
 @dataclass(frozen=True)
 class SequenceLayout:
     """Step sizes plus the coordinate of every token.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vtok.layers.resolution import resize_table
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.layers.vit import PatchEmbed, positions, together, unpatchify
-from vtok.layout import SequenceLayout
+from vtok.layout import SequenceLayout, behind
 
 
 class SiglipEncoder(nn.Module):
@@ -51,7 +51,8 @@ class SiglipEncoder(nn.Module):
             latents = torch.where((index < counts[:, None]).unsqueeze(-1), given.to(patches.dtype), self.refined)
         rank = self.layout.ranks(device=images.device) + 1
         rank = torch.cat([rank.new_zeros(height * width), rank])
-        return self.trunk(Inputs(torch.cat([patches, latents + self.places], 1), rank))[:, height * width :]
+        pattern = behind(self.layout.pattern(), self.layout.length, height * width)
+        return self.trunk(Inputs(torch.cat([patches, latents + self.places], 1), rank, pattern))[:, height * width :]
 
 
 class MaskDecoder(nn.Module):

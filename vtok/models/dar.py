@@ -22,7 +22,7 @@ from vtok.layers.flex import sincos
 from vtok.layers.pixel_flow import EPS, PixelFlow, grid_rope, init_std, plain_norm
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.layers.vit import PatchEmbed, initialise
-from vtok.layout import SequenceLayout
+from vtok.layout import SequenceLayout, behind
 from vtok.noise import SampleNoise, noise_of
 from vtok.quantize.vq import VQ
 from vtok.tokenizer import Part, Quantizer, Reconstruction, Tokenizer, TokenSpec
@@ -145,7 +145,8 @@ class DARTokenizer(Tokenizer):
         cos, sin = (F.pad(table, (0, 0, 0, self.tokens), value=float(one)) for table, one in ((cos, 1), (sin, 0)))
         rank = torch.arange(self.tokens, device=images.device) + 1
         rank = torch.cat([rank.new_zeros(height * width), rank])
-        h = self.encoder(Inputs(torch.cat([patches, queries], 1), rank, "ranks", (cos, sin, None)))
+        pattern = behind("causal", self.tokens, height * width)
+        h = self.encoder(Inputs(torch.cat([patches, queries], 1), rank, pattern, (cos, sin, None)))
         return self.project_in(plain_norm(h[:, height * width :]))
 
     def condition(self, z: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from vtok.layers.resolution import resize_table
 from vtok.layers.time import TimeEmbedding
 from vtok.layers.trunk import Inputs
 from vtok.layers.vit import PatchEmbed, unpatchify
-from vtok.layout import SequenceLayout
+from vtok.layout import SequenceLayout, behind
 from vtok.noise import SampleNoise, noise_of
 from vtok.tokenizer import Part, Quantizer, Reconstruction, Tokenizer, TokenSpec
 
@@ -177,7 +177,8 @@ class FlexTokTokenizer(Tokenizer):
         rank = torch.arange(self.tokens, device=latents.device) + 1
         rank = torch.cat([rank.new_zeros(patches.shape[1]), rank])
         registers = self.registers.expand(len(latents), -1, -1)
-        h = self.encoder(Inputs(torch.cat([patches, registers], 1), rank))
+        pattern = behind("causal", self.tokens, patches.shape[1])
+        h = self.encoder(Inputs(torch.cat([patches, registers], 1), rank, pattern))
         return self.project_in(h[:, patches.shape[1] :])
 
     @torch.no_grad()

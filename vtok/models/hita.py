@@ -134,7 +134,8 @@ class Hita(Tokenizer):
         query = self.vision_query + resized(self.place, self.vision, self.vision)
         x = torch.cat([holistic, query.expand(len(holistic), -1, -1)], 1)
         rank = torch.arange(x.shape[1], device=x.device).clamp(max=self.holistic)
-        x = self.unfold.trunk(Inputs(self.vision_norm(x), rank, "ranks"))
+        pattern = (*range(1, self.holistic + 1), x.shape[1])
+        x = self.unfold.trunk(Inputs(self.vision_norm(x), rank, pattern))
         return self.vision_out(x[:, self.holistic :])
 
     def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
