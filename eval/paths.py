@@ -58,8 +58,9 @@ def sampling(
     cuda_graphs: bool = False,
     packed: bool | None = None,
     quant: LowBit | None = None,
+    compiled: bool = False,
 ) -> Asked:
-    """For drawing tokens with weights stored in `dtype`, or in 8 bits."""
+    """For drawing tokens with weights stored in `dtype`, or in 8 bits. Inside compiled blocks nothing is counted."""
     asked = Asked()
     asked.one_of("rows.guided" if guided else "rows.single", "rows.guided", "rows.single")
     asked.one_of("step.cached" if generator.caches else "step.whole", "step.cached", "step.recomputed")
@@ -76,11 +77,13 @@ def sampling(
         and all(_maskless(generator, k) for k in range(generator.layout.steps))
     ):
         asked.never.add("attention.mask")
-    if inside and getattr(generator, "cos", None) is not None and _plain(inside):
+    if inside and compiled:
+        asked.one_of("block.compiled", "block.plain")
+    elif inside and getattr(generator, "cos", None) is not None and _plain(inside):
         asked.one_of("attention.turned", "attention.turned_apart")
     if cuda_graphs:
         asked.taken.add("graph.replayed")
-    if packed or (packed is None and any(isinstance(m, PackedLinear) for m in generator.modules())):
+    if not compiled and (packed or (packed is None and any(isinstance(m, PackedLinear) for m in generator.modules()))):
         asked.taken.add("linear.packed")
     return asked
 

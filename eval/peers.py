@@ -54,7 +54,8 @@ LIGHT_IMAGES = 0.15
 class Options:
     """What is timed. size: the original's name of it, or tiny; steps: of sampling, None for the peer's own. dtype,
     packed, quant: how our trunk's weights are stored for sampling (vtok/acceleration.py). device: of both sides.
-    cuda_graphs: our sampling is recorded once and replayed. compiled_original: the original's model samples through
+    compile: our blocks sample through torch.compile. cuda_graphs: our sampling is recorded once and replayed.
+    compiled_original: the original's model samples through
     torch.compile, as its own script does (LlamaGen)."""
 
     size: str
@@ -64,6 +65,7 @@ class Options:
     packed: bool | None = None
     quant: LowBit | None = None
     device: torch.device = CPU
+    compile: bool = False
     cuda_graphs: bool = False
     compiled_original: bool = False
 
@@ -322,10 +324,10 @@ def trained(model: Any, tokens: Tensor, labels: Tensor, options: Options) -> Run
 
 def cast(model: Any, options: Options) -> Any:
     """The trunk's weights as the options say, as Pipeline.load does it; a copy where that changes them."""
-    if options.dtype == torch.float32 and options.packed is False and options.quant is None:
+    if options.dtype == torch.float32 and options.packed is False and options.quant is None and not options.compile:
         return model
     model = copy.deepcopy(model)
-    light_weights(model, options.dtype, packed=options.packed, quant=options.quant)
+    light_weights(model, options.dtype, packed=options.packed, quant=options.quant, compiled=options.compile)
     return model
 
 

@@ -13,8 +13,8 @@ peak that the GPU's maker states. online is such a step on images, whose encodin
 float32 as in train.py, and on a GPU with encode_ahead beside the step before.
 
 Every row holds the paths that were taken (vtok/counters.py), and a setting whose path was not is an error: a fallback
-is no measurement of it (eval/paths.py). compile and prefixes are for training, cuda_graphs, packed and quant for
-sampling.
+is no measurement of it (eval/paths.py). prefixes is for training, cuda_graphs, packed and quant are for sampling,
+compile for both.
 """
 
 from __future__ import annotations
@@ -167,7 +167,11 @@ def counted(run: Callable[[], Any], module: nn.Module) -> tuple[float, float]:
     calls: Counter[nn.Module] = Counter()
     hooks = [part.register_forward_pre_hook(lambda part, _: calls.update([part])) for part in module.modules()]
     try:
-        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter, Taken() as taken:
+        with (
+            torch.compiler.set_stance("force_eager"),
+            FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter,
+            Taken() as taken,
+        ):
             run()
     finally:
         for hook in hooks:
@@ -193,7 +197,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
     rows, light = [], generator
     if generator is not None:  # training needs weights of its own
         light = copy.deepcopy(generator) if LEARNING & set(config["parts"]) else generator
-        light_weights(light, dtype, **storage(config))
+        light_weights(light, dtype, compiled=bool(config["compile"]), **storage(config))
     for batch in config["batches"]:
         if config["compile"]:
             torch._dynamo.reset()  # for this size alone, as in a training, and not for any
@@ -278,7 +282,14 @@ def jobs(
     if "sample" in config["parts"]:
         fast, plain = Pipeline(light, tokenizer, cuda_graphs=graphs), Pipeline(light, tokenizer)
         draw = lambda pipeline: pipeline.tokens(labels, seeds, guide=guide, rule=DrawRule())  # noqa: E731
-        asked = paths.sampling(light, dtype=dtype, guided=guide.streams > 1, cuda_graphs=graphs, **storage(config))
+        asked = paths.sampling(
+            light,
+            dtype=dtype,
+            guided=guide.streams > 1,
+            cuda_graphs=graphs,
+            compiled=bool(config["compile"]),
+            **storage(config),
+        )
         facts = {"steps": light.layout.steps, "solver_steps": config["model"].get("solver_steps")}
         cost = lambda: counted(lambda: draw(plain), light)  # noqa: E731
         found["sample"] = Job(lambda: draw(fast), cost, light, asked, facts=facts)

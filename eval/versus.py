@@ -136,7 +136,7 @@ def asked(config: Mapping[str, Any], generator: Any | None, part: str, options: 
     if part == "train":
         dtype = options.dtype_of(part)
         return paths.training(generator, key=options.keys(), progress=PROGRESS, device=options.device, dtype=dtype)
-    given = {"dtype": options.dtype, "cuda_graphs": options.cuda_graphs, **storage(config)}
+    given = {"dtype": options.dtype, "cuda_graphs": options.cuda_graphs, "compiled": options.compile, **storage(config)}
     return paths.sampling(generator, guided=True, **given)
 
 
@@ -146,6 +146,7 @@ def ran(part: str, options: Options) -> dict[str, Any]:
     return {
         "dtype": str(options.dtype_of(part)).removeprefix("torch."),
         "quant": options.quant if sampled else None,
+        "compile": sampled and options.compile,
         "cuda_graphs": sampled and options.cuda_graphs,
         "compiled_original": sampled and options.compiled_original,
     }
@@ -190,7 +191,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # where an original's bare .cuda() goes
     size = config["size"] or SIZES.get(config["peer"], "tiny")
-    switches = {name: bool(config[name]) for name in ("cuda_graphs", "compiled_original")}
+    switches = {name: bool(config[name]) for name in ("compile", "cuda_graphs", "compiled_original")}
     options = Options(size, int(config["batch"]), steps, dtype, device=device, **storage(config), **switches)
     name, setting, differences = config["peer"], "", {}
     if config["selftest"]:
@@ -229,7 +230,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             flush=True,
         )
     out, key = Path(config["out"]), ("peer", "size", "part", "batch", "dtype", "threads", "device", "setting", "clock")
-    key += ("packed", "quant", "cuda_graphs", "compiled_original")
+    key += ("packed", "quant", "compile", "cuda_graphs", "compiled_original")
     earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
     done = {tuple(row.get(k) or None for k in key) for row in rows}  # rows of before have no storage: a plain one
     kept = [row for row in earlier if tuple(row.get(k) or None for k in key) not in done]

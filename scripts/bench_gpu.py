@@ -44,6 +44,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "var_d16_sample_64": (VAR, "model=var_d16", "parts=[sample]", "batches=[64]", GRAPHS),
     "llamagen_3b_sample_1": (LLAMAGEN, "model=llamagen_3b", "parts=[sample]", "batches=[1]", GRAPHS),
     "llamagen_b_sample_8": (LLAMAGEN, "model=llamagen_b", "parts=[sample]", "batches=[8]", GRAPHS),
+    "llamagen_l_sample_1_compiled": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]", GRAPHS, COMPILE),
+    "var_d16_sample_1_compiled": (VAR, "model=var_d16", "parts=[sample]", "batches=[1]", GRAPHS, COMPILE),
     "llamagen_l_sample_1_plain": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]"),
     "llamagen_vq16": (LLAMAGEN, "parts=[encode,decode]", "batches=[1,64]"),
     "var_vqvae": (VAR, "parts=[encode,decode]", "batches=[1,64]"),

@@ -87,6 +87,18 @@ FAST = [  # path, command with the key, the key, where it is shown to change not
         "tests/test_graphs.py",
     ),
     (
+        "compiled steps",
+        f"{THROUGHPUT} model=llamagen_b parts=[sample] batches=[1] device=cpu dtype=bfloat16 compile=true",
+        "compile",
+        "tests/test_light_weights.py",
+    ),
+    (
+        "compiled steps inside CUDA graphs",
+        "python scripts/bench_gpu.py only=[llamagen_l_sample_1,llamagen_l_sample_1_compiled]",
+        "the row",
+        "tests/test_light_weights.py, tests/test_graphs.py",
+    ),
+    (
         "compiled training, CUDA",
         "python scripts/bench_gpu.py only=[llamagen_l_train,llamagen_l_train_plain]",
         "the row",

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from generators import make, tokens_of
 from test_generators import LABELS, draw
 from test_pipeline import exported, settings
 from torch import nn
+from torch._dynamo.utils import counters as compiled
 
 from eval import paths
 from vgen.guidance import guidance
@@ -18,7 +20,7 @@ from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
 from vgen.sampling import sample
 from vtok import counters
-from vtok.acceleration import light_weights
+from vtok.acceleration import compile_blocks, light_weights
 from vtok.decoding import channels_last, decode_images
 from vtok.layers.packed import PackedLinear, pack_linears, packable
 from vtok.low_bit import quantize_weights
@@ -57,6 +59,55 @@ def test_packed_weights_draw_the_same_tokens(name, dtype):
     else:
         # an untrained chain of denoising steps magnifies rounding by hundreds
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("name", ["llamagen", "var", "rar", "har", "xar_cell", "mar", "llamagen_factorised_depth"])
+def test_compiled_steps_draw_the_same_tokens_in_few_graphs(name, monkeypatch):
+    """Dynamo's eager backend: what it captures. A graph holds whatever the position, the layer and the rows are, so
+    that null rows may end on the way."""
+    monkeypatch.setattr("vtok.acceleration.compile_blocks", lambda module: compile_blocks(module, backend="eager"))
+    plain = make(name).requires_grad_(False)
+    fast = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    light_weights(fast, torch.float32, packed=False, compiled=True)
+    guide, rule = guidance(3.0, "interval", high=0.5), DrawRule(top_k=9) if plain.spec.discrete else DrawRule()
+    before = compiled["stats"]["unique_graphs"]
+    counters.reset()
+    got, want = (draw(m, LABELS, sample_seeds(0, 0, 3), guide, rule).tokens for m in (fast, plain))
+    taken = counters.read()
+    assert taken.pop("rows.single"), "guidance ends"
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert taken["block.compiled"] and "block.plain" not in taken
+    assert compiled["stats"]["unique_graphs"] - before <= 8, "of a trunk, and of the head's"
+    paths.sampling(fast, dtype=torch.float32, guided=True, compiled=True).check(taken, "sample")
+    with pytest.raises(ValueError, match=r"not taken: block\.compiled"):
+        paths.sampling(plain, dtype=torch.float32, guided=True, compiled=True).check(
+            {k: n for k, n in taken.items() if k != "block.compiled"}, "sample"
+        )
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="a C++ compiler is needed")
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_sampling_command_compiles(packed, tmp_path):
+    """PyTorch's own backend, packed weights inside: the picture of the plain path."""
+    if packed:
+        needs_packing(torch.float32)
+    source = exported(tmp_path / "model")
+    chosen = {"classes": [3], "per_class": 2, "guidance": 2.0, "chunk": 2, "packed": packed}
+    for fast in (False, True):
+        torch._dynamo.reset()
+        counters.reset()
+        sample(settings(source, tmp_path / f"{fast}.npz", **chosen, compile=fast))
+        assert bool(counters.read().get("block.compiled")) == fast and not counters.read().get("block.plain")
+    plain, quick = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in (False, True))
+    assert np.abs(plain.astype(int) - quick).max() <= 1
+    assert json.loads((tmp_path / "True.metadata.json").read_text())["compile"] is True
+
+
+def test_compiling_on_the_cpu_without_a_compiler_says_so(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler: install"):
+        light_weights(make("llamagen"), torch.float32, packed=False, compiled=True)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 64])

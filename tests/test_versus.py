@@ -195,11 +195,11 @@ def test_rows_say_what_their_part_ran_with(tmp_path, monkeypatch):
     kept = json.loads(out.read_text())["rows"]
     found = [(row["part"], row["compiled_original"]) for row in kept]
     assert found == [("sample", True), ("train", False), ("sample", False)]
-    given = {"quant": "int8", "cuda_graphs": True, "compiled_original": True}
+    given = {"quant": "int8", "compile": True, "cuda_graphs": True, "compiled_original": True}
     for device, rounded in (("cpu", "float32"), ("cuda", "bfloat16")):
         mine = Options("tiny", 1, None, torch.bfloat16, device=torch.device(device), **given)
         assert ran("sample", mine) == {"dtype": "bfloat16", **given}
-        plain = {"quant": None, "cuda_graphs": False, "compiled_original": False}
+        plain = {"quant": None, "compile": False, "cuda_graphs": False, "compiled_original": False}
         assert ran("decode", mine) == {"dtype": "bfloat16"} | plain
         assert ran("train", mine) == ran("encode", mine) == {"dtype": rounded} | plain
 

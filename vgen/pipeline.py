@@ -99,6 +99,7 @@ class Pipeline:
         trust: Sequence[str] = (),
         quant: LowBit | None = None,
         packed: bool | None = False,
+        compile: bool = False,
         cuda_graphs: bool = False,
         decoder_dtype: torch.dtype = torch.float32,
         decode_chunk: int | None = None,
@@ -111,7 +112,8 @@ class Pipeline:
         accept_license: consent to the terms of a published model that is for research only. trust: modules of yours
         that a run or folder on this machine may name. quant, packed: how weights are stored (vtok/acceleration.py),
         packed those of the tokenizer too; they are for sampling, packed ones on the CPU alone: without gradients, not
-        to be saved, and a likelihood needs plain ones. The rest as in the constructor.
+        to be saved, and a likelihood needs plain ones. compile: the generator's blocks through torch.compile, at the
+        first images. The rest as in the constructor.
         """
         names: list[str] = []
         if str(path).startswith("zoo:"):
@@ -124,7 +126,7 @@ class Pipeline:
         else:
             known = Families(FAMILIES, trust)
             generator, decoder, names, files = _from_disk(local(path), weights, tokenizer, known)
-        light_weights(generator.to(device), dtype, quant=quant, packed=packed)
+        light_weights(generator.to(device), dtype, quant=quant, packed=packed, compiled=compile)
         decoder.to(device)
         if packed is not False:
             light_tokenizer(decoder, decoder_dtype)

@@ -28,6 +28,7 @@ from vtok.sharing import without_places
 
 GRID_CLASSES = 10
 FILES = (".png", ".npz")  # endings of out= that mean one file; anything else is a folder
+SPEED = ("quant", "packed", "compile", "cuda_graphs", "decoder_dtype", "decode_chunk")  # kept in records
 PICTURES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # which nobody means as a folder
 
 
@@ -61,6 +62,7 @@ def sample(config: Mapping[str, Any]) -> Path:
         trust=config.get("trust") or (),
         quant=config.get("quant"),
         packed=config.get("packed"),
+        compile=bool(config.get("compile", False)),
         cuda_graphs=bool(config.get("cuda_graphs", False)),
         decoder_dtype=decoder_dtype,
         decode_chunk=config.get("decode_chunk"),
@@ -92,7 +94,7 @@ def sample(config: Mapping[str, Any]) -> Path:
         "seed": int(config["seed"]),
         "seeds": "vtok.noise.sample_seeds(seed, 0, num_images)",
         **{k: config[k] for k in ("dtype", "chunk")},
-        **{k: config[k] for k in ("quant", "packed", "cuda_graphs", "decoder_dtype", "decode_chunk") if k in config},
+        **{k: config[k] for k in SPEED if k in config},
         **drawn,
         **sides,
         "device": device.type,

@@ -223,7 +223,8 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
         if window := config.data.get("window"):
             if module.grows == "no":
                 raise ValueError(
-                    f"data.window={window}: {type(module).__name__} takes pictures of one size; pass data.window=null"
+                    f"data.window={window}: a {type(module).__name__} has as many tokens for a part as for the whole "
+                    "picture; windows are for families whose tokens are cells. Pass data.window=null"
                 )
             spec_at(module, window)
         objective = instantiate(fitted(config.objective, module.spec), trust=trust, _convert_="all")

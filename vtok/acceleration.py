@@ -9,6 +9,9 @@ vector: one an image, one a step (xAR) or one a position (RAR). Recomputation do
 
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -51,11 +54,14 @@ def compile_blocks(module: nn.Module, *, backend: str = "inductor") -> int:
     """Compile every transformer block in place, each as a whole (all share one graph, so that it is quick); returns how
     many. What cannot be traced, or is traced too often, is an error of its first pass, and no slow one.
 
-    ValueError where the module has none.
+    ValueError where the module has none, or where it lies on the CPU and there is no C++ compiler.
     """
     blocks = [m for m in module.modules() if isinstance(m, Block)]
     if not blocks:
         raise ValueError(f"compile=true: {type(module).__name__} has no transformer blocks; leave compile=false")
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    if backend == "inductor" and stored_on(module) == "cpu" and not any(shutil.which(name) for name in names if name):
+        raise ValueError("compile=true on the CPU needs a C++ compiler: install g++ or clang++, or leave compile=false")
     # blocks differ in numbers that dynamo guards on (rates of stochastic depth), each its own graph, and FlexVAR's six
     # padded lengths may each be one more
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks) + 8)
@@ -79,14 +85,25 @@ def checkpoint_blocks(module: nn.Module) -> int:
     return len(stacks)
 
 
+def stored_on(module: nn.Module) -> str:
+    """Type of the device that the module's first tensor lies on."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device.type
+
+
 def light_weights(
-    generator: nn.Module, dtype: torch.dtype, *, quant: LowBit | None = None, packed: bool | None = None
+    generator: nn.Module,
+    dtype: torch.dtype,
+    *,
+    quant: LowBit | None = None,
+    packed: bool | None = None,
+    compiled: bool = False,
 ) -> None:
     """Store the weights of a generator for sampling, in place, on the device where it is going to run.
 
     dtype: of its trunk; quant: the trunk's linear layers in 8 bits (vtok/low_bit.py); packed: all linear layers in the
-    order of the CPU's kernels (vtok/layers/packed.py), None wherever that can be had. ValueError where quant and
-    packed=True meet, or one of them cannot be had.
+    order of the CPU's kernels (vtok/layers/packed.py), None wherever that can be had. compiled: its blocks through
+    torch.compile, for two or three kinds of steps; in bfloat16 fewer results are rounded between the products then.
+    ValueError where quant and packed=True meet, or one of them cannot be had.
     """
     if quant is not None and packed:
         raise ValueError(f"quant={quant} and packed=true exclude each other: choose one of them")
@@ -95,6 +112,8 @@ def light_weights(
         quantize_weights(generator.trunk, quant)
     elif packed or (packed is None and can_pack(generator)):
         pack_linears(generator)
+    if compiled:
+        compile_blocks(generator)
 
 
 def pairs(layout: SequenceLayout) -> int:

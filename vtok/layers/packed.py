@@ -15,6 +15,17 @@ from vtok.counters import count
 from vtok.layers.attention import Attention
 
 
+def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# the same for compiled code, which would read the weight's strides, and it has none
+_LIBRARY = torch.library.Library("vtok", "DEF")
+_LIBRARY.define("packed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.impl("packed_product", _packed_product, "CompositeExplicitAutograd")
+torch.library.register_fake("vtok::packed_product", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+
+
 class PackedLinear(nn.Module):
     """x weight^T + bias for x [.., in], of a weight [out, in] in bfloat16 or float32 on the CPU.
 
@@ -29,7 +40,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         count("linear.packed")
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        product = torch.ops.vtok.packed_product if torch.compiler.is_compiling() else _packed_product
+        return product(x, self.weight, self.bias)
 
 
 def float32_linear(linear: nn.Linear | PackedLinear, x: Tensor) -> Tensor:
