@@ -69,12 +69,14 @@ FAMILIES: dict[str, list[str]] = {
 FOUR = ["tokenizer.channels=16", "tokenizer.multipliers=[1,2,6]", "batch_size=2"]
 WINDOWS = [*FOUR, "batch_size=8", "data.window=32"]
 # MAGVIT-v2's decoder is normed by statistics of all tokens, which those of a small window are unlike
-WIDER = [*FOUR, "batch_size=4", "data.window=64", "optimizer.lr=2e-3"]
+WIDER = [*FOUR, "batch_size=4", "data.window=64", "optimizer.lr=2e-3", "objective.pixel_weight=10"]
 SIXTEEN = ["channels=8", "multipliers=[1,2,4,8,16]", "groups=4"]  # 8 x 8 cells
 WIDE = ["tokenizer.encoder=[192,4,6]", "tokenizer.decoder=[192,4,6]"]
 LARGE: dict[str, list[str]] = {
-    **dict.fromkeys(("cnn_vq", "fsq", "ifsq", "ibq", "kl"), WINDOWS),
+    **dict.fromkeys(("cnn_vq", "fsq", "ifsq", "kl"), WINDOWS),
+    # these weigh the losses of their codes so that pixels come late, and colours not at all
     **dict.fromkeys(("lfq", "bsq"), WIDER),
+    "ibq": [*WINDOWS, "optimizer.lr=2e-3", "objective.pixel_weight=60"],
     "hita": FOUR,
     "var": [*FOUR, "tokenizer.quantizer.sides=[1,2,4,8,16,32]"],
     "flexvar": [*FOUR, "tokenizer.quantizer.sides=[1,2,4,8,16,32]"],
@@ -96,7 +98,7 @@ LARGE: dict[str, list[str]] = {
 SECOND = ("cnn_vq", "fsq", "ifsq", "lfq", "bsq", "ibq", "kl", "var")  # of the table at 128 px
 # of --overfit, beside those: whole pictures, since there are few
 OVERFITTED: dict[str, list[str]] = {
-    family: ["data.window=null", "batch_size=2"] for family in LARGE if LARGE[family] in (WINDOWS, WIDER)
+    family: ["data.window=null", "batch_size=2"] for family in LARGE if any("window" in o for o in LARGE[family])
 }
 OVERFIT_STEPS = (300, 600, 900, 1200, 1500)  # where a run is measured, until it reaches what is wanted
 FLOW = {"dar", "flextok"}  # decoders that draw: their copies are one draw with a fixed seed
