@@ -195,8 +195,12 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="times falling"):
         FAMILIES["ecar"](ends=[0.5, 0.6, 0.0])
     with pytest.raises(ValueError, match="euler_maruyama"):
-        model = FAMILIES["ecar"](solver="euler_maruyama")
-        ancestral(model, model.conditioner(LABELS), noise=SampleNoise(sample_seeds(0, 0, 3)))
+        FAMILIES["ecar"](solver="euler_maruyama")
+    with pytest.raises(ValueError, match="euler_maruyama"):
+        model, rule = make("ecar"), DrawRule(solver="euler_maruyama")
+        ancestral(model, model.conditioner(LABELS), noise=SampleNoise(sample_seeds(0, 0, 3)), rule=rule)
+    with pytest.raises(ValueError, match="scales=0"):
+        FAMILIES["flowar"](scales=0)
     wide = TokenSpec(SequenceLayout.raster(2, 4), (Part(8, None, 4),), 32)
     for cls in (FlowAR, ECAR):
         with pytest.raises(ValueError, match=f"{cls.__name__} has square scales"):

@@ -146,6 +146,9 @@ def test_mistakes_are_named():
         xar("cell", solver="rk4")
     model = make("xar_cell")
     with pytest.raises(ValueError, match="top_k"):
+    wrong += tuple(
+        (entity, size, f"entity_size={size}") for entity in ("cell", "subsample", "scale") for size in (0, -2)
+    )
         ancestral(model, model.conditioner(LABELS), noise=SampleNoise(sample_seeds(0, 0, 3)), rule=DrawRule(top_k=3))
     with pytest.raises(ValueError, match="solver_steps are for continuous"):
         model = make("llamagen")
