@@ -16,6 +16,7 @@ from vgen.guidance import ClassifierFree, Unguided
 from vgen.heads import DrawRule
 from vgen.models import FAMILIES as TABLE
 from vgen.models.llamagen import LlamaGen
+from vgen.models.rar import RAR
 from vgen.pipeline import Pipeline
 from vgen.previews import Previews, preview_ends, previews
 from vgen.samplers.ancestral import ancestral
@@ -127,6 +128,26 @@ def test_families_whose_steps_are_no_pictures_say_so(name, words, tmp_path):
 
 
 def test_a_preview_is_a_strip_or_an_animation(tmp_path):
+def test_tokens_one_by_one_of_a_tokenizer_with_scales_are_shown_where_a_scale_ends():
+    _, tokenizer = pair("var")
+    pipeline = Pipeline(RAR(tokenizer.spec, 4, depth=1, width=16, heads=2), tokenizer)
+    assert preview_ends(pipeline.generator, tokenizer) == [1, 5, 21]
+    tokens = pipeline.tokens(torch.tensor([0, 1]), sample_seeds(0, 0, 2), guide=Unguided(), rule=DrawRule())
+    for frame, end in zip(previews(pipeline, tokens).unbind(1), (1, 5, 21)):
+        assert torch.equal(frame, to_uint8(tokenizer.decode(tokens, keep=end)))
+
+
+def test_images_are_written_before_their_preview(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Previews, "write", full)
+    folder, out = pair_folder("var", tmp_path / "run"), tmp_path / "images.npz"
+    with pytest.raises(OSError, match="no space"):
+        sample(config("sample", **{"from": str(folder), "out": str(out), "preview": "strip.png", "num_images": 2}))
+    assert np.load(out)["arr_0"].shape == (2, 16, 16, 3)
+
+
     pipeline = Pipeline(*pair("var"))
     with pytest.raises(ValueError, match=r"\.png"):
         Previews(pipeline, tmp_path / "strip.jpg")

@@ -69,7 +69,8 @@ class FlowDraw:
         """
         rule.require_continuous()
         if rule.solver is not None or rule.solver_steps is not None:
-            return FlowDraw(rule.solver_steps or self.steps, rule.solver or self.solver)(
+            steps = self.steps if rule.solver_steps is None else rule.solver_steps
+            return FlowDraw(steps, rule.solver or self.solver)(
                 velocity,
                 channels,
                 guide=guide,
@@ -78,10 +79,10 @@ class FlowDraw:
                 rule=replace(rule, solver=None, solver_steps=None),
                 progress=progress,
                 start=start,
-            )
                 span=span,
-        wide = torch.float32 if position.device.type == "mps" else torch.float64
+            )
         low, high = span
+        wide = torch.float32 if position.device.type == "mps" else torch.float64
 
         def normal(stream: int) -> Tensor:
             return noise.normal(position, channels, stream).to(wide) * rule.temperature
