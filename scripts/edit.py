@@ -19,6 +19,17 @@ from vtok.cli import entry  # noqa: E402
 
 TASKS = ("inpaint", "outpaint", "class", "prefix", "style")
 TINT = (255, 0, 255)  # of what is drawn anew, in the sheet
+DRAWING = (
+    "guidance",
+    "schedule",
+    "schedule_options",
+    "temperature",
+    "top_k",
+    "top_p",
+    "steps",
+    "solver_steps",
+    "solver",
+)
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -27,7 +38,8 @@ def check(config: Mapping[str, Any]) -> None:
     if task not in TASKS:
         raise ValueError(f"task={task!r}: choose {', '.join(TASKS)}")
     needed = {"prefix": ("keep",), "style": ("style",), "class": ("class",)}.get(task, ())
-    foreign = {"keep": ("prefix",), "style": ("style",), "mask": TASKS[:3], "box": TASKS[:3]}
+    foreign = {"keep": ("prefix",), "style": ("style",), "mask": TASKS[:3], "box": TASKS[:3], "keep_scales": TASKS[:3]}
+    foreign |= dict.fromkeys(DRAWING, TASKS[:4])
     for name in needed:
         if config[name] is None:
             raise ValueError(f"task={task} needs {name}=")
@@ -38,10 +50,27 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"task={task} needs mask= (white = drawn anew) or box=[left,top,right,bottom], one of them")
     if task in TASKS[3:] and config["composite"]:
         raise ValueError(f"composite=true needs a region that is kept; task={task} has none")
-    if task == "style" and (config["class"] is not None or int(config["count"]) != 1):
+    for name, least in (("count", 1), ("keep", 0), ("keep_scales", 0)):
+        value = config[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name}={value}: give a whole number of at least {least}")
+    if task == "style" and (config["class"] is not None or config["count"] != 1):
         raise ValueError("task=style draws nothing: leave class= and count= away")
-    if int(config["count"]) < 1:
-        raise ValueError(f"count={config['count']}: at least one edit is drawn")
+    if config["box"] is not None:
+        box = list(config["box"])
+        numbers = len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
+        if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise ValueError(f"box={box}: give [left, top, right, bottom] as shares with left < right and top < bottom")
+
+
+def check_files(config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the pictures that are given can be read, and the mask has the image's size."""
+    from vtok.data.files import read_image
+
+    sizes = {name: read_image(config[name], upright=True).size for name in ("image", "mask", "style") if config[name]}
+    if sizes.get("mask", sizes["image"]) != sizes["image"]:
+        mask, image = f"mask={config['mask']} is {sizes['mask']}", f"the image {sizes['image']}"
+        raise ValueError(f"{mask}, {image}: they must be one size")
 
 
 def cropped(path: str, size: int) -> Any:
@@ -55,23 +84,23 @@ def cropped(path: str, size: int) -> Any:
 
 
 def kept_pixels(config: Mapping[str, Any], size: int) -> Any:
-    """bool [size, size]: the pixels that are kept."""
+    """bool [size, size]: the pixels that are kept. Raises ValueError where that is all of them."""
     import torch
 
-    from vtok.data.files import read_image
-
     if config["mask"] is not None:
-        image, mask = (read_image(config[name], upright=True).size for name in ("image", "mask"))
-        if image != mask:
-            raise ValueError(f"mask={config['mask']} is {mask}, the image {image}: they must be one size")
-        return torch.from_numpy(cropped(config["mask"], size).mean(2) < 127.5)
-    box = [float(value) for value in config["box"]]
-    if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-        raise ValueError(f"box={box}: give [left, top, right, bottom] as shares with left < right and top < bottom")
-    left, top, right, bottom = (round(value * size) for value in box)
-    inside = torch.zeros(size, size, dtype=torch.bool)
-    inside[top:bottom, left:right] = True
-    return inside if config["task"] == "outpaint" else ~inside
+        kept = torch.from_numpy(cropped(config["mask"], size).mean(2) < 127.5)
+    else:
+        left, top, right, bottom = (round(value * size) for value in config["box"])
+        inside = torch.zeros(size, size, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        kept = inside if config["task"] == "outpaint" else ~inside
+    if bool(kept.all()):
+        name = "box" if config["mask"] is None else "mask"
+        how = (
+            "white is drawn anew" if name == "mask" else "outpaint draws what is outside it, other tasks what is in it"
+        )
+        raise ValueError(f"{name}={config[name]} leaves no pixel of {size} x {size} to draw anew: {how}")
+    return kept
 
 
 def edit(config: Mapping[str, Any]) -> Path:
@@ -88,12 +117,13 @@ def edit(config: Mapping[str, Any]) -> Path:
     from vtok.noise import SampleNoise, sample_seeds
 
     check(config)
-    out, task, count = Path(config["out"]), config["task"], int(config["count"])
+    out, task, count = Path(config["out"]), config["task"], config["count"]
     if out.suffix != ".png":
         raise ValueError(f"out={out}: the ending must be .png")
     if config["class"] is None and config["guidance"] not in (None, 1):
         raise ValueError("guidance needs class=: without a class both of its rows are the same; pass guidance=1")
-    drawn = settings(config)
+    check_files(config)
+    drawn = settings({} if task == "style" else config)  # which draws nothing
     if config["class"] is None:
         drawn |= {"guidance": 1.0, "schedule": "constant", "schedule_options": {}}
     rule, guide = rule_and_guidance(drawn)
@@ -107,7 +137,9 @@ def edit(config: Mapping[str, Any]) -> Path:
         trust=config.get("trust") or (),
     )
     generator, tokenizer = pipeline.generator, pipeline.tokenizer
-    if drawn["steps"]:
+    if config["class"] is not None and generator.num_classes == 0:
+        raise ValueError(f"class={config['class']}: this model is unconditional: leave class= away (task=inpaint)")
+    if drawn["steps"] is not None:
         generator.set_steps(int(drawn["steps"]))
     size = generator.spec.image_size
     original = cropped(config["image"], size)
@@ -128,10 +160,12 @@ def edit(config: Mapping[str, Any]) -> Path:
     else:
         noise = SampleNoise(seeds.to(pipeline.device))
         if task == "prefix":
-            canvas = editing.prefix(generator, tokens, noise, int(config["keep"]), rule.temperature)
+            canvas = editing.prefix(generator, tokens, noise, config["keep"], rule.temperature)
         else:
-            kept = keep.to(pipeline.device), int(config["keep_scales"])
-            canvas = editing.region(generator, tokens, noise, *kept, rule.temperature)
+            scales = 1 if config["keep_scales"] is None else config["keep_scales"]
+            canvas = editing.region(generator, tokens, noise, keep.to(pipeline.device), scales, rule.temperature)
+            if canvas.known is not None and bool(canvas.known.all()):
+                raise ValueError("no token has half of its cell or more in the region to draw anew: make it larger")
         edited = editing.complete(pipeline, canvas, labels, seeds, guide=guide, rule=rule)
     columns = {"original": [original] * count}
     if keep is not None:
@@ -151,7 +185,7 @@ def edit(config: Mapping[str, Any]) -> Path:
     write_atomic(out.with_stem(f"{out.stem}_sheet"), lambda file: sheet.save(file, "PNG"))
     names = ("from", "image", "task", "mask", "class", "keep", "keep_scales", "style", "composite", "count", "seed")
     names += ("weights", "dtype")
-    record = {name: config[name] for name in names} | drawn
+    record = {name: config[name] for name in names} | ({} if task == "style" else drawn)
     record |= {"box": None if config["box"] is None else list(config["box"])}
     record |= {"command": "python scripts/edit.py " + " ".join(sys.argv[1:])}
     write_json(out.with_suffix(".metadata.json"), record | {"checkpoint_sha256": file_hash(pipeline.weight_file)})

@@ -40,6 +40,7 @@ from vtok.noise import sample_seeds
 from vtok.optim import rate
 from vtok.quantize.independent import IndependentVQ
 from vtok.quantize.residual import MultiScaleVQ
+from vtok.tokenizer import TokenSpec
 
 KEYS = sample_seeds(5, 0, 2000)
 
@@ -145,15 +146,34 @@ def test_detailflow_corrects_a_keyed_share_of_the_samples():
     torch.testing.assert_close(model.eval().loss(full)["nats"], plain)
 
 
+def in_tiles() -> TokenSpec:
+    return replace(grid_spec(), layout=SequenceLayout.tiles(4, 4, 2, 2))
+
+
+def in_levels() -> TokenSpec:
+    return replace(line_spec(3), layout=SequenceLayout.levels([1, 2]))
+
+
 @pytest.mark.parametrize(
     "cls, spec, options, words",
     [
         (HAR, line_spec(24), {}, "power of two"),
         (HAR, line_spec(16), {"first": 3}, "first=3"),
+        *(
+            (HAR, line_spec(16), {"first": first}, f"first={first}: .* at least 1 and at most all 16")
+            for first in (0, -1, 17)
+        ),
+        *((cls, grid_spec(), {}, r"these tokens lie on \(\(4, 4\),\)") for cls in (HAR, DetailFlow)),
         (DetailFlow, line_spec(16), {"group": 5}, "group=5"),
+        (DetailFlow, line_spec(16), {"group": 0}, "group=0"),
         (NBP, line_spec(16), {}, "full grid"),
         (NBP, grid_spec(), {"group": [3, 1]}, "divide"),
+        (NBP, grid_spec(), {"group": [0, 4]}, r"group=\[0, 4\]"),
         (PAR, grid_spec(), {"group": [3, 1]}, "divide"),
+        (PAR, grid_spec(), {"group": [2, -2]}, r"group=\[2, -2\]"),
+        (LlamaGenREPA, line_spec(16), {}, r"these 16 tokens lie on \(\(1, 16\),\); choose a 2D"),
+        (LlamaGenREPA, in_levels(), {}, r"these 3 tokens lie on \(\(1, 1\), \(1, 2\)\); choose a 2D"),
+        (LlamaGenREPA, in_tiles(), {}, r"these 16 tokens lie on \(\(4, 4\),\), in another order; choose a 2D"),
         (HitaGPT, grid_spec(), {}, "two parts"),
         (FlexVAR, grid_spec(), {}, "quantizer"),
     ],

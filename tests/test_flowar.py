@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from generators import CHANNELS, CLASSES, FAMILIES, make, tokens_of
+from generators import CHANNELS, CLASSES, FAMILIES, drawn, make, tokens_of
 
 from vgen.conditioning import Cond
 from vgen.convert import convert
@@ -191,12 +191,28 @@ def test_a_perfect_velocity_ends_at_the_data(monkeypatch):
         torch.testing.assert_close(model.restore(done), data, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rule", [DrawRule(), DrawRule(solver_steps=2, solver="euler")])
+def test_guidance_sees_the_flow_time_of_a_stage_not_its_share(rule):
+    """Ends 2/3, 1/3, 0; starts 1, and 2 e / (1 + e) after an end e, by hand; each stage in two Euler steps."""
+    model, seen = drawn(FAMILIES["ecar"](solver_steps=2)), []
+    guide = ClassifierFree(lambda now: seen.append((now.step, now.time)) or 1.0)
+    cond = Cond.cat([model.conditioner(LABELS), model.conditioner.null(3)])
+    ancestral(model, cond, noise=SampleNoise(sample_seeds(0, 0, 3)), guide=guide, rule=rule)
+    want = [(0, 1), (0, 5 / 6), (1, 4 / 5), (1, (4 / 5 + 1 / 3) / 2), (2, 1 / 2), (2, 1 / 4)]
+    assert [step for step, _ in seen] == [step for step, _ in want]
+    assert [time for _, time in seen] == pytest.approx([time for _, time in want])
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="times falling"):
         FAMILIES["ecar"](ends=[0.5, 0.6, 0.0])
     with pytest.raises(ValueError, match="euler_maruyama"):
-        model = FAMILIES["ecar"](solver="euler_maruyama")
-        ancestral(model, model.conditioner(LABELS), noise=SampleNoise(sample_seeds(0, 0, 3)))
+        FAMILIES["ecar"](solver="euler_maruyama")
+    with pytest.raises(ValueError, match="euler_maruyama"):
+        model, rule = make("ecar"), DrawRule(solver="euler_maruyama")
+        ancestral(model, model.conditioner(LABELS), noise=SampleNoise(sample_seeds(0, 0, 3)), rule=rule)
+    with pytest.raises(ValueError, match="scales=0"):
+        FAMILIES["flowar"](scales=0)
     wide = TokenSpec(SequenceLayout.raster(2, 4), (Part(8, None, 4),), 32)
     for cls in (FlowAR, ECAR):
         with pytest.raises(ValueError, match=f"{cls.__name__} has square scales"):

@@ -82,6 +82,9 @@ def test_detailflow():
 def test_hita():
     model, inputs, outputs = loaded("hita", "hita_gpt")
     tokens = torch.cat([inputs["slot_indices"], inputs["indices"]], dim=1).long()
+    assert model.last_query == "grid"
+    check_samples(model, inputs, outputs, {"greedy_cfg": ClassifierFree(Constant(2.0)), "greedy_nocfg": Unguided()})
+    model.last_query = "own"  # as the original trains, though not as it samples
     logits, slots = teacher_forced(model, tokens, inputs["label"]), inputs["slot_indices"].shape[1]
     assert_close(logits[:, :slots], outputs["logits"][:, :slots, :64])
     assert_close(logits[:, slots:], outputs["logits"][:, slots:, 64:])
@@ -89,8 +92,6 @@ def test_hita():
     losses = torch.stack([out["nats"][:, :slots].mean(), out["nats"][:, slots:].mean()])
     assert_close(losses, outputs["losses"])
     assert_close(out["loss"], outputs["losses"].sum())
-    model.last_query = "grid"  # as the original samples, though not as it trains
-    check_samples(model, inputs, outputs, {"greedy_cfg": ClassifierFree(Constant(2.0)), "greedy_nocfg": Unguided()})
 
 
 FAMILY_OF = {"gigatok": "gigatok_gpt", "dar": "dar_gpt", "har": "restok_gpt_har", "detailflow": "detailflow_gpt"}

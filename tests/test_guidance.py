@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vgen.guidance import (
+    SCHEDULES,
     ClassifierFree,
     Constant,
     Cosine,
@@ -35,6 +36,14 @@ from vtok.layout import SequenceLayout
 def test_schedule_tables(schedule, values):
     for step, want in values.items():
         assert schedule(Progress(step, 10)) == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_one_step_alone_has_the_whole_scale(name):
+    one = SequenceLayout.line(1)
+    for options in ({}, {"interval": {"low": 0.2, "high": 0.9}, "linear": {"start": 2.0}}.get(name, {})):
+        guide = guidance(5.0, name, **options)
+        assert guide.schedule(Progress.of(one, 0)) == 5.0 and guided_steps(guide, one) == 1
 
 
 def test_scale_one_is_the_conditional_branch_bitwise():

@@ -102,6 +102,7 @@ def test_tiles_cover_the_grid_once():
         (lambda: SequenceLayout((2,), ((0, 0, 0),)), "add up to 2"),
         (lambda: SequenceLayout((1,), ((0, 0, 0),), feeds=(1, 1)), "feeds has 2"),
         (lambda: SequenceLayout.tiles(4, 4, 3, 1), "does not divide"),
+        (lambda: SequenceLayout.tiles(4, 4, 0, 1), "tiles of 0 x 1"),
         (lambda: SequenceLayout.from_config({"spiral": [3]}), "a layout is one of"),
     ],
 )

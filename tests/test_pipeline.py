@@ -13,7 +13,7 @@ from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.models.llamagen import LlamaGen
 from vgen.pipeline import Pipeline
-from vgen.sampling import plan, sample
+from vgen.sampling import labelled_grid, plan, sample
 from vtok.checkpoint import CheckpointError, file_hash, save_folder
 from vtok.data.transforms import to_uint8
 from vtok.layout import SequenceLayout
@@ -176,17 +176,39 @@ def test_grid_npz_and_folder_hold_the_same_images(tmp_path):
         ({"per_class": 0}, "at least one image"),
         ({"schedule": "sine"}, "choose constant"),
         ({"top_p": 3}, "top_p"),
+        ({"steps": 0}, "steps=0: at least one"),
+        ({"solver_steps": 0}, "solver_steps=0: at least one"),
         ({"device": "tpu"}, "choose auto, cpu"),
         ({"dtype": "int4"}, "choose float32"),
         ({"weights": "best"}, "choose ema or raw"),
         ({"chunk": 0}, "at least one image is computed"),
         ({"out": "x.jpg"}, "give <name>.png"),
         ({"out": "folder", "preview": "strip.png"}, "preview= goes with"),
+        ({"out": "x.png", "preview": "./x.png"}, "preview=x.png is out= too"),
     ],
 )
 def test_sampling_mistakes_are_named(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         sample(settings(exported(tmp_path), **{"out": tmp_path / "x.png", **changes}))
+
+
+def test_a_picture_of_the_steps_is_not_replaced_unasked(tmp_path):
+    strip = tmp_path / "strip.png"
+    strip.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"strip\.png exists; pass overwrite=true"):
+        sample(settings("nowhere", tmp_path / "x.png", preview=str(strip), overwrite=False))
+
+
+def test_a_grid_has_the_images_of_a_class_together():
+    """Sixteen images of ten classes, drawn round-robin: image i in the row of its class, in the order drawn."""
+    labels = [i % 10 for i in range(16)]
+    images = np.stack([np.full((64, 64, 3), 10 * i, dtype=np.uint8) for i in range(16)])
+    grid = np.asarray(labelled_grid(images, labels))
+    margin = 12 + 6
+    assert grid.shape == (10 * 66, margin + 2 * 66, 3)
+    for i, label in enumerate(labels):
+        row, column = 66 * label, margin + 66 * (i // 10)
+        assert (grid[row : row + 64, column : column + 64] == 10 * i).all()
 
 
 def test_folders_that_do_not_load(tmp_path):

@@ -16,10 +16,12 @@ from vgen.guidance import ClassifierFree, Unguided
 from vgen.heads import DrawRule
 from vgen.models import FAMILIES as TABLE
 from vgen.models.llamagen import LlamaGen
+from vgen.models.rar import RAR
 from vgen.pipeline import Pipeline
 from vgen.previews import Previews, preview_ends, previews
 from vgen.samplers.ancestral import ancestral
 from vgen.sampling import sample
+from vtok.checkpoint import save_folder
 from vtok.data.transforms import to_float, to_uint8
 from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES as TOKENIZERS
@@ -29,7 +31,7 @@ from vtok.tokenizer import Part, TokenSpec
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.edit import cropped, edit, kept_pixels  # noqa: E402
+from scripts.edit import DRAWING, cropped, edit, kept_pixels  # noqa: E402
 
 # pairs whose steps are pictures, with the tokens that each shown step ends
 COARSE = {"var": [1, 5, 21], "flexvar": [1, 5, 21], "har": [1, 2, 4, 8], "detailflow": [1, 2, 4, 6, 8]}
@@ -124,6 +126,26 @@ def test_a_long_sequence_is_shown_in_sixteen_pictures():
 def test_families_whose_steps_are_no_pictures_say_so(name, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         Previews(Pipeline(*pair(name)), tmp_path / "strip.png")
+
+
+def test_tokens_one_by_one_of_a_tokenizer_with_scales_are_shown_where_a_scale_ends():
+    _, tokenizer = pair("var")
+    pipeline = Pipeline(RAR(tokenizer.spec, 4, depth=1, width=16, heads=2), tokenizer)
+    assert preview_ends(pipeline.generator, tokenizer) == [1, 5, 21]
+    tokens = pipeline.tokens(torch.tensor([0, 1]), sample_seeds(0, 0, 2), guide=Unguided(), rule=DrawRule())
+    for frame, end in zip(previews(pipeline, tokens).unbind(1), (1, 5, 21)):
+        assert torch.equal(frame, to_uint8(tokenizer.decode(tokens, keep=end)))
+
+
+def test_images_are_written_before_their_preview(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Previews, "write", full)
+    folder, out = pair_folder("var", tmp_path / "run"), tmp_path / "images.npz"
+    with pytest.raises(OSError, match="no space"):
+        sample(config("sample", **{"from": str(folder), "out": str(out), "preview": "strip.png", "num_images": 2}))
+    assert np.load(out)["arr_0"].shape == (2, 16, 16, 3)
 
 
 def test_a_preview_is_a_strip_or_an_animation(tmp_path):
@@ -234,8 +256,45 @@ def test_photograph_and_mask_are_edited_upright(tmp_path):
     kept = kept_pixels(places, 16)
     assert kept[:, :8].all() and not kept[:, 8:].any()
     Image.fromarray(mask.T).save(tmp_path / "tall.png")
+    tall = {"image": places["image"], "mask": str(tmp_path / "tall.png")}
     with pytest.raises(ValueError, match=r"is \(24, 40\), the image \(40, 24\)"):
-        kept_pixels(places | {"mask": str(tmp_path / "tall.png")}, 16)
+        edit(config("edit", **{"from": "nowhere", **tall}))
+
+
+@pytest.mark.parametrize("name", ["image", "mask", "style"])
+def test_a_missing_picture_is_named_before_a_model_is_loaded(name, photograph):
+    given = {"image": str(photograph / "image.png"), "mask": str(photograph / "mask.png")}
+    given = {"task": "style", "image": given["image"], "style": "x"} if name == "style" else given
+    with pytest.raises(ValueError, match=r"cannot read image gone\.png"):
+        edit(config("edit", **{"from": "nowhere", **given, name: "gone.png"}))
+
+
+def test_an_edit_that_draws_nothing_says_so(photograph, tmp_path):
+    Image.fromarray(np.zeros((24, 40), dtype=np.uint8)).save(tmp_path / "black.png")
+    common = {"from": str(pair_folder("llamagen", tmp_path / "run")), "image": str(photograph / "image.png")}
+    wrong = [({"mask": str(tmp_path / "black.png")}, "black.png leaves no pixel of 16 x 16")]
+    wrong += [({"box": [0.5, 0.5, 0.51, 0.51]}, r"box=\[0.5.* leaves no pixel")]
+    wrong += [({"box": [0, 0, 1, 1], "task": "outpaint"}, "leaves no pixel .*: outpaint draws what is outside")]
+    wrong += [({"box": [0.5, 0.5, 0.5625, 0.5625]}, "no token has half of its cell")]  # one pixel of a cell of 4 x 4
+    for options, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            edit(config("edit", **common, **options))
+
+
+def test_a_class_for_a_model_without_classes_is_refused(photograph, tmp_path):
+    _, tokenizer = pair("llamagen")
+    save_folder(LlamaGen(tokenizer.spec, 0, depth=1, width=16, heads=2, multiple_of=8), tmp_path / "run")
+    save_folder(tokenizer, tmp_path / "run" / "tokenizer")
+    given = {"from": str(tmp_path / "run"), "image": str(photograph / "image.png"), "box": [0, 0, 0.5, 1], "class": 1}
+    with pytest.raises(ValueError, match="class=1: this model is unconditional"):
+        edit(config("edit", **given))
+
+
+@pytest.mark.parametrize("key", ["steps", "solver_steps"])
+def test_an_edit_of_no_steps_is_refused(key, photograph):
+    given = {"from": "nowhere", "image": str(photograph / "image.png"), "box": [0, 0, 0.5, 1], key: 0}
+    with pytest.raises(ValueError, match=f"^{key}=0: at least one step"):
+        edit(config("edit", **given))
 
 
 @pytest.mark.parametrize("name", ["dar", "flextok"])
@@ -281,6 +340,16 @@ def test_prefixes_and_styles_are_reused(photograph, tmp_path):
         ({"box": [0, 0, 1, 1], "guidance": 2.0}, "guidance needs class="),
         ({"box": [0, 0, 1, 1], "count": 0}, "count=0"),
         ({"box": [0, 0, 1, 1], "out": "a.jpg"}, "out=a.jpg"),
+        ({"box": [0, 0, 1, 1], "count": 1.5}, "count=1.5: give a whole number"),
+        ({"box": [0, 0, 1, 1], "keep_scales": -1}, "keep_scales=-1: give a whole number"),
+        ({"box": [0, 0, 1, 1], "keep_scales": "all"}, "keep_scales=all: give a whole number"),
+        ({"task": "prefix", "keep": -1}, "keep=-1: give a whole number"),
+        ({"task": "prefix", "keep": 3, "keep_scales": 1}, "keep_scales= belongs"),
+        ({"task": "style", "style": "a.png", "keep_scales": 1}, "keep_scales= belongs"),
+        *(({"task": "style", "style": "a.png", key: 1}, f"^{key}= belongs") for key in DRAWING),
+        ({"box": [0.5, 0, 0.5, 1]}, r"box=\[0.5, 0, 0.5, 1\]: give"),
+        ({"box": [0, 0, "a", 1]}, r"box=\[0, 0, 'a', 1\]: give"),
+        ({"box": [0, 0, 1]}, r"box=\[0, 0, 1\]: give"),
     ],
 )
 def test_mistakes_of_the_edit_command_name_the_key(options, words):

@@ -5,7 +5,7 @@ import lightning
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from runs import CONFIGS, GENERATOR, losses, run, state, tokenizer_folder
+from runs import CONFIGS, GENERATOR, TOKENIZER, losses, run, state, tokenizer_folder
 
 from vgen import training
 from vgen.models import FAMILIES
@@ -41,6 +41,23 @@ def test_corruption_changes_training_but_not_held_out_tokens(kind, options, tmp_
     run(*base, *quiet, "optimizer.lr=1e-12", *wrong, f"run_dir={tmp_path / 'w'}")
     held = [float(losses(tmp_path / name)[-1]["val/loss"]) for name in ("c", "w")]
     assert held[0] == pytest.approx(held[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind, key", [("random", "near"), ("random", "sigma"), ("near", "sigma"), ("noise", "near")])
+def test_keys_of_another_corruption_are_refused(kind, key, tmp_path):
+    folder = tokenizer_folder(tmp_path / "tokenizer")
+    base = (*GENERATOR, "model=llamagen_small", *THIN, f"tokenizer_from={folder}", f"run_dir={tmp_path / 'run'}")
+    with pytest.raises(ValueError, match=rf"corruption\.{key} is of corruption.kind=.*not of {kind}"):
+        run(*base, f"+corruption.kind={kind}", f"+corruption.{key}=1")
+
+
+@pytest.mark.parametrize(
+    "options", [("+corruption.kind=random",), ("+teacher.model=x", "+teacher.size=56"), ("corrections=true",)]
+)
+def test_what_generators_learn_from_is_refused_for_a_tokenizer(options, tmp_path):
+    key = options[0].lstrip("+").split(".")[0].split("=")[0]
+    with pytest.raises(ValueError, match=f"{key}= is for the training of a generator"):
+        run(*TOKENIZER, *options, f"run_dir={tmp_path / 'run'}")
 
 
 def detailflow_folder(folder, **changes):

@@ -6,7 +6,7 @@ from generators import CHANNELS, CLASSES, latent_spec, make, tokens_of, xar
 
 from vgen.conditioning import Cond
 from vgen.generator import Canvas
-from vgen.guidance import ClassifierFree, Linear
+from vgen.guidance import ClassifierFree, Constant, Linear
 from vgen.heads import DrawRule
 from vgen.latents import entity_layout
 from vgen.models.xar import XAR
@@ -100,6 +100,15 @@ def test_one_euler_step_by_hand_with_guidance_and_a_given_cell():
     torch.testing.assert_close(done.tokens, want, rtol=1e-4, atol=1e-4)
 
 
+def test_an_image_drawn_in_one_step_is_guided_in_it():
+    """The only step is the last one: a rising scale is its whole there, as a constant one."""
+    model, noise = make("xar_image"), SampleNoise(sample_seeds(0, 0, 3))
+    cond = Cond.cat([model.conditioner(LABELS), model.conditioner.null(3)])
+    guides = [ClassifierFree(Linear(5.0)), ClassifierFree(Constant(5.0)), ClassifierFree(Constant(1.0))]
+    rising, full, off = (ancestral(model, cond, noise=noise, guide=guide, rule=DrawRule()).tokens for guide in guides)
+    assert torch.equal(rising, full) and not torch.allclose(rising, off, atol=1e-3)
+
+
 def test_one_vector_for_many_positions_is_that_vector_at_each():
     torch.manual_seed(0)
     trunk = Trunk(dim=16, depth=2, heads=2, hidden=24, modulation="own", ffn="geglu").eval()
@@ -137,6 +146,9 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match=words):
             XAR.accepts(spec)
     wrong = (("token", 2, "no entity_size"), ("cell", 3, "does not divide"), ("cells", None, "choose"))
+    wrong += tuple(
+        (entity, size, f"entity_size={size}") for entity in ("cell", "subsample", "scale") for size in (0, -2)
+    )
     for entity, size, words in wrong:
         with pytest.raises(ValueError, match=words):
             xar(entity, size)

@@ -59,16 +59,18 @@ class FlowDraw:
         rule: DrawRule,
         progress: Progress,
         start: Tensor | None = None,
+        span: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """Tokens float32 [B, n, channels].
 
         velocity(x, t): of every guidance stream, [S * B, n, channels], at x float32 [B, n, channels]. position: int64
-        [n] or [B, n], keys the noise. start: x at time 1 where it is not fresh noise. The state is float64: forty
-        small steps add up.
+        [n] or [B, n], keys the noise. start: x at time 1 where it is not fresh noise. span: the flow times that the
+        solver's times 0 and 1 are (E-CAR), for guidance. The state is float64: forty small steps add up.
         """
         rule.require_continuous()
         if rule.solver is not None or rule.solver_steps is not None:
-            return FlowDraw(rule.solver_steps or self.steps, rule.solver or self.solver)(
+            steps = self.steps if rule.solver_steps is None else rule.solver_steps
+            return FlowDraw(steps, rule.solver or self.solver)(
                 velocity,
                 channels,
                 guide=guide,
@@ -77,7 +79,9 @@ class FlowDraw:
                 rule=replace(rule, solver=None, solver_steps=None),
                 progress=progress,
                 start=start,
+                span=span,
             )
+        low, high = span
         wide = torch.float32 if position.device.type == "mps" else torch.float64
 
         def normal(stream: int) -> Tensor:
@@ -85,7 +89,7 @@ class FlowDraw:
 
         def guided(x: Tensor, t: float) -> Tensor:
             out = velocity(x.float(), t).to(wide)
-            return guide(out.unflatten(0, (guide.streams, -1)), replace(progress, time=t))
+            return guide(out.unflatten(0, (guide.streams, -1)), replace(progress, time=low + t * (high - low)))
 
         x = normal(0) if start is None else start.to(wide)
         if self.solver == "euler_maruyama":

@@ -2,7 +2,8 @@
 
 One convention: c + (s - 1)(c - u), bitwise c at s = 1, which means off. VAR's published t is s = 1 + t. Null rows run
 from the first step to the last one that is guided, also at steps between whose scale is 1, since their cache must not
-have holes. Schedules: specs of the papers named at each class.
+have holes. One step alone counts as the last: schedules have their whole scale there. Schedules: specs of the papers
+named at each class.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Progress:
 
     @property
     def ramp(self) -> float:
-        """0 at the first step, 1 at the last."""
-        return self.step / max(self.steps - 1, 1)
+        """0 at the first step, 1 at the last, also where that is the first."""
+        return self.step / (self.steps - 1) if self.steps > 1 else 1.0
 
 
 Schedule = Callable[[Progress], float]
@@ -103,19 +104,21 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """1 + (scale - 1)(1 - cos(pi (k/K)^power)) / 2, step k of K (RAR's power-cosine; power 1 is the plain cosine)."""
+    """1 + (scale - 1)(1 - cos(pi (k/K)^power)) / 2, step k of K (RAR's power-cosine; power 1 is the plain cosine);
+    scale where K is 1."""
 
     scale: float
     power: float = 1.0
 
     def __call__(self, progress: Progress) -> float:
-        u = (progress.step / progress.steps) ** self.power
+        u = (progress.step / progress.steps) ** self.power if progress.steps > 1 else 1.0
         return 1 + (self.scale - 1) * (1 - math.cos(math.pi * u)) / 2
 
 
 @dataclass(frozen=True)
 class Interval:
-    """scale while low <= share of steps done <= high, 1 outside (Kynkaanniemi et al., arXiv 2404.07724; GigaTok).
+    """scale while low <= share of steps done <= high, 1 outside (Kynkaanniemi et al., arXiv 2404.07724; GigaTok). One
+    step alone has all shares: scale if any is inside.
 
     first: scale also at the first step, as the published samplers of GigaTok and ReToK have it.
     """
@@ -126,7 +129,8 @@ class Interval:
     first: bool = False
 
     def __call__(self, progress: Progress) -> float:
-        inside = self.low <= progress.ramp <= self.high or (self.first and progress.step == 0)
+        first, last = (0.0, 1.0) if progress.steps == 1 else (progress.ramp, progress.ramp)
+        inside = (self.low <= last and first <= self.high) or (self.first and progress.step == 0)
         return self.scale if inside else 1.0
 
 
@@ -147,11 +151,14 @@ class Count:
 
 @dataclass(frozen=True)
 class Previous:
-    """1 + (scale - 1) k / K at step k of K (TiTok's linear: scale 1 + its cfg; ELM, with one token a step)."""
+    """1 + (scale - 1) k / K at step k of K (TiTok's linear: scale 1 + its cfg; ELM, with one token a step); scale where
+    K is 1."""
 
     scale: float
 
     def __call__(self, progress: Progress) -> float:
+        if progress.steps == 1:
+            return self.scale
         return 1 + (self.scale - 1) * progress.step / progress.steps
 
 

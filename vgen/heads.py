@@ -41,6 +41,8 @@ class DrawRule:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             got = f"{self.temperature}, {self.top_k}, {self.top_p}"
             raise ValueError(f"temperature must be >= 0, top_k >= 0 and 0 < top_p <= 1, got {got}")
+        if self.solver_steps is not None and self.solver_steps < 1:
+            raise ValueError(f"solver_steps={self.solver_steps}: at least one step is taken; null = the model's own")
 
     def require_continuous(self) -> None:
         """ValueError where it asks for what only ids have."""

@@ -173,6 +173,7 @@ class BlockFlowHead(nn.Module):
             rule=rule,
             progress=progress,
             start=start,
+            span=span,
         )
 
     def log_prob(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:

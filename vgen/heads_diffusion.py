@@ -133,7 +133,7 @@ class DiffusionHead(ContinuousHead):
         rule.require_continuous()
         if rule.solver is not None:
             raise ValueError(f"solver={rule.solver}: a diffusion head walks its chain; leave solver away")
-        kept = spaced(rule.solver_steps or self.solver_steps)
+        kept = spaced(self.solver_steps if rule.solver_steps is None else rule.solver_steps)
         rows = torch.stack(chain(tuple(kept))).tolist()
         with torch.autocast(h.device.type, enabled=False):
             condition, x = self.mlp.condition(h.float()), noise.normal(position, self.channels, 0)

@@ -46,6 +46,8 @@ def entity_layout(height: int, width: int, entity: Entity, size: int | None) -> 
     """
     if entity in ("token", "image") and size is not None:
         raise ValueError(f"entity={entity} has no entity_size, got {size}; leave it out")
+    if size is not None and size < 1:
+        raise ValueError(f"entity_size={size}: it must be at least 1")
     if entity == "token":
         return SequenceLayout.raster(height, width)
     if entity == "image":
@@ -67,6 +69,8 @@ def entity_layout(height: int, width: int, entity: Entity, size: int | None) -> 
 
 def halved(height: int, width: int, count: int | None) -> tuple[int, ...]:
     """Sides of `count` square grids, each half of the next, the last height x width; None = all down to an odd one."""
+    if count is not None and count < 1:
+        raise ValueError(f"scales={count}: at least one is needed")
     if height != width:
         raise ValueError(f"scales need a square grid, got {height} x {width}")
     sides = [height]

@@ -5,7 +5,8 @@ DetailFlow, D-AR and every other family on ResTok, FlexTok, ReToK), a step's pic
 (arXiv 2505.23660) shows a prefix as its walk that ends there: the previews of its diffusion. Where a generator writes
 one latent map at growing resolution (FlowAR, xAR's scales, E-CAR), a step's picture is its map, enlarged as FlowAR
 hands it to the next scale; E-CAR's are noisy until the last. Written tokens never change, so all pictures come from the
-finished ones, and the last is the image itself.
+finished ones, and the last is the image itself. Where the tokenizer has scales (VAR, FlexVAR), only the ends of whole
+scales are pictures: of a generator that stops between them (RAR on VAR's tokens) the steps that end one are shown.
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ def preview_ends(generator: Generator, tokenizer: Tokenizer) -> list[int]:
     else:  # some of the tokenizer's scales (FlexVAR)
         where = list(generator.spec.layout.sides)
         ends = [generator.spec.layout.written(0, where.index(side) + 1)[1] for side in generator.layout.sides]
+    if tokenizer.quantizer.scales is not None and not free:  # which decodes whole scales; free layouts consist of them
+        scales = generator.spec.layout
+        whole = {scales.written(0, k + 1)[1] for k in range(scales.steps)}
+        ends = [end for end in ends if end in whole]
     return _shown(ends)
 
 

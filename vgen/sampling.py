@@ -45,6 +45,12 @@ def sample(config: Mapping[str, Any]) -> Path:
         raise ValueError(f"out={out} is one file, and {task[1]} processes share the work: give out=<folder>")
     if out.exists() and not config["overwrite"] and single:
         raise ValueError(f"{out} exists; pass overwrite=true or another out=")
+    if config.get("preview"):
+        strip = Path(config["preview"])
+        if strip.resolve() == out.resolve():
+            raise ValueError(f"preview={strip} is out= too: give two files")
+        if strip.exists() and not config["overwrite"]:
+            raise ValueError(f"{strip} exists; pass overwrite=true or another preview=")
     device = resolve_device(config["device"])
     dtype, decoder_dtype = (resolve_dtype(config.get(name, "float32")) for name in ("dtype", "decoder_dtype"))
     if device.type == "cpu" and torch.bfloat16 in (dtype, decoder_dtype) and not cpu_has_bf16():
@@ -69,7 +75,7 @@ def sample(config: Mapping[str, Any]) -> Path:
     )
     if config.get("quant"):
         print(SLOW_LOW_BIT.format(config["quant"]), flush=True)
-    if drawn["steps"]:
+    if drawn["steps"] is not None:
         pipeline.generator.set_steps(int(drawn["steps"]))
     given, sides = config.get("sides"), {}
     if given is not None:
@@ -118,9 +124,9 @@ def sample(config: Mapping[str, Any]) -> Path:
         images = pipeline(
             labels, seeds, guidance=guide, rule=rule, on_chunk=lambda start, part: advance(len(part)), on_tokens=preview
         ).numpy()
+    write(out, images, labels, names, record)
     if preview is not None:
         preview.write(images)
-    write(out, images, labels, names, record)
     print(f"wrote {len(images)} images to {out}")
     return out
 
@@ -133,7 +139,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """How to draw: what the config says, else what the paper of a zoo model says (printed), else PLAIN.
 
     A schedule given without schedule_options has none: the paper's belong to its own schedule. guidance=1 is off, and
-    the paper's schedule goes with it.
+    the paper's schedule goes with it. Raises ValueError for steps below 1.
     """
     chosen, found = {k: config.get(k) for k in PLAIN}, dict(PLAIN)
     name, paper = published_settings(config.get("from"))
@@ -144,6 +150,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         elif chosen["guidance"] == 1 and chosen["schedule_options"] is None:
             found |= {"schedule": "constant", "schedule_options": {}}
     found |= {k: v for k, v in chosen.items() if v is not None}
+    if found["steps"] is not None and int(found["steps"]) < 1:
+        raise ValueError(f"steps={found['steps']}: at least one step is taken; null = as many as the model says")
     found["schedule_options"] = dict(found["schedule_options"])
     if name:
         mine = ", ".join(k for k, v in chosen.items() if v is not None)
@@ -241,9 +249,11 @@ def write(out: Path, images: np.ndarray, labels: Tensor, names: Sequence[str], r
 def labelled_grid(
     images: np.ndarray, labels: Sequence[int], names: Sequence[str] = (), columns: int = 8
 ) -> Image.Image:
-    """One row a class (or several, of `columns` images), the class's name on the left. images: uint8 [N, H, W, 3]."""
+    """One row a class (or several, of `columns` images) in the order in which classes first come, the class's name on
+    the left. images: uint8 [N, H, W, 3]."""
+    order = {label: place for place, label in enumerate(dict.fromkeys(labels))}
     rows: list[tuple[int, list[np.ndarray]]] = []
-    for image, label in zip(images, labels):
+    for image, label in sorted(zip(images, labels), key=lambda pair: order[pair[1]]):
         if not rows or rows[-1][0] != label or len(rows[-1][1]) == columns:
             rows.append((label, []))
         rows[-1][1].append(image)

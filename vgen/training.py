@@ -149,6 +149,9 @@ def settle(config: DictConfig) -> DictConfig:
     runs.check_values(config)
     if config.get("model") is None and config.get("tokenizer") is None:
         raise ValueError("nothing to train: choose tokenizer=<name> (a tokenizer) or model=<name> (a generator)")
+    for name in ("corruption", "teacher", "corrections"):
+        if config.get("model") is None and config.get(name):
+            raise ValueError(f"{name}= is for the training of a generator (model=<name>), not of a tokenizer: null")
     if config.precision == "auto":
         fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and config.trainer.accelerator != "cpu"
         config.precision = "bf16-mixed" if fast else "32-true"
@@ -254,6 +257,11 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
         unknown = set(given) - {"kind", "rate", "near", "sigma"}
         if unknown or "kind" not in given:
             raise ValueError(f"corruption={given}: give kind (random, near or noise), and of rate, near and sigma some")
+        for name, kind in (("near", "near"), ("sigma", "noise")):
+            if name in given and given["kind"] != kind:
+                raise ValueError(
+                    f"corruption.{name} is of corruption.kind={kind}, not of {given['kind']}: leave it away"
+                )
         corruption = Corruption(data.spec, getattr(data.tokenizer, "quantizer", None), **given)
     teacher = None
     if config.get("teacher") is not None:

@@ -289,7 +289,8 @@ def _hita(letter: str, size: str, epochs: int, fid: float, score: float) -> Gene
         source="README, with guidance",
         image_size=336,
         resize="bicubic",
-        note="guidance scales are not published; the file's name follows the README, whose labels are partly wrong",
+        note="guidance scales are not published; the file's name follows the README, whose labels are partly wrong; "
+        "drawn with last_query=grid, as the original samples, not as it trains",
     )
 
 

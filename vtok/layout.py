@@ -74,6 +74,8 @@ class SequenceLayout:
     @classmethod
     def tiles(cls, height: int, width: int, tile_height: int, tile_width: int) -> SequenceLayout:
         """A grid tile by tile in raster order, one tile a step (rows of a grid are tiles of 1 x width)."""
+        if tile_height < 1 or tile_width < 1:
+            raise ValueError(f"tiles of {tile_height} x {tile_width}: both sides must be at least 1")
         if height % tile_height or width % tile_width:
             raise ValueError(f"a {height} x {width} grid does not divide into tiles of {tile_height} x {tile_width}")
         corners = [(r, c) for r in range(0, height, tile_height) for c in range(0, width, tile_width)]

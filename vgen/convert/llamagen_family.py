@@ -106,14 +106,15 @@ def detailflow(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Genera
 
 
 def hita(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Generator:
-    """Two tables and a head of twice the vocabulary: holistic queries first, then the grid."""
+    """Two tables and a head of twice the vocabulary: holistic queries first, then the grid. last_query=grid: as the
+    original samples, which its published numbers are of; its training read the last query by its own table."""
     rules = [Rule(r"slot_embeddings\.weight", "queries.weight"), Rule(r"slot_pos\.weight", "query_positions")]
 
     def make(found: Found) -> HitaGPT:
         queries, side = found.arguments.get("num_slots", 128), math.isqrt(found.tokens)
         if side * side != found.tokens:
             raise ValueError(f"Hita GPT: block_size={found.tokens} is not a square grid")
-        return HitaGPT(hita_spec(queries, side, found.vocab_size), found.classes, **found.sizes)
+        return HitaGPT(hita_spec(queries, side, found.vocab_size), found.classes, last_query="grid", **found.sizes)
 
     return convert_as(state, config, make, source="Hita GPT", rules=rules, more=frozenset({"num_slots"}))
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.models.grouped import Grouped, Plan
+from vgen.models.grouped import Grouped, Plan, require_line
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
 from vtok.tokenizer import TokenSpec
@@ -40,10 +40,17 @@ class DetailFlow(Grouped):
         length, first = spec.layout.length, group if first is None else first
         if not isinstance(group, int) or start != "hybrid":
             raise ValueError(f"DetailFlow takes group as a number of tokens and start=hybrid, got {group}, {start}")
+        if group < 1:
+            raise ValueError(f"group={group}: a group has at least one token")
         if length % group or first % group or not 0 < first < length:
             raise ValueError(f"{length} tokens, first={first}: both must be multiples of group={group}")
         layout = SequenceLayout((1,) * first + (group,) * ((length - first) // group), spec.layout.coords)
         return Plan(layout, [(0, place // group, place % group) for place in range(length - 1)])
+
+    @classmethod
+    def accepts(cls, spec: TokenSpec) -> None:
+        super().accepts(spec)
+        require_line(spec, "DetailFlow")
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         if self.training and "corrupted" in batch:

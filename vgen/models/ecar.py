@@ -46,8 +46,12 @@ def renoise(maps: Tensor, end: float, white: Tensor) -> Tensor:
     return scale * (enlarge(maps, side, "nearest") + end * math.sqrt(ratio**2 - 1) * noise)
 
 
+STOCHASTIC = "solver=euler_maruyama needs a path from noise to data; E-CAR's stages walk a part of it: choose euler"
+
+
 class ECAR(FlowAR):
-    """Arguments as FlowAR, and ends: the time at which each stage ends, falling, the last 0 (None = 1 - s / S)."""
+    """Arguments as FlowAR, and ends: the time at which each stage ends, falling, the last 0 (None = 1 - s / S). solver:
+    any but euler_maruyama."""
 
     def __init__(
         self,
@@ -68,6 +72,8 @@ class ECAR(FlowAR):
         attention_dropout: float = 0.0,
         label_drop: float = 0.1,
     ) -> None:
+        if solver == "euler_maruyama":
+            raise ValueError(STOCHASTIC)
         super().__init__(
             spec,
             num_classes,
@@ -96,8 +102,8 @@ class ECAR(FlowAR):
     def path(
         self, canvas: Canvas, k: int, noise: SampleNoise, position: Tensor, rule: DrawRule
     ) -> tuple[Tensor, tuple[float, float]]:
-        if "euler_maruyama" in (rule.solver, self.head.flow.solver):
-            raise ValueError("solver=euler_maruyama needs a path from noise to data; E-CAR's stages walk a part of it")
+        if rule.solver == "euler_maruyama":
+            raise ValueError(STOCHASTIC)
         start = noise.normal(position, self.head.channels) * rule.temperature
         if k:
             before = scale_map(canvas.tokens, canvas.layout, k - 1)

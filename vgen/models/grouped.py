@@ -113,6 +113,15 @@ class Grouped(LlamaGen):
         return self.read(torch.cat(parts, dim=1), cond, layout, start, stop)
 
 
+def require_line(spec: TokenSpec, family: str) -> None:
+    """ValueError with the reason where some tokens stand on a grid: groups of a line have no shape in the picture."""
+    if any(height > 1 for height, _ in spec.layout.sides):
+        raise ValueError(
+            f"{family} groups one-dimensional tokens, but these tokens lie on {spec.layout.sides}; choose a 1D "
+            "tokenizer, or for one grid model=nbp_* or par_*"
+        )
+
+
 def input_cells(layout: SequenceLayout) -> list[Cell]:
     """Cell of what positions 1.. read: a token's own; a special's is that of the token of its slot in the first group
     that it opens (unofficial: spec of NBP for images)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vgen.models.grouped import Grouped, Plan
+from vgen.models.grouped import Grouped, Plan, require_line
 from vtok.layout import SequenceLayout
 from vtok.tokenizer import TokenSpec
 
@@ -26,6 +26,8 @@ class HAR(Grouped):
         if group is not None or start != "hybrid":
             raise ValueError("HAR's levels double: it takes `first`, neither `group` nor `start`")
         length, first = spec.layout.length, 4 if first is None else first
+        if not 1 <= first <= length:
+            raise ValueError(f"first={first}: one by one, at least 1 and at most all {length} tokens are written")
         sizes = [1] * first
         while sum(sizes) < length:
             sizes.append(sum(sizes))
@@ -36,6 +38,7 @@ class HAR(Grouped):
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
         super().accepts(spec)
+        require_line(spec, "HAR")
         length = spec.layout.length
         if length < 4 or length & (length - 1):
             raise ValueError(f"HAR's levels double, so it needs a power of two of tokens, these are {length}")

@@ -90,7 +90,7 @@ class HitaGPT(LlamaGen):
 
     spec: two parts, queries and one full grid. last_query: the table that embeds the last query when it is read, its
     "own" as in training, or that of the "grid": the original's sampler does so by mistake, and its published numbers
-    were drawn that way. The other arguments are LlamaGen's.
+    were drawn that way, so converted models have it. The other arguments are LlamaGen's.
     """
 
     def __init__(

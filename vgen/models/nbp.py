@@ -25,6 +25,8 @@ class NBP(Grouped):
         height, width = spec.layout.sides[0]
         if isinstance(group, int) or (group is not None and len(group) != 2) or first is not None:
             raise ValueError(f"NBP takes group=[height, width] of a tile and no `first`, got {group}, {first}")
+        if group is not None and min(group) < 1:
+            raise ValueError(f"group={list(group)}: a tile has at least one row and one column")
         tiles = SequenceLayout.tiles(height, width, *(group or (1, width)))
         block = tiles.sizes[0]
         sizes = (1,) * block + tiles.sizes[1:] if start == "hybrid" else tiles.sizes

@@ -24,6 +24,8 @@ class PAR(NBP):
     def plan(cls, spec: TokenSpec, *, group: int | Sequence[int] | None, first: int | None, start: str) -> Plan:
         if isinstance(group, int) or (group is not None and len(group) != 2) or first is not None or start != "hybrid":
             raise ValueError(f"PAR takes group=[rows, columns] of regions alone, got {group}, {first}, {start}")
+        if group is not None and min(group) < 1:
+            raise ValueError(f"group={list(group)}: there is at least one row and one column of regions")
         (height, width), (rows, columns) = spec.layout.sides[0], group or (2, 2)
         if height % rows or width % columns:
             raise ValueError(f"a {height} x {width} grid does not divide into group={rows} x {columns} regions")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgen.models.llamagen import LlamaGen
+from vtok.layout import SequenceLayout
 from vtok.losses.alignment import projection
 from vtok.tokenizer import TokenSpec
 
@@ -23,7 +24,8 @@ from vtok.tokenizer import TokenSpec
 class LlamaGenREPA(LlamaGen):
     """block: how many blocks the aligned state has gone through. channels: of the vision model's patches, as many as
     there are tokens, which training hands over as batch["patches"] [B, L, channels] (train.py: teacher=...).
-    alignment: weight of the loss. hidden: width of the MLP. The other arguments are LlamaGen's.
+    alignment: weight of the loss. hidden: width of the MLP. spec: tokens that are one grid, row by row, as patches are.
+    The other arguments are LlamaGen's.
     """
 
     reads_also = ("patches",)
@@ -59,6 +61,17 @@ class LlamaGenREPA(LlamaGen):
             raise ValueError(f"block={block}: align the state after one of the {depth} blocks but the last")
         self.block, self.channels, self.alignment = block, channels, alignment
         self.projector = projection(width, hidden, channels)
+
+    @classmethod
+    def accepts(cls, spec: TokenSpec) -> None:
+        super().accepts(spec)
+        sides = spec.layout.sides
+        if sides[0][0] == 1 or spec.layout.coords != SequenceLayout.raster(*sides[0]).coords:
+            where = f"these {spec.layout.length} tokens lie on {sides}{', in another order' * (sides[0][0] > 1)}"
+            raise ValueError(
+                "LlamaGenREPA compares token p with patch p of the picture, so that tokens must fill one grid row by "
+                f"row, but {where}; choose a 2D tokenizer, or model=llamagen_*"
+            )
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """As Generator.loss; "loss" includes the alignment, also given as "alignment", where there are patches."""
