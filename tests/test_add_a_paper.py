@@ -150,13 +150,16 @@ def loops(module, example: str) -> list[str]:
     return found
 
 
+def call(test, name: str, monkeypatch) -> None:
+    """The test of a family, with what it takes beside the name."""
+    test(name, **({"monkeypatch": monkeypatch} if "monkeypatch" in inspect.signature(test).parameters else {}))
+
+
 @pytest.mark.parametrize("test", loops(test_generators, "llamagen"))
 def test_a_generators_properties(test, monkeypatch):
     monkeypatch.setitem(generators.FAMILIES, "diagonal", diagonal)
     monkeypatch.setattr(test_generators, "TABLE", Families(test_generators.TABLE, [GENERATOR]))
-    function = getattr(test_generators, test)
-    given = {"monkeypatch": monkeypatch} if "monkeypatch" in inspect.signature(function).parameters else {}
-    function("diagonal", **given)
+    call(getattr(test_generators, test), "diagonal", monkeypatch)
 
 
 @pytest.mark.parametrize("test", loops(test_tokenizers, "cnn_vq"))
@@ -164,7 +167,7 @@ def test_a_tokenizers_properties(test, monkeypatch):
     monkeypatch.setitem(tokenizers.FAMILIES, "vit_vq", vit_vq)
     monkeypatch.setattr(test_tokenizers, "ONE_SIZE", {*test_tokenizers.ONE_SIZE, "vit_vq"})
     monkeypatch.setattr(test_tokenizers, "CLASSES", Families(test_tokenizers.CLASSES, [TOKENIZER]))
-    getattr(test_tokenizers, test)("vit_vq")
+    call(getattr(test_tokenizers, test), "vit_vq", monkeypatch)
 
 
 def test_all_loops_are_found():
