@@ -147,8 +147,8 @@ class TokenizerObjective(nn.Module):
                 recon = self.reconstruct(tokenizer, images, key=key)
                 if not recon.images.requires_grad and (blind := self._losses_of_images(gan)):
                     raise ValueError(
-                        f"the images of this {type(tokenizer).__name__} carry no gradient (those of stage=proxy and of a "
-                        f"FlexTok with a VAE are made without), so nothing learns from {', '.join(blind)}: set "
+                        f"the images of this {type(tokenizer).__name__} carry no gradient (those of stage=proxy and of "
+                        f"a FlexTok with a VAE are made without), so nothing learns from {', '.join(blind)}: set "
                         f"{'it' if len(blind) == 1 else 'each'} to 0 (gan: to null)"
                     )
                 reconstruction, *_ = self._without_gan(recon, images, 0, 0.0, key, tokenizer)
