@@ -274,6 +274,7 @@ def test_recipes_compose_and_build(name):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=[f"experiment={name}_imagenet256"])
     assert config.name == f"{name}_imagenet256" and config.batch_size == 256
+    assert config.data.crop == ("random" if name == "restok" else "short")
     with torch.device("meta"):
         model = instantiate(config.tokenizer, _convert_="all")
         recipe = {key: config[key] for key in ("optimizer", "schedule", "steps", "clip", "ema")}
