@@ -91,7 +91,7 @@ def train(config: DictConfig) -> float | None:
         say(warm.table())
     elif resumed is None and isinstance(lit, LitTokenizer) and (told := lit.module.fresh_start()):
         say(f"note: {told}")
-    if resumed is None and main and isinstance(lit, LitTokenizer):
+    if resumed is None and isinstance(lit, LitTokenizer):
         rehearse(lit, config.data.get("window") or data.image_size, config.batch_size)
     trainer = build_trainer(config, folder, lit, trust, fresh=resumed is None)
     batch = micro_batch_size(config.batch_size, config.accumulate, trainer.world_size)
@@ -274,8 +274,8 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
 
 
 def rehearse(lit: LitTokenizer, side: int, batch_size: int) -> None:
-    """A pass on the CPU, before an older run is touched. Of one image, which even there takes seconds, not minutes, at
-    published sizes; batch norms need two."""
+    """A pass on the CPU, before an older run is touched and before the processes meet: all end on a mistake. Of one
+    image, for published sizes take seconds for it even there; batch norms need two."""
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in lit.modules())
     rows = 2 if normed and batch_size > 1 else 1
     images = torch.linspace(-1, 1, rows * 3 * side * side).view(rows, 3, side, side)
