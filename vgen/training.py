@@ -275,7 +275,7 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
 
 def rehearse(lit: LitTokenizer, side: int, batch_size: int) -> None:
     """A pass on the CPU, before an older run is touched and before the processes meet: all end on a mistake. Of one
-    image, for published sizes take seconds for it even there; batch norms need two."""
+    image, since published sizes take some ten seconds of a core for it; batch norms need two."""
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in lit.modules())
     rows = 2 if normed and batch_size > 1 else 1
     images = torch.linspace(-1, 1, rows * 3 * side * side).view(rows, 3, side, side)
