@@ -28,6 +28,7 @@ from eval.references import statistics_hash
 from eval.sources import from_data
 from vtok.checkpoint import write_atomic, write_json
 from vtok.cli import entry
+from vtok.quantize.statistics import COUNTED
 
 GRID = 64  # pairs in the picture
 
@@ -37,7 +38,7 @@ class Pass:
     """Everything that one pass over the images collects. pairs: (original, copy) batches, if they are kept."""
 
     errors: PixelErrors
-    counts: list[Tensor]  # per part of the tokens, [V]
+    counts: list[Tensor | None]  # per part of the tokens, [V]; None above COUNTED codes
     originals: Moments
     copies: Moments
     survived: int
@@ -65,7 +66,7 @@ def run_through(
 
     dim = extractor.dim if extractor else 1
     parts = tokenizer.spec.parts if tokenizer.spec.discrete else ()
-    counts = [torch.zeros(part.vocab_size, dtype=torch.int64) for part in parts]
+    counts = [torch.zeros(p.vocab_size, dtype=torch.int64) if p.vocab_size <= COUNTED else None for p in parts]
     done = Pass(PixelErrors(), counts, Moments(dim), Moments(dim), 0, 0, [])
     kept = np.linspace(0, images.count - 1, min(keep, images.count)).round().astype(int).tolist()
     seen = 0
@@ -79,8 +80,9 @@ def run_through(
             if parts:
                 start = 0
                 for part, count in zip(parts, done.counts):
-                    ids = tokens[:, start : start + part.count].reshape(-1).cpu()
-                    count += torch.bincount(ids, minlength=part.vocab_size)
+                    if count is not None:
+                        ids = tokens[:, start : start + part.count].reshape(-1).cpu()
+                        count += torch.bincount(ids, minlength=part.vocab_size)
                     start += part.count
                 done.survived += int((tokenizer.encode(decoded.clamp(-1, 1)) == tokens).sum())
                 done.tokens += tokens.numel()
@@ -171,13 +173,14 @@ def perceptual_distance(wanted: bool | None, weights_path: str | None) -> Any | 
 
 
 def token_figures(spec: Any, done: Pass) -> dict[str, float | int]:
-    """Usage, perplexity, bits and token match; nothing for continuous tokens."""
+    """Usage and perplexity (of up to COUNTED codes), bits and token match; nothing for continuous tokens."""
     if not spec.discrete:
         return {}
     figures: dict[str, float | int] = {}
     for i, counts in enumerate(done.counts):
         suffix = f"_part{i}" if len(done.counts) > 1 else ""
-        figures |= {key + suffix: value for key, value in codebook_use(counts).items()}
+        if counts is not None:
+            figures |= {key + suffix: value for key, value in codebook_use(counts).items()}
     return figures | {
         "tokens_per_image": spec.layout.length,
         "bits_per_image": spec.bits,

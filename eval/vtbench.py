@@ -103,7 +103,7 @@ def measure_task(
     from vtok.data.tiles import reconstruct
     from vtok.data.transforms import to_float
 
-    names = list_images(folder)
+    names = list_images(folder, task)
     if not names:
         raise ValueError(f"{task}={folder} holds no images")
     pixels, detail, perceptual = PixelErrors(), Detail(), 0.0

@@ -88,7 +88,7 @@ def started(config: Any, state: Any, arguments: Any) -> Any:
     if "scaling_factor" not in arguments:
         raise ValueError("family=flextok_vae needs config=<the config.json of the VAE>, for its scaling_factor")
     scale = arguments["scaling_factor"]
-    print(f"train on it with init_from={config['out']} tokenizer.vae.quantizer.scale={scale}")
+    print(f"train on it with init_from={config['out']} tokenizer.vae.quantizer.scale={scale} objective.pixel_weight=0")
     section.vae = None
     return instantiate(section, _partial_=True, _convert_="all")(vae=convert_vae(state, scale=scale, image_size=size))
 

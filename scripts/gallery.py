@@ -47,7 +47,7 @@ def main(config: Any) -> None:
         raise ValueError(f"names={titles} must hold one name for each of from={paths}")
     device = resolve_device(config.device)
     tokenizers = [frozen(path, config.weights, trust=config.trust).to(device) for path in paths]
-    found = list_images(Path(config["in"]))
+    found = list_images(Path(config["in"]), "in")
     if not found or config.count < 1:
         raise ValueError(
             f"in={config['in']} holds {len(found)} images and count={config.count}; both must be at least 1"

@@ -108,7 +108,7 @@ def pictures(config: Any, out: Path) -> list[Path]:
         old.unlink()
     if config.folder:
         folder = Path(config.folder)
-        names = list_images(folder)[: config.count]
+        names = list_images(folder, "folder")[: config.count]
         for i, name in enumerate(names):
             (place / f"{i:06d}{Path(name).suffix.lower()}").write_bytes((folder / name).read_bytes())
     else:

@@ -56,12 +56,16 @@ def main(config: Any) -> None:
 
     task, tasks = task_from_environment(config.task_id, config.num_tasks, os.environ)
     source, out = Path(config["in"]), Path(config.out)
-    names = [source.name] if source.is_file() else list_images(source)
+    names = [source.name] if source.is_file() else list_images(source, "in")
     folder = source.parent if source.is_file() else source
     if not names:
         raise ValueError(f"in={source} holds no images; change in")
     if config.on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image={config.on_bad_image!r}: choose error or skip")
+    if not isinstance(config.batch_size, int) or config.batch_size < 1:
+        raise ValueError(f"batch_size={config.batch_size}: tiles computed at once, at least 1")
+    if not isinstance(config.keep, int | None):
+        raise ValueError(f"keep={config.keep}: give a number of tokens, or null for all")
     places = {}
     for name in names:
         place = out / Path(name).with_suffix("")
@@ -72,11 +76,17 @@ def main(config: Any) -> None:
         if place.with_name(place.name + ".png").resolve() == (folder / name).resolve():
             raise ValueError(f"out={out} would replace {folder / name} by its copy; give out=<another folder>")
         places[place] = name
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(
+            f"out={out} lies in in={source}: run again, it would copy its copies; give out=<another folder>"
+        )
     tokenizer = frozen(config["from"], config.weights, trust=config.trust).to(resolve_device(config.device))
     if config.keep is not None and not tokenizer.prefixes:
         raise ValueError(f"keep={config.keep}: {type(tokenizer).__name__} decodes whole images only; leave keep away")
     if config.whole:
         check_whole(tokenizer, config.keep)
+    elif config.keep is not None:  # a number that the family does not decode raises before `out` is taken for it
+        reconstruct(tokenizer, torch.zeros(3, 1, 1), keep=config.keep)
     if config.overwrite:
         (out / "recipe.json").unlink(missing_ok=True)
     identity = {"description": describe(tokenizer), "sha256": weights_hash(tokenizer.state_dict())}
@@ -85,7 +95,7 @@ def main(config: Any) -> None:
         recipe["whole"] = True
     recipe = claim(out, recipe, what="copies")  # as the folder has it: a later version goes on with the same hash
     recipe_hash = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-    how = dict(batch=int(config.batch_size), keep=config.keep, seed=int(config.seed), whole=bool(config.whole))
+    how = dict(batch=config.batch_size, keep=config.keep, seed=int(config.seed), whole=bool(config.whole))
     errors, bad, done, earlier = PixelErrors(), [], 0, 0
 
     def measure(original: np.ndarray, copy: np.ndarray) -> None:

@@ -212,26 +212,23 @@ def nested(family: str, budget: float, steps: int | None) -> dict[str, Any]:
 
 
 def prefix_psnr(tokenizer: Any, images: Any, lengths: Sequence[int]) -> dict[str, float]:
-    """Mean PSNR {k: dB} of images decoded from their first k tokens. A family that trains prefixes at a smaller side
-    (`side_of`) is decoded there as well, and the better of the two counts."""
+    """Mean PSNR {k: dB} of images decoded from their first k tokens. A family that decodes prefixes at a smaller side
+    (`side_of`) is decoded at the full one as well, and the better of the two counts."""
     import torch
 
     from eval.pixels import PixelErrors
     from vtok.data.transforms import to_uint8
-    from vtok.layers.resolution import resized
 
     found = {}
-    size = tokenizer.spec.image_size
     for k in lengths:
-        sides = {size, tokenizer.side_of(k)} if hasattr(tokenizer, "side_of") else {size}
-        errors = {side: PixelErrors() for side in sides}
+        own, full = PixelErrors(), PixelErrors()
         with torch.inference_mode():
             for batch in images.batches(100):
                 ids = tokenizer.encode(batch.permute(0, 3, 1, 2).float() / 127.5 - 1)
-                for side, error in errors.items():
-                    made = tokenizer.decode(ids, keep=k, size=side)
-                    error.add(batch, to_uint8(resized(made, size)))
-        found[str(k)] = max(error.result()["psnr_mean"] for error in errors.values())
+                own.add(batch, to_uint8(tokenizer.decode(ids, keep=k)))
+                if hasattr(tokenizer, "side_of"):
+                    full.add(batch, to_uint8(tokenizer.pixels(tokenizer.embed(ids[:, :k]))))
+        found[str(k)] = max(error.result()["psnr_mean"] for error in (own, full) if error.count)
     return found
 
 

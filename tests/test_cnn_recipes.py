@@ -31,6 +31,7 @@ def test_published_recipes(name):
         config = compose("train", overrides=[f"experiment={name}_imagenet256"])
     epoch = IMAGES // batch
     assert config.name == f"{name}_imagenet256" and config.batch_size == batch
+    assert (config.data.crop == "short") == (name in ("ifsq", "magvit2", "ibq"))
     assert config.steps == epochs * epoch and config.optimizer.lr == config.discriminator_optimizer.lr == 1e-4
     assert list(config.schedule.get("drops", [])) == [at * epoch for at in drops]
     optim.check_arguments("schedule", optim.check_schedule, config.schedule)

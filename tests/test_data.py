@@ -317,6 +317,13 @@ def test_var_and_ten_crops_equal_torchvision(width, height):
     }
     found = {resize_crop(image, 32, Draws(s)).tobytes() for s in range(300)}
     assert found <= windows and len(found) > 0.6 * min(len(windows), 100)
+    resized = F.resize(image, 32, interpolation=InterpolationMode.BICUBIC)
+    windows = {
+        F.crop(resized, y, x, 32, 32).tobytes() for y in range(resized.height - 31) for x in range(resized.width - 31)
+    }
+    short = ImageTransform(size=32, crop="short")
+    assert {short(image, Draws(s)).tobytes() for s in range(100)} == windows  # every place of it, and none else
+    assert short(image).tobytes() == center_crop(image, 32).tobytes()
     expected = F.ten_crop(center_crop(image, 35), [32, 32])
     assert [c.tobytes() for c in ten_crop(image, 32)] == [c.tobytes() for c in expected]
 

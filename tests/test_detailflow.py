@@ -148,6 +148,27 @@ def test_prefixes_train_on_their_resolution_whatever_the_batch():
     assert float(share) == pytest.approx(0.2, abs=0.03)
 
 
+@torch.no_grad()
+def test_prefixes_are_decoded_at_the_side_at_which_they_trained():
+    model = make("detailflow")
+    tokens = model.encode(images())
+    sides = {1: 4, 2: 4, 4: 12, 6: 16, 8: 16}  # R(k) of 8 tokens at 16 px is 1, 4, 9, 13, 16; in whole patches of 4
+    made = {}
+    for keep, side in sides.items():
+        small = model.pixels(model.embed(tokens[:, :keep]), size=side)
+        made[keep] = model.decode(tokens, keep=keep)
+        torch.testing.assert_close(made[keep], F.interpolate(small, size=(16, 16), mode="bilinear"))
+        assert torch.equal(model.decode(tokens, keep=keep, size=16), made[keep])
+    assert torch.equal(made[8], model.decode(tokens)) and made[8].shape == model.decode(tokens, keep=1, size=16).shape
+    assert model.side_of(4, 32) == 20 and torch.equal(
+        model.decode(tokens, keep=4, size=32),
+        F.interpolate(model.pixels(model.embed(tokens[:, :4]), size=20), size=(32, 32), mode="bilinear"),
+    )
+    mixed = model.decode(tokens, keep=torch.tensor([6, 1, 4]))
+    for row, keep in enumerate((6, 1, 4)):
+        torch.testing.assert_close(mixed[row], made[keep][row], rtol=1e-4, atol=1e-5)
+
+
 def test_the_correction_weighs_processes_as_one_batch(monkeypatch):
     """Two processes judge unequal numbers of tokens: the mean of their losses is the loss of the whole batch."""
     model = detailflow(correction=True, degradation=0.5).train()

@@ -683,6 +683,41 @@ def test_reconstruction_figures_by_hand() -> None:
     assert done.errors.result()["psnr_mean"] == pytest.approx((4 * 100 + 5 * off) / 9)
 
 
+def test_huge_vocabularies_are_not_counted() -> None:
+    """Neither in evaluation nor in validation, where a table of 2^40 counts would be asked for."""
+    from eval.reconstruction import run_through, token_figures
+    from vtok.lit import LitTokenizer
+    from vtok.losses.objective import TokenizerObjective
+    from vtok.models.cnn import CNNTokenizer
+    from vtok.optim import Recipe
+    from vtok.quantize.binary import LFQ
+
+    shape = dict(channels=4, multipliers=(1, 1), blocks=1, groups=4, z_channels=4)
+    tokenizer = CNNTokenizer(image_size=16, quantizer=LFQ(bits=40, entropy_weight=0.0), **shape).eval()
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), dtype=np.uint8))
+    images = Images("noise", 4, lambda size: iter(pixels.split(size)), None, "direct")
+    found = token_figures(
+        tokenizer.spec, run_through(tokenizer, images, None, batch_size=2, keep=0, device=torch.device("cpu"))
+    )
+    assert found["bits_per_image"] == 64 * 40 and set(found) == {
+        "tokens_per_image",
+        "bits_per_image",
+        "bits_per_pixel",
+        "token_match",
+    }
+    rates = {"lr": 1e-3}
+    lit = LitTokenizer(
+        tokenizer, TokenizerObjective(perceptual_weight=0.0), Recipe(rates, {}, 9), discriminator_optimizer=rates
+    )
+    batch = {"image": pixels.permute(0, 3, 1, 2) / 127.5 - 1, "key": torch.arange(4)}
+    assert not any(name.startswith("count") for name in lit.validate_module(tokenizer, batch, ""))
+    counts = {f"count_{i}{raw}": torch.tensor([1.0, 0.0, i]) for i in (1, 2) for raw in ("", "_raw")}  # part 0 is huge
+    named = lit.finish_validation({}, counts)
+    assert {n for n in named if "dead" in n} == {"dead", "dead_raw", "dead_1", "dead_2", "dead_1_raw", "dead_2_raw"}
+    share = np.array([1, 2]) / 3
+    assert float(named["perplexity_2_raw"]) == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+
+
 def test_pair_grid_puts_reconstructions_below_their_originals() -> None:
     from eval.reconstruction import pair_grid
 

@@ -265,6 +265,39 @@ def test_whole_pictures_through_the_command(tmp_path, monkeypatch, capsys):
         assert copy.size == (29, 18)
 
 
+@pytest.mark.parametrize(
+    "family, changed, said",
+    (
+        ("var", {"keep": "2"}, "keep=2 of 21 tokens is no end of a scale"),
+        ("var", {"keep": "few"}, "keep=few: give a number of tokens"),
+        ("llamagen", {"keep": "2"}, "decodes whole images only"),
+        ("llamagen", {"batch_size": "0"}, "batch_size=0: tiles computed at once, at least 1"),
+        ("llamagen", {"in": "nowhere"}, "nowhere does not exist; change in"),
+        ("llamagen", {"out": "in/copies"}, "lies in in="),
+    ),
+)
+def test_a_mistake_leaves_no_trace(family, changed, said, tmp_path, monkeypatch, capsys):
+    """Above all no recipe.json, which would refuse the next try, put right, in the same folder."""
+    tokenizer_folder(tmp_path / "tokenizer", family)
+    (tmp_path / "in").mkdir()
+    draw(tmp_path / "in" / "a.png", 0)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    words = {"from": "tokenizer", "in": "in", "out": "out", "device": "cpu"} | changed
+    monkeypatch.setattr(sys, "argv", ["reconstruct.py", *(f"{key}={value}" for key, value in words.items())])
+    with pytest.raises(SystemExit):
+        reconstruct_command()
+    assert said in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_missing_folder_of_the_gallery_names_its_key(tmp_path, monkeypatch, capsys):
+    words = [f"from={tokenizer_folder(tmp_path / 'tokenizer')}", f"in={tmp_path / 'nowhere'}", "device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["gallery.py", *words, f"out={tmp_path / 'x.png'}"])
+    with pytest.raises(SystemExit):
+        gallery_command()
+    assert "nowhere does not exist; change in\n" in capsys.readouterr().err + "\n"
+
+
 @pytest.mark.parametrize("name", ["var", "flexvar", "dar", "detailflow", "flextok", "retok", "restok"])
 def test_the_gallery_shows_powers_of_two_or_whole_scales(name):
     tokenizer = make(name)

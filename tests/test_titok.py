@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tokenizers import images, make, titok
 
-from vtok.config import instantiate
+from vtok.checkpoint import save_folder
+from vtok.config import describe, instantiate
 from vtok.convert import convert
 from vtok.losses.discriminators import MaskBitDiscriminator
 from vtok.losses.proxy import ProxyCodes
@@ -85,12 +86,33 @@ def test_the_second_stage_does_not_start_on_random_codes():
     for model, first in ((proxy("decoder"), "proxy"), (titok(stage="decoder"), "joint")):
         with pytest.raises(ValueError, match=rf"stage=decoder .* init_from=<run of tokenizer\.stage={first}>"):
             model.fresh_start()
-    assert proxy("proxy").fresh_start() is None and titok().fresh_start() is None
+    assert proxy("joint").fresh_start() is None and titok().fresh_start() is None
+
+
+def test_the_first_stage_does_not_start_on_a_random_decoder():
+    with pytest.raises(ValueError, match=r"stage=proxy .* random .* tokenizer\.head\.weights=<run .*init_from="):
+        proxy("proxy").fresh_start()
+
+
+@pytest.mark.parametrize("prefixes", (("module.", "ema."), ("module.",)))
+def test_a_teacher_is_a_run_of_either_weights(prefixes, tmp_path):
+    """Averaged weights where there are some; here the raw ones are others."""
+    vqgan, plain = teacher(), teacher()
+    plain.last_layer.data.add_(1.0)
+    plain.quantizer.codebook.weight.data.neg_()
+    nets = dict(zip(prefixes, (plain, vqgan)))
+    held = {prefix + name: value for prefix, net in nets.items() for name, value in net.state_dict().items()}
+    torch.save({"state_dict": held, "module": {**describe(vqgan), "kind": "tokenizer"}}, tmp_path / "step_1.ckpt")
+    wanted = nets[prefixes[-1]]
+    model = proxy("proxy", weights=str(tmp_path / "step_1.ckpt"))
+    assert torch.equal(model.last_layer, wanted.last_layer) and model.fresh_start() is None
+    assert torch.equal(
+        ProxyCodes(teacher=str(tmp_path / "step_1.ckpt"))(model(images()), images())["proxy"],
+        ProxyCodes(teacher=wanted)(model(images()), images())["proxy"],
+    )
 
 
 def test_proxy_weights_come_from_a_checkpoint_once(tmp_path):
-    from vtok.checkpoint import save_folder
-
     vqgan = teacher()
     save_folder(vqgan, tmp_path / "teacher")
     model = proxy("proxy", weights=str(tmp_path / "teacher"))
@@ -252,6 +274,7 @@ def test_recipes_compose_and_build(name):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=[f"experiment={name}_imagenet256"])
     assert config.name == f"{name}_imagenet256" and config.batch_size == 256
+    assert config.data.crop == ("random" if name == "restok" else "short")
     with torch.device("meta"):
         model = instantiate(config.tokenizer, _convert_="all")
         recipe = {key: config[key] for key in ("optimizer", "schedule", "steps", "clip", "ema")}

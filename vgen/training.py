@@ -1,7 +1,8 @@
 """The training command: from the configuration of train.py to a run directory with checkpoints and pictures.
 
 `model` null trains the tokenizer of `tokenizer` on images; otherwise the generator of `model` on the tokens of a frozen
-tokenizer. All mistakes in the configuration come up here, before the first step.
+tokenizer. All mistakes in the configuration come up here, before the first step and before an older run is overwritten;
+those of a tokenizer that only a pass shows, in a pass without an optimizer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
 from vgen.callbacks import Samples
 from vgen.corruption import Corruption
@@ -89,6 +91,8 @@ def train(config: DictConfig) -> float | None:
         say(warm.table())
     elif resumed is None and isinstance(lit, LitTokenizer) and (told := lit.module.fresh_start()):
         say(f"note: {told}")
+    if resumed is None and isinstance(lit, LitTokenizer):
+        rehearse(lit, config.data.get("window") or data.image_size, config.batch_size)
     trainer = build_trainer(config, folder, lit, trust, fresh=resumed is None)
     batch = micro_batch_size(config.batch_size, config.accumulate, trainer.world_size)
     plain = OmegaConf.to_container(config, resolve=True)
@@ -276,6 +280,15 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
             )
         teacher = Frozen(backbone)
     return LitGenerator(module, recipe, class_names=data.class_names, corruption=corruption, teacher=teacher)
+
+
+def rehearse(lit: LitTokenizer, side: int, batch_size: int) -> None:
+    """A pass on the CPU, before an older run is touched and before the processes meet: all end on a mistake. Of one
+    image, since published sizes take some ten seconds of a core for it; batch norms need two."""
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in lit.modules())
+    rows = 2 if normed and batch_size > 1 else 1
+    images = torch.linspace(-1, 1, rows * 3 * side * side).view(rows, 3, side, side)
+    lit.objective.rehearse(lit.module, images, steps=lit.recipe.steps)
 
 
 def teacher_options(config: DictConfig) -> dict[str, Any]:

@@ -233,6 +233,14 @@ def load_module(path: str | os.PathLike, families: Mapping[str, str], weights: W
     return module.eval()
 
 
+def best_weights(path: str | os.PathLike) -> Weights:
+    """What `load_module` should take where both are as good: "ema" if a folder, run or .ckpt has it, else "raw"."""
+    if is_folder(path):
+        return "ema"
+    names = read_checkpoint(find_checkpoint(path))["state_dict"]
+    return "ema" if any(name.startswith("ema.") for name in names) else "raw"
+
+
 def _rebuild(description: Mapping, families: Mapping[str, str], source: Path) -> Any:
     try:
         return build({k: description[k] for k in ("family", "arguments")}, families)

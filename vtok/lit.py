@@ -25,7 +25,7 @@ from vtok import rng
 from vtok.config import describe
 from vtok.fsdp import is_sharded, shard, whole
 from vtok.optim import Recipe, average, check_arguments, check_optimizer, make_optimizer, rate, set_decay, set_rate
-from vtok.quantize.statistics import perplexity, usage
+from vtok.quantize.statistics import COUNTED, perplexity, usage
 from vtok.watch import shown_images
 
 SKIPS_IN_A_ROW = 10  # with on_nan=skip: more non-finite steps than this are not bad luck
@@ -394,20 +394,22 @@ class LitTokenizer(Lit):
             start = 0
             for index, part in enumerate(module.spec.parts):
                 ids = recon.tokens[:, start : start + part.count].reshape(-1)
+                start += part.count
+                if part.vocab_size > COUNTED:
+                    continue
                 counted, one = torch.zeros(part.vocab_size, device=ids.device), torch.ones(len(ids), device=ids.device)
                 found[f"count_{index}{suffix}"] = counted.scatter_add_(0, ids, one)
-                start += part.count
         return found
 
     def finish_validation(self, means: dict[str, Tensor], counts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Share of codes in use, perplexity and number of dead codes over the whole held-out set, per part of the
-        tokens; with several parts the plain names are their means, and the sum of the dead."""
+        tokens that is counted; with several the plain names are their means, and the sum of the dead."""
         for raw in ("", "_raw"):
             parts = {k: v for k, v in counts.items() if k.endswith("_raw") == bool(raw)}
             found = [(usage(h), perplexity(h), (h == 0).sum().float()) for h in parts.values()]
-            for index, values in enumerate(found if len(found) > 1 else ()):
-                names = (f"usage_{index}{raw}", f"perplexity_{index}{raw}", f"dead_{index}{raw}")
-                means |= dict(zip(names, values))
+            for name, values in zip(parts, found if len(found) > 1 else ()):
+                index = name.removeprefix("count_")  # with _raw
+                means |= dict(zip((f"usage_{index}", f"perplexity_{index}", f"dead_{index}"), values))
             if found:
                 used, spread, dead = (torch.stack(values) for values in zip(*found))
                 means |= {f"usage{raw}": used.mean(), f"perplexity{raw}": spread.mean(), f"dead{raw}": dead.sum()}

@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.checkpoint import CheckpointError, find_checkpoint, is_folder, load_module, read_checkpoint, read_config
+from vtok.checkpoint import (
+    CheckpointError,
+    best_weights,
+    find_checkpoint,
+    is_folder,
+    load_module,
+    read_checkpoint,
+    read_config,
+)
 
 CLASS_TABLE = "conditioner.table.weight"
 
@@ -52,10 +60,7 @@ def warm_start(
     path = Path(source)
     if not path.exists() and (Path("outputs") / path).exists():
         path = Path("outputs") / path
-    kind = "ema"
-    if not is_folder(path):
-        names = read_checkpoint(find_checkpoint(path))["state_dict"]
-        kind = "ema" if any(k.startswith("ema.") for k in names) else "raw"
+    kind = best_weights(path)
     old = load_module(path, families, kind)
     result = WarmStart(f"{path}{'' if is_folder(path) else f' ({kind} weights)'}")
     before, after = old.state_dict(), module.state_dict()

@@ -75,10 +75,13 @@ class Names(Sequence[str]):
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def list_images(folder: Path) -> list[str]:
-    """Sorted relative paths (with /) of the image files below `folder`; hidden files and folders are left out."""
+def list_images(folder: Path, key: str = "data.folder") -> list[str]:
+    """Sorted relative paths (with /) of the image files below `folder`; hidden files and folders are left out.
+
+    Raises ValueError where there is no such folder, naming the configuration's `key`.
+    """
     if not folder.is_dir():
-        raise ValueError(f"folder {folder} does not exist; change data.folder")
+        raise ValueError(f"folder {folder} does not exist; change {key}")
     found, seen = [], set()
     for directory, folders, files in os.walk(folder, followlinks=True):
         place = os.path.realpath(directory)

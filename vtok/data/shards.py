@@ -3,8 +3,8 @@
 A folder holds `recipe.json` (what was asked for), `tokenizer/` (the frozen tokenizer, as a shared folder), and for each
 of `train/` and `val/`:
 
-    codes-00000.npy ...  [n, crops, L] uint16 (vocabularies up to 65,536) or uint32; continuous tokens [n, crops, L, C]
-                         float16, or bfloat16 stored as uint16
+    codes-00000.npy ...  [n, crops, L] uint16 (vocabularies up to 65,536), uint32 (up to 2^32) or int64; continuous
+                         tokens [n, crops, L, C] float16, or bfloat16 stored as uint16
     labels.npy           int32 [N]; ids.npy int64 [N], the hash of the name of each row's source image
     manifest.json        tokenizer description and SHA-256 of its weights, token spec, crop recipe, image size, rows,
                          bytes and CRC-32 of every shard, class names, versions
@@ -36,7 +36,8 @@ from vtok.tokenizer import TokenSpec
 FORMAT = "vtok-shards/v1"
 SPLITS = ("train", "val")
 Crops = Literal["none", "flip", "ten"]
-STORED = {"uint16": np.uint16, "uint32": np.uint32, "float16": np.float16, "bfloat16": np.uint16}
+IDS = {"uint16": 1 << 16, "uint32": 1 << 32, "int64": 1 << 63}  # how many
+STORED = {"uint16": np.uint16, "uint32": np.uint32, "int64": np.int64, "float16": np.float16, "bfloat16": np.uint16}
 
 
 def id_of(name: str) -> int:
@@ -49,9 +50,11 @@ def dtype_of(spec: TokenSpec, asked: str | None = None) -> str:
     if not spec.discrete:
         fits = ("float16", "bfloat16")
     else:
-        fits = ("uint16", "uint32") if max(part.vocab_size for part in spec.parts) <= 1 << 16 else ("uint32",)
+        fits = tuple(name for name, most in IDS.items() if max(part.vocab_size for part in spec.parts) <= most)
     if asked not in (None, *fits):
         raise ValueError(f"dtype={asked} does not hold these tokens; choose {' or '.join(fits)}, or null")
+    if not fits:
+        raise ValueError(f"ids up to {max(part.vocab_size for part in spec.parts) - 1} do not fit 63 bits")
     return asked or fits[0]
 
 

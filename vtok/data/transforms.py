@@ -2,7 +2,8 @@
 
 Sources. ADM's centre and random crop: Dhariwal & Nichol (2021), arXiv 2105.05233, guided-diffusion's data loader (box
 halving while the short side is at least twice the target, then bicubic, then crop). VAR's resize + crop: Tian et al.
-(2024), arXiv 2404.02905. Ten-crop codes: Sun et al. (2024), LlamaGen, arXiv 2406.06525.
+(2024), arXiv 2404.02905; at ratio 1 and bicubic that of TiTok: Yu et al. (2024), arXiv 2406.07550. Ten-crop codes: Sun
+et al. (2024), LlamaGen, arXiv 2406.06525.
 
 Differs from them: random choices come from `Draws`, a hash of (sample key, number of the draw), so augmentation is the
 same on any worker, world size or library version. Greyscale, palette, CMYK, RGBA and 16-bit images become RGB; alpha
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from vtok.noise import key
 
-Crop = Literal["center", "random", "var", "none"]
-CROPS = ("center", "random", "var", "none")
+Crop = Literal["center", "random", "short", "var", "none"]
+CROPS = ("center", "random", "short", "var", "none")
 
 
 class Draws:
@@ -100,15 +101,21 @@ def random_crop(image: Image.Image, size: int, draws: Draws, low: float = 0.8, h
     return _random_place(image, size, draws)
 
 
-def resize_crop(image: Image.Image, size: int, draws: Draws | None, ratio: float = 1.125) -> Image.Image:
-    """VAR's: short side to round(ratio * size) with Lanczos, then a random crop (the centre without draws)."""
+def resize_crop(
+    image: Image.Image,
+    size: int,
+    draws: Draws | None,
+    ratio: float = 1.125,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
+    """VAR's: short side to round(ratio * size), then a random crop (the centre without draws)."""
     short = round(ratio * size)
     width, height = image.size
     if width <= height:
         target = (short, int(short * height / width))
     else:
         target = (int(short * width / height), short)
-    image = image.resize(target, resample=Image.Resampling.LANCZOS)
+    image = image.resize(target, resample=resample)
     if draws is not None:
         return _random_place(image, size, draws)
     return _cut(image, round((image.width - size) / 2), round((image.height - size) / 2), size)
@@ -144,10 +151,10 @@ def _cut(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
 class ImageTransform:
     """PIL image or array to uint8 [size, size, 3], with augmentation only where draws are given.
 
-    crop: center and random are ADM's, var is VAR's, none takes images that have the size already. Without draws,
-    random becomes center. flip: mirror half of the images. shift: move by up to that many pixels each way, the border
-    pixel repeated. window: of all this, a random square of that side is given, for tokenizers that take any size: more
-    pictures for the same work.
+    crop: center and random are ADM's, short is a random place of the image whose short side became the size, var is
+    VAR's, none takes images that have the size already. Without draws, random and short become center. flip: mirror
+    half of the images. shift: move by up to that many pixels each way, the border pixel repeated. window: of all this,
+    a random square of that side is given, for tokenizers that take any size: more pictures for the same work.
     """
 
     size: int
@@ -186,6 +193,8 @@ class ImageTransform:
             image = resize_crop(image, self.size, draws)
         elif self.crop == "random" and draws is not None:
             image = random_crop(image, self.size, draws)
+        elif self.crop == "short" and draws is not None:
+            image = resize_crop(image, self.size, draws, 1.0, Image.Resampling.BICUBIC)
         else:
             image = center_crop(image, self.size)
         return np.asarray(image)

@@ -69,15 +69,11 @@ class MaskDecoder(nn.Module):
         self.trunk = _trunk(dim, depth, heads, hidden)
         self.out = nn.Linear(dim, 3 * patch * patch)
 
-    def forward(self, latents: Tensor, size: int, counts: Tensor | None = None) -> Tensor:
-        """counts int64 [B]: how many of the latents of each row are seen; None: all of them."""
+    def forward(self, latents: Tensor, size: int) -> Tensor:
         side = size // self.patch
         cells = (self.mask + resize_table(self.positions, side, side)).expand(len(latents), -1, -1)
         x = torch.cat([cells, latents + self.places[: latents.shape[1]]], 1)
-        seen = None
-        if counts is not None:
-            seen = torch.arange(x.shape[1], device=x.device) < (side * side + counts)[:, None, None, None]
-        return unpatchify(self.out(self.trunk(together(x, mask=seen))[:, : side * side]), self.patch, side)
+        return unpatchify(self.out(self.trunk(together(x))[:, : side * side]), self.patch, side)
 
 
 def _trunk(dim: int, depth: int, heads: int, hidden: int) -> Trunk:

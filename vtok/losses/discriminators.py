@@ -27,6 +27,7 @@ class PatchGAN(nn.Module):
 
     def __init__(self, *, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
         super().__init__()
+        self.smallest = 3 * 2**layers  # side: two convolutions of 4 follow those that halve it
         widths = [width * min(2**i, 8) for i in range(layers + 1)]
         modules: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i in range(1, layers + 1):
@@ -39,6 +40,11 @@ class PatchGAN(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
+        if min(images.shape[2:]) < self.smallest:
+            raise ValueError(
+                f"images are {tuple(images.shape[2:])}, this PatchGAN takes sides from {self.smallest}: lower "
+                "objective.gan.discriminator.layers"
+            )
         return self.layers(images)
 
 
@@ -66,7 +72,8 @@ class StyleGANDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if tuple(images.shape[2:]) != (self.image_size, self.image_size):
             raise ValueError(
-                f"images are {tuple(images.shape[2:])}, the discriminator has image_size={self.image_size}"
+                f"images are {tuple(images.shape[2:])}, the discriminator has image_size={self.image_size}: change "
+                "objective.gan.discriminator.image_size"
             )
         x = F.leaky_relu(self.stem(images), 0.2)
         for block in self.blocks:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vtok import rng
 from vtok.losses.gan import GAN, Logs
 from vtok.losses.prior import watch
 from vtok.losses.reconstruction import LPIPS, pixel_loss
@@ -130,6 +131,40 @@ class TokenizerObjective(nn.Module):
         if not self.gan.active(step):
             return sum(0.0 * p.sum() for p in self.discriminator.parameters()), {}
         return self.gan.train_loss(images, fakes, _keys(key, images))
+
+    def rehearse(self, tokenizer: Tokenizer, images: Tensor, *, steps: int) -> None:
+        """Compute what a training of `steps` steps on images [B, 3, H, W] will, with a GAN that starts within them:
+        what raises in its first step, or only at `gan.start`, raises here. Nothing is changed by it: buffers and random
+        generators are put back, parameters get no gradient, blocks under torch.compile run as written.
+
+        Raises ValueError, too, where images without a gradient meet losses of them.
+        """
+        modules, key = (tokenizer, self), torch.arange(len(images), device=images.device)
+        kept = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in modules]
+        gan = self.gan if self.gan is not None and self.gan.start < steps else None
+        try:
+            with rng.untouched(), torch.compiler.set_stance("force_eager"):
+                recon = self.reconstruct(tokenizer, images, key=key)
+                if not recon.images.requires_grad and (blind := self._losses_of_images(gan)):
+                    raise ValueError(
+                        f"the images of this {type(tokenizer).__name__} carry no gradient (those of stage=proxy and of "
+                        f"a FlexTok with a VAE are made without), so nothing learns from {', '.join(blind)}: set "
+                        f"{'it' if len(blind) == 1 else 'each'} to 0 (gan: to null)"
+                    )
+                reconstruction, *_ = self._without_gan(recon, images, 0, 0.0, key, tokenizer)
+                if gan is not None:
+                    rows = _keys(key, recon.images)
+                    gan.judge(recon.images, reconstruction, tokenizer.last_layer, gan.start, rows)
+                    gan.train_loss(recon.real(images), recon.images, rows)
+        finally:
+            for module, before in zip(modules, kept):
+                for name, buffer in module.named_buffers():
+                    if name in before:
+                        buffer.data.copy_(before[name])
+
+    def _losses_of_images(self, gan: GAN | None) -> list[str]:
+        weights = {"pixel_weight": self.pixel_weight, "perceptual_weight": self.perceptual_weight, "gan": gan}
+        return [f"objective.{name}" for name, value in weights.items() if value]
 
     @torch.no_grad()
     def validation(

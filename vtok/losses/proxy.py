@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.checkpoint import load_module
+from vtok.checkpoint import best_weights, load_module
 from vtok.losses.frozen import Frozen
 from vtok.tokenizer import Reconstruction, Tokenizer
 
 
 class ProxyCodes(nn.Module):
-    """teacher: checkpoint or folder of the trained tokenizer, or the tokenizer itself. weight: of the loss. label: its
-    name in the logs."""
+    """teacher: run, checkpoint or folder of the trained tokenizer (averaged weights, where it has them), or the
+    tokenizer itself. weight: of the loss. label: its name in the logs."""
 
     lr_scale = 1.0
 
@@ -26,7 +26,7 @@ class ProxyCodes(nn.Module):
         if not isinstance(teacher, Tokenizer):
             from vtok.models import FAMILIES
 
-            teacher = load_module(teacher, FAMILIES, "ema")
+            teacher = load_module(teacher, FAMILIES, best_weights(teacher))
         if not teacher.spec.discrete:
             raise ValueError(f"the teacher, a {type(teacher).__name__}, has continuous tokens: proxy codes are ids")
         self.teacher, self.weight, self.label = Frozen(teacher), weight, label

@@ -21,6 +21,7 @@ class TransformerDiscriminator(nn.Module):
         super().__init__()
         if width % 4 or width % heads:
             raise ValueError(f"width={width} must be a multiple of 4 and of heads={heads}")
+        self.patch = patch
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.label = nn.Parameter(torch.empty(1, 1, width))
         self.trunk = Trunk(
@@ -36,6 +37,11 @@ class TransformerDiscriminator(nn.Module):
         nn.init.xavier_uniform_(self.label)
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.shape[2] % self.patch or images.shape[3] % self.patch:
+            raise ValueError(
+                f"images are {tuple(images.shape[2:])}, the discriminator takes multiples of its patch {self.patch}: "
+                "change objective.gan.discriminator.patch"
+            )
         x = self.patches(images)
         places = sincos(*x.shape[2:], x.shape[1], x.device)
         x = x.flatten(2).transpose(1, 2) + places

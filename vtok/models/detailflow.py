@@ -194,18 +194,20 @@ class DetailFlowTokenizer(Tokenizer):
         size: int | None = None,
         noise: SampleNoise | None = None,
     ) -> Tensor:
-        """Images of the first `keep` tokens (int, or int64 [B]) at any side; they trained at `side_of(keep)`."""
+        """Images of side `size` of the first `keep` tokens (int, or int64 [B]), decoded at `side_of(keep, size)`, as
+        training decodes so few, and enlarged."""
         size = size or self.spec.image_size
         self.spec_for(size).check(tokens)
-        counts = keep if isinstance(check_keep(keep, self.tokens), Tensor) else None
-        return self.pixels(self.embed(tokens[:, : keep if isinstance(keep, int) else None]), size=size, counts=counts)
+        if isinstance(check_keep(keep, self.tokens), Tensor):
+            counted = by_value(keep)
+            made = torch.cat([self.decode(tokens[rows], keep=count, size=size) for count, rows in counted])
+            return made[torch.cat([rows for _, rows in counted]).argsort()]
+        side = size if keep is None else self.side_of(keep, size)
+        return resized(self.pixels(self.embed(tokens[:, :keep]), size=side), size)
 
-    def pixels(
-        self, z: Tensor, *, size: int | None = None, noise: SampleNoise | None = None, counts: Tensor | None = None
-    ) -> Tensor:
-        """Images of z [B, n, C], of which the first counts [B] are seen."""
-        latents = self.project_out(z.to(self.project_out.weight.dtype))
-        return self.decoder(latents, size or self.spec.image_size, counts)
+    def pixels(self, z: Tensor, *, size: int | None = None, noise: SampleNoise | None = None) -> Tensor:
+        """Images of z [B, n, C], decoded at that side."""
+        return self.decoder(self.project_out(z.to(self.project_out.weight.dtype)), size or self.spec.image_size)
 
     # --- training -----------------------------------------------------------------------------------------------------
 

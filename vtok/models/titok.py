@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vtok.checkpoint import load_module
+from vtok.checkpoint import best_weights, load_module
 from vtok.config import Configured, describe
 from vtok.layers.cnn import to_map
 from vtok.layers.cnn_maskgit import MaskGITDecoder
@@ -54,8 +54,9 @@ class PatchHead(Configured, nn.Module):
 class ProxyHead(Configured, nn.Module):
     """Hidden states to logits over `codes` proxy codes, and their expected code through a CNN to images in [0, 1].
 
-    width: of a code; channels, multipliers, blocks, groups: of the CNN, see vtok.layers.cnn_maskgit. weights:
-    checkpoint or folder of the MaskGITVQGAN that codes and CNN are copied from; it is read once and not recorded.
+    width: of a code; channels, multipliers, blocks, groups: of the CNN, see vtok.layers.cnn_maskgit. weights: run,
+    checkpoint or folder of the MaskGITVQGAN that codes and CNN are copied from (averaged weights, where it has them);
+    it is read once and not recorded.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class ProxyHead(Configured, nn.Module):
         self.codes = nn.Embedding(codes, width)
         shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups)
         self.cnn = MaskGITDecoder(in_channels=width, **shape)
-        self.patch = self.cnn.stride
+        self.patch, self.copied = self.cnn.stride, weights is not None
         if weights is not None:
             from vtok.models import FAMILIES  # the table of families imports nothing; this module is one of them
 
-            teacher = load_module(weights, FAMILIES, "ema")
+            teacher = load_module(weights, FAMILIES, best_weights(weights))
             self.codes.weight.data.copy_(teacher.quantizer.codebook.table())
             self.cnn.load_state_dict(teacher.decoder.state_dict())
             self.arguments["weights"] = None
@@ -200,6 +201,11 @@ class TiTok(Tokenizer):
         return self.head.last_layer
 
     def fresh_start(self) -> str | None:
+        if self.stage == "proxy" and not self.head.copied:
+            raise ValueError(
+                "stage=proxy freezes the head's codes and CNN, which are random here: pass tokenizer.head.weights=<run "
+                "or folder of a MaskGITVQGAN>, or init_from=<run of stage proxy>"
+            )
         if self.stage != "decoder":
             return None
         raise without_first_stage("proxy" if isinstance(self.head, ProxyHead) else "joint")

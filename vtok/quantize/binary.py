@@ -20,7 +20,7 @@ from vtok.quantize.fsq import check_groups
 from vtok.quantize.statistics import code_statistics, shared_mean
 from vtok.tokenizer import Quantized, Quantizer
 
-LARGEST = 20  # bits of which a table over all codes is kept, 4 MB: for statistics and the entropy of the mean
+LARGEST = 20  # bits of which a table over all codes is kept, 4 MB, for the entropy of the mean
 
 
 class LFQ(Quantizer):
@@ -76,9 +76,7 @@ class LFQ(Quantizer):
             signs = self._codes(z.detach() > 0)
             loss = {"commitment": self.beta * F.mse_loss(z, signs)}
             ids = self._ids(z.detach() > 0).flatten(1)
-            stats = {}
-            if self.channels <= LARGEST:
-                stats = code_statistics(ids, self.vocab_size, everywhere=self.training)
+            stats = code_statistics(ids, self.vocab_size, everywhere=self.training)
             if self.entropy_weight:
                 sample, batch = self.entropies(z)
                 loss["entropy"] = self.entropy_weight * (self.sample_weight * sample - self.batch_weight * batch)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+COUNTED = 2**20  # largest vocabulary whose codes are counted, in training, validation and evaluation
+
 
 def all_sum(value: Tensor) -> Tensor:
     """`value` summed over all processes, in place; itself outside of a distributed run."""
@@ -50,6 +52,9 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 def code_statistics(ids: Tensor, vocab_size: int, *, everywhere: bool) -> dict[str, Tensor]:
-    """{"usage", "perplexity"} of the ids of a batch; `everywhere` sums over all processes (a collective call)."""
+    """{"usage", "perplexity"} of the ids of a batch; nothing above COUNTED codes. `everywhere` sums over all processes
+    (a collective call)."""
+    if vocab_size > COUNTED:
+        return {}
     counts = count_ids(ids, vocab_size, everywhere=everywhere)
     return {"usage": usage(counts), "perplexity": perplexity(counts)}
