@@ -130,7 +130,13 @@ def cpu_table(rows: Sequence[Mapping[str, Any]]) -> str:
             found = [r for r in rows if (r["peer"], r["size"], r["part"], r["batch"]) == key and r.get("on") != "cuda"]
             for row in found:
                 seconds = f"{row['original_seconds']:.2f}, {row['our_seconds']:.2f}"
-                stored = ", ".join(k for k in (row["dtype"], row.get("packed") and "packed", row.get("quant")) if k)
+                told = (
+                    row["dtype"],
+                    row.get("packed") and "packed",
+                    row.get("quant"),
+                    row.get("compile") and "compiled",
+                )
+                stored = ", ".join(word for word in told if word)
                 light = part == "sample" and (row["dtype"] != "float32" or row.get("quant"))
                 goal = LIGHT if light else wanted
                 reached = "yes" if row["ratio_low"] >= goal else "no"
@@ -234,9 +240,10 @@ Measured on:
 
 What decides a sampling step of few rows is how fast the weights are read, and then the small operations between the
 products. Rows marked `packed` have weights in the order of the CPU's matrix kernels, `packed=false` gives the stored
-one. In bf16, of 15.5 ms a step of LlamaGen-B (profile of 24 steps) 10.7 are products, 1.6 norms, 0.9 attention, the
-rest many operations of a few microseconds; `eval.throughput` puts it at 42 % of the roofline. So four times the
-original is not reached: that takes fused steps, not faster products.
+one. In bf16, of 19.9 ms a step of LlamaGen-B with compiled blocks (profile of 256 steps) 12.1 are products, the
+float32 head's among them, 1.6 attention, 0.7 finding the compiled block for the step, 0.2 top-k, the rest small
+operations, so four times the original is missed by a twentieth; without compiling the small ones are the more. VAR-d16
+in bf16 is at 61 % of the roofline, 64 % with compiled blocks, and could be 3.8 times as fast as the original at most.
 
 What limits many rows is the rate of the products, 195 to 199 billion operations a second on these two threads: sampling
 of VAR-d16 at batch 8 reaches 91 % of the roofline (`eval.throughput`), so that the ratio could be 1.28 at most, xAR-B

@@ -110,6 +110,30 @@ def test_compiling_on_the_cpu_without_a_compiler_says_so(monkeypatch):
         light_weights(make("llamagen"), torch.float32, packed=False, compiled=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "kept"),
+    [
+        ("llamagen", torch.bfloat16, torch.float32),  # one position a step
+        ("llamagen", torch.float32, torch.float32),
+        ("llamagen", torch.float64, torch.float64),
+        ("var", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_keys_and_values_of_single_positions_are_float32_on_the_cpu(name, dtype, kept):
+    """And what is read from them is what a pass without them computes, up to the rounding of the weights' dtype."""
+    model = make(name).requires_grad_(False)
+    light_weights(model, dtype, packed=False)
+    canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
+    cache, found = model.cache(3), []
+    assert cache.keys.dtype == cache.values.dtype == kept
+    for k in range(model.layout.steps):
+        found.append(model(canvas, cond, k, k + 1, cache))
+        cache.commit(model.layout.reads[k])
+    assert found[0].dtype == dtype
+    close = {"rtol": 0.1, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(torch.cat(found, 1), model(canvas, cond), **close)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 64])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_packed_layer_is_its_linear_layer(rows, bias):

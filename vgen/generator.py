@@ -169,13 +169,16 @@ class Generator(Configured, nn.Module):
         """An empty cache for `rows` rows (streams included) of whole sequences behind `prefix` extra positions.
 
         layout: of the canvas, where it is not the generator's own (FlexVAR's free scale lists). None where no step
-        can be kept.
+        can be kept. In the weights' dtype (under autocast, in its), but for bfloat16 on the CPU with one position a
+        step: float32.
         """
         if not self.caches:
             return None
         weight = self.trunk.blocks[0].attention.qkv.weight
         dtype = torch.get_autocast_dtype(weight.device.type) if _autocast(weight) else weight.dtype
         reads = (self.layout if layout is None else layout).reads
+        if dtype is torch.bfloat16 and weight.device.type == "cpu" and max(reads) == 1:
+            dtype = torch.float32  # attention of one query to 256 keys in bfloat16 takes five times as long there
         return self.trunk.cache(rows, sum(reads) + prefix, dtype=dtype, device=weight.device, kind=self.cache_kind)
 
     def draw(

@@ -190,5 +190,6 @@ class Attention(nn.Module):
                 q, k = q + added, k + added
         if cache is not None:
             k, v = cache.extend(layer, k, v)
+            q = q.to(k.dtype)
         y = attend(q, k, v, mask=mask, scale=self.scale, dropout=self.dropout if self.training else 0.0)
-        return self.out(y.transpose(1, 2).reshape(rows, length, dim))
+        return self.out(y.transpose(1, 2).reshape(rows, length, dim).to(qkv.dtype))
