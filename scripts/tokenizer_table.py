@@ -78,7 +78,7 @@ LARGE: dict[str, list[str]] = {
     **dict.fromkeys(("lfq", "bsq"), WIDER),
     "ibq": [*WINDOWS, "optimizer.lr=2e-3", "objective.pixel_weight=60"],
     "hita": FOUR,
-    "var": [*FOUR, "tokenizer.quantizer.sides=[1,2,4,8,16,32]"],
+    "var": [*FOUR, "tokenizer.quantizer.sides=[1,2,4,8,16,32]", "objective.pixel_weight=10"],
     "flexvar": [*FOUR, "tokenizer.quantizer.sides=[1,2,4,8,16,32]"],
     "titok": [
         *WIDE, "tokenizer.tokens=128", "tokenizer.head.dim=192", "tokenizer.head.patch=16",
