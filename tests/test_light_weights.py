@@ -88,7 +88,7 @@ def test_compiled_steps_draw_the_same_tokens_in_few_graphs(name, monkeypatch):
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="a C++ compiler is needed")
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_sampling_command_compiles(packed, tmp_path):
+def test_the_sampling_command_compiles(packed, tmp_path, capsys):
     """PyTorch's own backend, packed weights inside: the picture of the plain path."""
     if packed:
         needs_packing(torch.float32)
@@ -98,6 +98,7 @@ def test_the_sampling_command_compiles(packed, tmp_path):
         torch._dynamo.reset()
         counters.reset()
         sample(settings(source, tmp_path / f"{fast}.npz", **chosen, compile=fast))
+        assert ("the first steps take" in capsys.readouterr().out) == fast
         assert bool(counters.read().get("block.compiled")) == fast and not counters.read().get("block.plain")
     plain, quick = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in (False, True))
     assert np.abs(plain.astype(int) - quick).max() <= 1

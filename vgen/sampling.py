@@ -75,6 +75,8 @@ def sample(config: Mapping[str, Any]) -> Path:
     )
     if config.get("quant"):
         print(SLOW_LOW_BIT.format(config["quant"]), flush=True)
+    if config.get("compile"):
+        print("compile=true: the first steps take half a minute, less where PyTorch kept what it compiled", flush=True)
     if drawn["steps"] is not None:
         pipeline.generator.set_steps(int(drawn["steps"]))
     given, sides = config.get("sides"), {}
