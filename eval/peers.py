@@ -55,8 +55,7 @@ class Options:
     """What is timed. size: the original's name of it, or tiny; steps: of sampling, None for the peer's own. dtype,
     packed, quant: how our trunk's weights are stored for sampling (vtok/acceleration.py). device: of both sides.
     compile: our blocks sample through torch.compile. cuda_graphs: our sampling is recorded once and replayed.
-    compiled_original: the original's model samples through
-    torch.compile, as its own script does (LlamaGen)."""
+    compiled_original: the original's model samples through torch.compile, as its own script does (LlamaGen)."""
 
     size: str
     batch: int

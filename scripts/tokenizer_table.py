@@ -155,10 +155,10 @@ def row(kind: str, family: str, folder: Path, budget: float) -> None:
     began = time.perf_counter()
     stages, run = Stages(2 * len(OVERFIT_STEPS) if kind == "overfit" else 3), RUNS / f"{kind}_{family}"
     options = [*data_options(kind, folder), *SHARED, *FAMILIES[family]]
-    if kind == "imagenet":
+    if kind != "cifar10":
         options += LARGE[family]
     if kind == "overfit":
-        options += [*LARGE[family], *OVERFITTED.get(family, ())]
+        options += OVERFITTED.get(family, ())
         for steps in OVERFIT_STEPS:
             again = "overwrite=true" if steps == OVERFIT_STEPS[0] else "resume=last"
             stages.run(

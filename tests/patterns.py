@@ -22,7 +22,8 @@ def seen_by(pattern: Pattern, length: int) -> torch.Tensor:
 
 
 def watched_patterns(monkeypatch) -> list[Pattern]:
-    """The patterns of all passes from now on, each compared with the ranks beside it; "ranks" itself fails."""
+    """The patterns of all passes from now on, each compared with the ranks beside it; "ranks" itself fails
+    where all rows have the same."""
     found, make = [], Trunk.mask
 
     def mask(self, inputs, cache):

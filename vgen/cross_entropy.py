@@ -48,11 +48,8 @@ def summed_in_float32(a: Tensor, b: Tensor) -> Tensor:
 
 def light(h: Tensor) -> bool:
     """Whether the product with the head's weights takes bfloat16."""
-    return h.is_cuda and torch.is_grad_enabled() and autocast_dtype("cuda") is torch.bfloat16
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.bfloat16
+    return h.is_cuda and torch.is_grad_enabled() and autocast
 
 
 def rows_of_a_piece(vocab_size: int) -> int:

@@ -9,7 +9,6 @@ vector: one an image, one a step (xAR) or one a position (RAR). Recomputation do
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 from pathlib import Path
@@ -60,7 +59,8 @@ def compile_blocks(module: nn.Module, *, backend: str = "inductor") -> int:
     if not blocks:
         raise ValueError(f"compile=true: {type(module).__name__} has no transformer blocks; leave compile=false")
     names = (os.environ.get("CXX"), "g++", "clang++")
-    if backend == "inductor" and stored_on(module) == "cpu" and not any(shutil.which(name) for name in names if name):
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    if backend == "inductor" and on_cpu and not any(shutil.which(name) for name in names if name):
         raise ValueError("compile=true on the CPU needs a C++ compiler: install g++ or clang++, or leave compile=false")
     # blocks differ in numbers that dynamo guards on (rates of stochastic depth), each its own graph, and FlexVAR's six
     # padded lengths may each be one more
@@ -83,11 +83,6 @@ def checkpoint_blocks(module: nn.Module) -> int:
     for stack in stacks:
         stack.checkpointing = True
     return len(stacks)
-
-
-def stored_on(module: nn.Module) -> str:
-    """Type of the device that the module's first tensor lies on."""
-    return next(itertools.chain(module.parameters(), module.buffers())).device.type
 
 
 def light_weights(

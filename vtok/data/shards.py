@@ -50,11 +50,12 @@ def dtype_of(spec: TokenSpec, asked: str | None = None) -> str:
     if not spec.discrete:
         fits = ("float16", "bfloat16")
     else:
-        fits = tuple(name for name, most in IDS.items() if max(part.vocab_size for part in spec.parts) <= most)
+        largest = max(part.vocab_size for part in spec.parts)
+        fits = tuple(name for name, most in IDS.items() if largest <= most)
     if asked not in (None, *fits):
         raise ValueError(f"dtype={asked} does not hold these tokens; choose {' or '.join(fits)}, or null")
     if not fits:
-        raise ValueError(f"ids up to {max(part.vocab_size for part in spec.parts) - 1} do not fit 63 bits")
+        raise ValueError(f"ids up to {largest - 1} do not fit 63 bits")
     return asked or fits[0]
 
 
