@@ -56,7 +56,12 @@ UNOFFICIAL = "unofficial"
 # Options of the tokenizers beside those of scripts/tokenizer_table.py. The judge sees no more in a generator's samples
 # than in the copies of its tokenizer, so convolutions get few channels and many steps of few images.
 SLIM = [*SHARED, "tokenizer.channels=16", "tokenizer.multipliers=[1,2,4]"]
-TOKENIZER_OPTIONS: dict[str, list[str]] = dict.fromkeys(("cnn_vq", "var", "kl", "lfq", "ifsq"), SLIM)
+TOKENIZER_OPTIONS: dict[str, list[str]] = {
+    **dict.fromkeys(("cnn_vq", "var", "flexvar", "kl", "ifsq"), SLIM),
+    "lfq": [*SLIM, "objective.pixel_weight=10"],
+    "hita": SHARED,
+    "gigatok": SHARED,
+}
 # What 10 CPU-minutes can teach: of C floating-point operations a model has most when it passes about 20 tokens for each
 # parameter (Hoffmann et al., arXiv 2203.15556), and C is 2e13 to 1e14 here.
 WIDTH = ["model.width=128", "model.heads=4"]
