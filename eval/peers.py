@@ -33,7 +33,7 @@ from vgen.guidance import ClassifierFree, Constant, Cosine, Count, Guidance, Lin
 from vgen.heads import DrawRule
 from vgen.masking import masked_layout
 from vgen.samplers.graphs import GraphSampler
-from vtok.acceleration import light_weights
+from vtok.acceleration import compile_blocks, light_weights
 from vtok.low_bit import LowBit
 from vtok.noise import SampleNoise, sample_seeds
 
@@ -54,7 +54,7 @@ LIGHT_IMAGES = 0.15
 class Options:
     """What is timed. size: the original's name of it, or tiny; steps: of sampling, None for the peer's own. dtype,
     packed, quant: how our trunk's weights are stored for sampling (vtok/acceleration.py). device: of both sides.
-    compile: our blocks sample through torch.compile. cuda_graphs: our sampling is recorded once and replayed.
+    compile: our blocks sample and train through torch.compile. cuda_graphs: our sampling is recorded once and replayed.
     compiled_original: the original's model samples through torch.compile, as its own script does (LlamaGen)."""
 
     size: str
@@ -317,8 +317,31 @@ def learn(model: nn.Module, loss: Callable[[], Tensor], options: Options) -> Run
 
 
 def trained(model: Any, tokens: Tensor, labels: Tensor, options: Options) -> Run:
+    """Our training step; model: as `learner` gives it."""
     batch = {"tokens": tokens, "label": labels, "key": options.keys()}
     return learn(model, lambda: model.loss(batch, progress=PROGRESS)["loss"], options)
+
+
+def learner(model: Any, options: Options) -> Any:
+    """The model as it is timed in training; a copy where its blocks are compiled."""
+    if options.compile:
+        model = copy.deepcopy(model)
+        compile_blocks(model)
+    return model
+
+
+def taught(ours: Any, timed: Any, tokens: Tensor, labels: Tensor, options: Options) -> list[Output]:
+    """Gradients of our loss, without dropout, by the plain module and by the one whose training is timed."""
+    if timed is ours:
+        return []
+    batch = {"tokens": tokens, "label": labels, "key": options.keys()}
+    found = []
+    for model in (ours, timed):
+        loss = model.loss(batch, progress=PROGRESS)["loss"]
+        weights = [p for p in model.parameters() if p.requires_grad]
+        given = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        found.append(torch.cat([g.flatten() for g in given]))
+    return [Output("timed gradients, beside those of blocks as they are", *found)]
 
 
 def cast(model: Any, options: Options) -> Any:
@@ -388,6 +411,7 @@ def llamagen(folder: Path, options: Options) -> Pair:
     length, labels = ours.layout.length, options.labels()
     tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, length)).to(options.device)
     steps, guide, fast = options.steps or length, ClassifierFree(Constant(4.0)), cast(ours, options)
+    learning = learner(ours, options)
     settings = {"cfg_scale": 4.0, "cfg_interval": -1, "temperature": 1.0, "top_p": 1.0}
     quick = copy.deepcopy(theirs).to(options.dtype) if options.light else theirs  # its cache has its weights' dtype
     shown = quick
@@ -405,6 +429,8 @@ def llamagen(folder: Path, options: Options) -> Pair:
         logits = plain(theirs, input_pos=every)[0]
         greedy = sampling.generate(theirs, labels, few, top_k=0, sample_logits=False, **settings).long()
         found = predicted(logits, greedy, ours, fast, tokens, labels, guide, options, stop=few)
+        with torch.enable_grad():
+            found += taught(ours, learning, tokens, labels, options)
         if quick is not theirs:
             told = f"the original's own logits, {options.rounded('sample')}, any allowed"
             found.append(Output(told, logits, plain(quick, input_pos=every)[0], None))
@@ -417,7 +443,7 @@ def llamagen(folder: Path, options: Options) -> Pair:
         ),
         "train": (
             learn(theirs, lambda: plain(theirs, targets=tokens)[1], options),
-            trained(ours, tokens, labels, options),
+            trained(learning, tokens, labels, options),
         ),
     }
     return Pair(same, parts, fast, f"{steps} tokens, guidance 4, top_k 2000, without decoding")
@@ -440,7 +466,7 @@ def var(folder: Path, options: Options) -> Pair:
     for side in (vae, theirs, ours):
         side.to(options.device)
     theirs.rng = torch.Generator(device=options.device)  # it takes CUDA wherever there is one
-    fast, labels = cast(ours, options), options.labels()
+    fast, learning, labels = cast(ours, options), learner(ours, options), options.labels()
     tokens = torch.randint(ours.spec.parts[0].vocab_size, (options.batch, ours.layout.length)).to(options.device)
     with exact():
         maps = vae.quantize.idxBl_to_var_input([t.contiguous() for t in tokens.split([s * s for s in sides], dim=1)])
@@ -465,7 +491,8 @@ def var(folder: Path, options: Options) -> Pair:
         with replaced(module, "sample_with_top_k_top_p_", record):
             sample(1, 0.0)
         greedy = torch.cat([s[:, :, 0] for s in seen], dim=1)
-        return predicted(logits, greedy, ours, fast, tokens, labels, guide, options)
+        found = predicted(logits, greedy, ours, fast, tokens, labels, guide, options)
+        return found + taught(ours, learning, tokens, labels, options)
 
     def loss() -> Tensor:
         return F.cross_entropy(theirs(labels, maps).flatten(0, 1), tokens.flatten())
@@ -473,7 +500,7 @@ def var(folder: Path, options: Options) -> Pair:
     rule = DrawRule(top_k=min(900, ours.spec.parts[0].vocab_size), top_p=0.95)
     parts = {
         "sample": (shipped(lambda: sample(rule.top_k, 0.95), options), drawn(fast, labels, guide, rule, options)),
-        "train": (learn(theirs, loss, options), trained(ours, tokens, labels, options)),
+        "train": (learn(theirs, loss, options), trained(learning, tokens, labels, options)),
     }
     return Pair(same, parts, fast, "ten scales, cfg 4, top_k 900, top_p 0.95, without decoding")
 
@@ -490,7 +517,7 @@ def rar(folder: Path, options: Options) -> Pair:
     ours = convert("rar", theirs.state_dict(), {"RAR_config": {"model": arguments}})
     for side in (theirs, ours):
         side.to(options.device)
-    fast, labels = cast(ours, options), options.labels()
+    fast, learning, labels = cast(ours, options), learner(ours, options), options.labels()
     vocabulary = ours.spec.parts[0].vocab_size
     tokens = torch.randint(vocabulary, (options.batch, ours.layout.length)).to(options.device)
     guide = ClassifierFree(Cosine(float(g.guidance_scale), float(g.guidance_scale_pow)))
@@ -510,7 +537,8 @@ def rar(folder: Path, options: Options) -> Pair:
         with replaced(torch, "multinomial", best):
             greedy = sample()
         with torch.no_grad():
-            return predicted(logits(), greedy, ours, fast, tokens, labels, guide, options)
+            found = predicted(logits(), greedy, ours, fast, tokens, labels, guide, options)
+        return found + taught(ours, learning, tokens, labels, options)
 
     def loss() -> Tensor:
         theirs.set_random_ratio(1.0)  # as ours at the start of training: every sample in its own order
@@ -520,7 +548,7 @@ def rar(folder: Path, options: Options) -> Pair:
     rule = DrawRule(temperature=float(g.randomize_temperature))
     parts = {
         "sample": (shipped(sample, options), drawn(fast, labels, guide, rule, options)),
-        "train": (learn(theirs, loss, options), trained(ours, tokens, labels, options)),
+        "train": (learn(theirs, loss, options), trained(learning, tokens, labels, options)),
     }
     return Pair(same, parts, fast, f"{ours.layout.length} tokens, guidance of rar.yaml, without decoding")
 
@@ -552,7 +580,8 @@ def xar(folder: Path, options: Options) -> Pair:
     ours = convert("xar", theirs.state_dict(), {"xAR": arguments})
     for side in (theirs, ours):
         side.to(options.device)
-    fast, labels, steps = cast(ours, options), options.labels(), options.steps or 10
+    fast, learning = cast(ours, options), learner(ours, options)
+    labels, steps = options.labels(), options.steps or 10
     latents = torch.randn(options.batch, ours.channels, 16, 16).to(options.device)
     tokens, guide = latents.flatten(2).transpose(1, 2), ClassifierFree(Linear(2.7))
 
@@ -569,6 +598,7 @@ def xar(folder: Path, options: Options) -> Pair:
         rule, name = DrawRule(solver="euler_maruyama", solver_steps=3), "latents on one tape of noise"
         mine, quick = (draw(m, labels, guide, rule, noise=Tape(numbers, options.batch)) for m in (ours, fast))
         found = [Output(name, want, mine), timed(name, want, quick, options.rounded("sample"))]
+        found += taught(ours, learning, tokens, labels, options)
         return found + replayed(fast, labels, guide, rule, options)
 
     rule = DrawRule(solver="euler_maruyama", solver_steps=steps)
@@ -577,7 +607,7 @@ def xar(folder: Path, options: Options) -> Pair:
     }
     if options.batch > 1:  # its training takes a batch of one for no batch at all
         theirs_loss = learn(theirs, lambda: theirs(latents, labels), options)
-        parts["train"] = (theirs_loss, trained(ours, tokens, labels, options))
+        parts["train"] = (theirs_loss, trained(learning, tokens, labels, options))
     return Pair(same, parts, fast, f"4 cells x {steps} Euler-Maruyama steps, guidance 2.7, without decoding")
 
 
@@ -596,7 +626,8 @@ def mar(folder: Path, options: Options) -> Pair:
     ours = convert("mar", theirs.state_dict(), {"MAR": given | heads})
     for net in (theirs, ours):
         net.to(options.device)
-    fast, labels, length = cast(ours, options), options.labels(), ours.layout.length
+    fast, learning = cast(ours, options), learner(ours, options)
+    labels, length = options.labels(), ours.layout.length
     fast.layout = masked_layout(fast.spec.layout, steps, "cosine")
     side, channels = int(length**0.5), ours.head.channels
     latents = torch.randn(options.batch, channels, side, side).to(options.device)
@@ -618,6 +649,8 @@ def mar(folder: Path, options: Options) -> Pair:
         rounded = options.rounded("sample")
         plain = [Output("states", states, mine), Output("head", net, heads[0])]
         light = [timed("states", states, quick, rounded), timed("head", net, heads[1], rounded)]
+        with torch.enable_grad():
+            light += taught(ours, learning, tokens, labels, options)
         return plain + light + replayed(fast, labels, guide, DrawRule(solver_steps=3), options)
 
     def sample() -> Tensor:
@@ -628,7 +661,7 @@ def mar(folder: Path, options: Options) -> Pair:
 
     parts = {
         "sample": (shipped(sample, options), drawn(fast, labels, guide, DrawRule(), options)),
-        "train": (learn(theirs, lambda: theirs(latents, labels), options), trained(ours, tokens, labels, options)),
+        "train": (learn(theirs, lambda: theirs(latents, labels), options), trained(learning, tokens, labels, options)),
     }
     return Pair(same, parts, fast, f"{steps} iterations of 100 diffusion steps, guidance 2.9, without decoding")
 

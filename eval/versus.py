@@ -5,11 +5,13 @@
 First the outputs must agree: teacher-forced logits (or states) within 1e-4 of the largest, equal greedy tokens, of our
 plain module and of what is timed. Where that rounds (bfloat16, 8 bits), its logits and images may differ by more
 (constants in eval/peers.py), and the share of greedy tokens or ids that differ is only recorded: `differences` says so.
-Then the two take turns in one process, the first to go changing every time; the ratio is the original's time over ours:
-the median over the turns, with its 10-90 % range. A shared machine slows both sides of a turn, so ratios outlive it
-where times do not; clock=cpu with threads=1 counts this process's own seconds alone. On device=cuda both sides are warm
-and waited for, and in bfloat16 the original runs in it too (eval/peers.py); on the CPU bfloat16 is for our sampling and
-decoding, and rows of training and encoding say float32. A training step is forward and backward, without an optimizer.
+Then the two take turns, the first to go changing every time; the ratio is the original's time over ours: the median
+over the turns, with its 10-90 % range. On the CPU the original has a process of its own (apart), since what ours asks
+of the C library (keep_memory in vtok/acceleration.py) would serve it too. A shared machine slows both sides of a turn,
+so ratios outlive it where times do not; clock=cpu with threads=1 counts the processes' own seconds alone. On CUDA both
+sides are warm and waited for, and in bfloat16 the original runs in it too (eval/peers.py); on the CPU bfloat16 is
+for our sampling and decoding, and rows of training and encoding say float32. A training step is forward and backward,
+without an optimizer.
 compiled_original=true: LlamaGen's model through torch.compile, as its own sampling script does, and caches that are new
 at every call. The original's code comes from `dir`; without it the command says what to clone. A row holds the paths
 that our side took (vtok/counters.py); where one that the settings ask for was not taken, the command fails
@@ -63,42 +65,43 @@ def quantile(values: list[float], share: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
-def alternate(
-    first: Callable[[], Any],
-    second: Callable[[], Any],
-    turns: int,
-    device: torch.device,
-    *,
-    clock: Callable[[], float] = time.perf_counter,
-    least: float = 0.0,
-) -> dict[str, Any]:
+Timer = Callable[[int], float]  # runs so often -> seconds a run
+
+
+def timer(run: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Timer:
+    """Of runs in this process, between two waits for the device."""
+
+    def timed(times: int) -> float:
+        wait(device)
+        start = clock()
+        for _ in range(times):
+            run()
+        wait(device)
+        return (clock() - start) / times
+
+    return timed
+
+
+def alternate(first: Timer, second: Timer, turns: int, device: torch.device, *, least: float = 0.0) -> dict[str, Any]:
     """Seconds a run of both in turns after one run each to warm up (on CUDA three: kernels are chosen, graphs recorded,
     the clock raised), and the ratios first / second of every turn.
 
     least: seconds that the second's side of a turn lasts at least: both then run as often, so that what else the
     machine does for a moment weighs little. How often is told by a second run to warm up.
     """
+    both: tuple[Timer, Timer] = (first, second)
     runs: tuple[list[float], list[float]] = [], []
-
-    def timed(side: int, times: int) -> float:
-        wait(device)
-        start = clock()
-        for _ in range(times):
-            (first, second)[side]()
-        wait(device)
-        return (clock() - start) / times
-
     for _ in range(0 if device.type == "cpu" else 2):
-        timed(0, 1)
-        timed(1, 1)
-    timed(0, 1)
-    spent = timed(1, 1)
+        first(1)
+        second(1)
+    first(1)
+    spent = second(1)
     if spent < 10 * least:  # the first one may have compiled
-        spent = timed(1, 1)
+        spent = second(1)
     times = max(1, math.ceil(least / max(spent, 1e-6)))
     for turn in range(turns):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            runs[side].append(timed(side, times))
+            runs[side].append(both[side](times))
     ratios = [a / b for a, b in zip(*runs, strict=True)]
     return {
         "ratio": statistics.median(ratios),
@@ -111,7 +114,47 @@ def alternate(
     }
 
 
-def itself(batch: int, steps: int | None, device: torch.device) -> Callable[[], Any]:
+class Apart:
+    """The original's runs in a process of their own, which is started here and ended by `close`."""
+
+    def __init__(self, peer: str | None, folder: str | None, options: Options, threads: int, clock: str) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        given = (other, peer, folder, options, threads, clock)
+        self.process = context.Process(target=_apart, args=given, daemon=True)
+        self.process.start()
+        other.close()
+
+    def timer(self, part: str) -> Timer:
+        def timed(times: int) -> float:
+            try:
+                self.pipe.send((part, times))
+                return self.pipe.recv()
+            except (EOFError, ConnectionError):
+                raise RuntimeError("the original's process ended; what it says is above") from None
+
+        return timed
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+
+def _apart(pipe: Any, peer: str | None, folder: str | None, options: Options, threads: int, clock: str) -> None:
+    """What the process of `Apart` does: parts and times in, seconds out, until the pipe closes."""
+    torch.set_num_threads(threads)
+    parts = {"sample": (itself(options), None)} if peer is None else pair(peer, folder, options).parts
+    while True:
+        try:
+            part, times = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(timer(parts[part][0], options.device, CLOCKS[clock])(times))
+
+
+def itself(options: Options) -> Callable[[], Any]:
     """A small LlamaGen's sampling, for timing it against itself."""
     from vgen.guidance import guidance
     from vgen.heads import DrawRule
@@ -120,9 +163,9 @@ def itself(batch: int, steps: int | None, device: torch.device) -> Callable[[], 
     from vtok.tokenizer import Part, TokenSpec
 
     spec = TokenSpec(SequenceLayout.raster(8, 8), (Part(64, 512, 8),), 64)
-    model = LlamaGen(spec, 10, depth=4, width=128, heads=4, multiple_of=64).eval().to(device)
-    labels = torch.arange(batch, device=device) % 10
-    return lambda: draw(model, labels, guidance(2.0), DrawRule(top_k=100), stop=steps)
+    model = LlamaGen(spec, 10, depth=4, width=128, heads=4, multiple_of=64).eval().to(options.device)
+    labels = options.labels() % 10
+    return lambda: draw(model, labels, guidance(2.0), DrawRule(top_k=100), stop=options.steps)
 
 
 def asked(config: Mapping[str, Any], generator: Any | None, part: str, options: Options) -> paths.Asked:
@@ -135,7 +178,8 @@ def asked(config: Mapping[str, Any], generator: Any | None, part: str, options: 
         return paths.decoding(dtype=options.dtype)
     if part == "train":
         dtype = options.dtype_of(part)
-        return paths.training(generator, key=options.keys(), progress=PROGRESS, device=options.device, dtype=dtype)
+        given = {"device": options.device, "dtype": dtype, "compiled": options.compile}
+        return paths.training(generator, key=options.keys(), progress=PROGRESS, **given)
     given = {"dtype": options.dtype, "cuda_graphs": options.cuda_graphs, "compiled": options.compile, **storage(config)}
     return paths.sampling(generator, guided=True, **given)
 
@@ -146,7 +190,7 @@ def ran(part: str, options: Options) -> dict[str, Any]:
     return {
         "dtype": str(options.dtype_of(part)).removeprefix("torch."),
         "quant": options.quant if sampled else None,
-        "compile": sampled and options.compile,
+        "compile": part in ("sample", "train") and options.compile,
         "cuda_graphs": sampled and options.cuda_graphs,
         "compiled_original": sampled and options.compiled_original,
     }
@@ -195,7 +239,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     options = Options(size, int(config["batch"]), steps, dtype, device=device, **storage(config), **switches)
     name, setting, differences = config["peer"], "", {}
     if config["selftest"]:
-        run = itself(options.batch, steps, device)
+        run = itself(options)
         parts, name = {"sample": (run, run)}, "itself"
     elif name is None:
         raise ValueError("pass peer=<family> and dir=<checkout of the original>, or selftest=true")
@@ -208,16 +252,21 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         parts = {k: v for k, v in both.parts.items() if k in config["parts"]}
         if not parts:
             raise ValueError(f"parts={list(config['parts'])}: choose of {', '.join(both.parts)}")
-    rows = []
+    rows, clock, other = [], CLOCKS[config["clock"]], None
+    if config["apart"] or (config["apart"] is None and device.type == "cpu"):
+        peer = None if config["selftest"] else name
+        other = Apart(peer, config["dir"], options, torch.get_num_threads(), config["clock"])
     for part, (theirs, ours) in parts.items():
         counters.reset()  # only our side counts
-        timing = {"clock": CLOCKS[config["clock"]], "least": config["least_seconds"]}
-        row = alternate(theirs, held(ours, part, options), int(config["turns"]), device, **timing)
+        first = timer(theirs, device, clock) if other is None else other.timer(part)
+        second = timer(held(ours, part, options), device, clock)
+        row = alternate(first, second, int(config["turns"]), device, least=config["least_seconds"])
         row["paths"] = counters.read()
         asked(config, both.ours if both else None, part, options).check(row["paths"], f"{name} {part}")
         facts = {"peer": name, "size": size, "part": part, "batch": options.batch}
         facts |= {"threads": torch.get_num_threads(), "device": describe(device), "clock": config["clock"]}
         facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}
+        facts |= {"apart": other is not None}
         facts |= ran(part, options) | {"packed": bool(row["paths"].get("linear.packed"))}
         what = "forward and backward" if part == "train" else setting
         more = {"setting": what, "differences": differences, "date": time.strftime("%Y-%m-%d")}
@@ -229,6 +278,8 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             f"  our paths: {', '.join(f'{path} {times}' for path, times in row['paths'].items())}",
             flush=True,
         )
+    if other is not None:
+        other.close()
     out, key = Path(config["out"]), ("peer", "size", "part", "batch", "dtype", "threads", "device", "setting", "clock")
     key += ("packed", "quant", "compile", "cuda_graphs", "compiled_original")
     earlier = json.loads(out.read_text())["rows"] if out.is_file() else []

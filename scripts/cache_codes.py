@@ -23,6 +23,7 @@ from vtok.cli import entry  # noqa: E402
 def main(config: Any) -> None:
     import torch
 
+    from vtok.acceleration import keep_memory
     from vtok.config import instantiate
     from vtok.data.codes import frozen
     from vtok.data.extract import extract
@@ -39,6 +40,8 @@ def main(config: Any) -> None:
     if device == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         device = found.type
+    if device == "cpu":
+        keep_memory()
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
     complete = extract(

@@ -1,5 +1,8 @@
 """Faster and smaller ways to the same numbers: pieces of the cross-entropy, compiled and recomputed blocks, MFU."""
 
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,7 +10,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from generators import FAMILIES, also_read, make, scale_spec, tokens_of
-from runs import LLAMAGEN, losses, run, tokenizer_folder
+from runs import CONFIGS, LLAMAGEN, losses, run, tokenizer_folder
 from test_generators import LABELS, draw
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -375,3 +378,32 @@ def test_bf16_without_its_instructions_is_told_to_be_slow(tmp_path, capsys, monk
     run(*tiny, "precision=bf16-mixed", "val_batches=1", "picture_every=null", f"run_dir={tmp_path / 'run'}")
     said = capsys.readouterr().out
     assert ("no bf16 instructions" in said and "precision=32-true" in said) != there
+
+
+FAULTS = """
+import resource, sys, torch
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    from vtok.acceleration import keep_memory
+    assert keep_memory()
+for _ in range(2):
+    torch.empty(2**24).fill_(1.0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    torch.empty(2**24).fill_(1.0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_that_was_freed_is_used_again():
+    """64 MiB, written eight times: pages that the system had to hand out."""
+    faults = {
+        way: int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, way], capture_output=True, check=True, cwd=CONFIGS.parent
+            ).stdout
+        )
+        for way in ("kept", "plain")
+    }
+    assert faults["kept"] < 100 and faults["plain"] >= 8 * 2**26 / 2**21  # pages of 2 MiB at most

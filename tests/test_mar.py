@@ -123,9 +123,12 @@ def test_the_share_that_is_hidden_has_the_truncated_normal():
         assert abs(float(counts.double().quantile(q)) - float(want[:50_000].quantile(q))) <= 1
 
 
+@pytest.mark.parametrize("shapes", ["of the batch", "of all batches"])
 @BOTH
-def test_the_loss_is_the_mean_over_hidden_tokens_and_keyed(name):
+def test_the_loss_is_the_mean_over_hidden_tokens_and_keyed(name, shapes, monkeypatch):
     model = make(name)
+    if shapes == "of all batches":  # as on CUDA
+        monkeypatch.setattr(model, "shown", lambda kept: (0, model.most_kept))
     tokens, keys = tokens_of(model, 4), sample_seeds(0, 0, 4)
     labels = torch.tensor([0, 3, CLASSES, 1])
     out = model.loss({"tokens": tokens, "label": labels, "key": keys})

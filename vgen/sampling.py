@@ -19,7 +19,7 @@ from vgen.guidance import Guidance, guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline, local
 from vgen.previews import Previews
-from vtok.acceleration import SLOW_BF16, cpu_has_bf16
+from vtok.acceleration import SLOW_BF16, cpu_has_bf16, keep_memory
 from vtok.checkpoint import file_hash, find_checkpoint, is_folder, read_config, write_atomic, write_json
 from vtok.data.tasks import task_from_environment
 from vtok.low_bit import SLOW_LOW_BIT
@@ -276,7 +276,15 @@ def labelled_grid(
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto picks cuda, then mps, then cpu; a device that is not there is an error."""
+    """auto picks cuda, then mps, then cpu; a device that is not there is an error. On the CPU the process keeps what
+    memory it frees (vtok/acceleration.py)."""
+    device = _device(name)
+    if device.type == "cpu":
+        keep_memory()
+    return device
+
+
+def _device(name: str) -> torch.device:
     if str(name) == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # torchrun: one process a GPU
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

@@ -26,7 +26,14 @@ from vgen.generator import Generator
 from vgen.lit import LitGenerator
 from vgen.models import FAMILIES
 from vtok import run as runs
-from vtok.acceleration import SLOW_BF16, checkpoint_blocks, compile_blocks, cpu_has_bf16, training_operations
+from vtok.acceleration import (
+    SLOW_BF16,
+    checkpoint_blocks,
+    compile_blocks,
+    cpu_has_bf16,
+    keep_memory,
+    training_operations,
+)
 from vtok.callbacks import Progress, Reconstructions, quiet
 from vtok.ckpt_files import AtomicCheckpointIO
 from vtok.collapse import CodeUse
@@ -68,6 +75,8 @@ def train(config: DictConfig) -> float | None:
     main = _is_main()
     say = functools.partial(print, flush=True) if main else lambda *_: None
     on_cpu = config.trainer.accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if on_cpu:
+        keep_memory()
     if config.precision.startswith("bf16") and on_cpu and not cpu_has_bf16():
         say(SLOW_BF16.format("precision=32-true"))
     resumed = runs.resume_from(folder, config.resume, config.ckpt_path, config.overwrite, say=say)

@@ -4,7 +4,8 @@ An encoder reads the tokens decided so far behind 64 copies of the class embeddi
 a mask token at every open cell; the head draws the tokens of the next set, each given its decoder state. The sets are
 cut from a random order, one a sample. Attention is bidirectional everywhere, so a step changes what earlier tokens see
 and nothing can be cached. Differs from the original: in training every sample has a mask ratio of its own (there, one a
-batch), so that it does not depend on the batch; the encoder is padded to the most tokens that can be kept.
+batch), so that it does not depend on the batch; the encoder is padded to the most tokens that can be kept, on the CPU
+to the most that are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from vgen.conditioning import ClassConditioner, Cond
 from vgen.gaussian import Moments
 from vgen.generator import Canvas, Generator, conditioned
+from vgen.heads_continuous import Network
 from vgen.heads_diffusion import DiffusionHead
 from vgen.heads_token_flow import FlowHead
 from vgen.masking import masked_layout, random_order, ratio_uniform
@@ -228,21 +230,28 @@ class MAR(Generator):
         noise = SampleNoise(batch["key"])
         order = random_order(noise, self.layout.length)
         kept = self.layout.length - self.hidden_count(noise)
+        least, most = self.shown(kept)
         context = self.arrange(batch.get("context", batch["tokens"]), order)
-        cond, most = self.conditioner(batch["label"], self.dropped(batch)), self.most_kept
+        cond = self.conditioner(batch["label"], self.dropped(batch))
         h = self.states(context.tokens[:, :most], order[:, :most], cond, kept)
-        return self.over_hidden(self.head.loss(h, batch["tokens"], self.layout.sizes, noise=noise), order, kept)
+        return self.over_hidden(h, batch["tokens"], noise, order[:, least:], kept - least)
+
+    def shown(self, kept: Tensor) -> tuple[int, int]:
+        """Bounds of how many tokens of a sample are seen, int64 [B]: those of the batch on the CPU, elsewhere of all
+        batches, so that shapes stay and the device is not waited for."""
+        return (int(kept.min()), int(kept.max())) if kept.device.type == "cpu" else (0, self.most_kept)
 
     def gaussian_loss(self, batch: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
         noise, tokens = SampleNoise(batch["key"]), batch["tokens"]
-        kept, network = self.layout.length - self.hidden_count(noise), self.head.gaussian()
-        losses = self.head.loss(moments.hidden(tokens), tokens, self.layout.sizes, noise=noise, network=network)
-        return self.over_hidden(losses, random_order(noise, self.layout.length), kept)
+        kept, order = self.layout.length - self.hidden_count(noise), random_order(noise, self.layout.length)
+        return self.over_hidden(moments.hidden(tokens), tokens, noise, order, kept, self.head.gaussian())
 
-    def over_hidden(self, losses: Tensor, order: Tensor, kept: Tensor) -> dict[str, Tensor]:
-        """The loss from that of every cell [B, L]: the first `kept` int64 [B] of the order are seen."""
-        seen = torch.zeros_like(losses).scatter(
-            1, order, (torch.arange(self.layout.length, device=order.device) < kept[:, None]).to(losses.dtype)
-        )
-        each = (losses * (1 - seen)).sum(1) / (self.layout.length - kept)
+    def over_hidden(
+        self, h: Tensor, tokens: Tensor, noise: SampleNoise, cells: Tensor, kept: Tensor, network: Network | None = None
+    ) -> dict[str, Tensor]:
+        """The loss of the cells int64 [B, n] but for the first `kept` int64 [B] of each sample, which are seen."""
+        h, tokens = (x.gather(1, cells.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in (h, tokens))
+        losses = self.head.loss(h, tokens, self.layout.sizes, noise=noise, position=cells, network=network)
+        hidden = (torch.arange(cells.shape[1], device=cells.device) >= kept[:, None]).to(losses.dtype)
+        each = (losses * hidden).sum(1) / (cells.shape[1] - kept)
         return {"loss": each.mean(), "nats": each.detach().unsqueeze(1)}
