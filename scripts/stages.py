@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PROBE_STEPS = 30
 CHECKED = 500  # held-out images, of all classes, that training looks at
+CHECKING = 0.1  # share of the time that may go into looking at them, but for two checks
 FULL_BUDGET = 600  # seconds; below it some figures are measured on fewer images
 
 
@@ -59,9 +60,9 @@ def train_for(stages: Stages, run: Path, options: Sequence[str], budget: float, 
     later = speeds[1:] or speeds  # the first ten steps warm up
     step = batch * len(later) / sum(later)
     start = max(0.0, spent - PROBE_STEPS * step)
-    checks = 4 if budget < FULL_BUDGET else 10
     # two forward passes an image, of raw and averaged weights
     validation = 2 / 3 * larger_held_out(probe) * checked / batch * step
+    checks = max(2, min(4 if budget < FULL_BUDGET else 10, int(CHECKING * budget / validation)))
     # A tenth is left for pictures, checkpoints and other processes; the probe is part of the budget.
     steps = max(PROBE_STEPS, int((0.9 * budget - spent - start - checks * validation) / step))
     print(f"{step * 1000:.0f} ms a step, {start:.0f} s to start: {steps} steps in {budget:g} s", flush=True)
