@@ -28,8 +28,9 @@ photos: setup  ## CIFAR-10, both kinds; BUDGET seconds a training stage; DATA=<f
 full-size: setup  ## files of published size with random weights: load, sample, round trip; minutes, up to 4 GB
 	$(RUN) scripts/full_size.py
 
-bench-gpu: setup  ## speed on one GPU, in calls of under nine minutes; call it again until nothing is left
-	$(RUN) scripts/bench_gpu.py && $(RUN) scripts/benchmarks.py
+bench-gpu: setup  ## speed on one GPU, in calls of under nine minutes; call it again until nothing is left; PEERS=<folder of the originals>
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quant]'
+	$(RUN) scripts/bench_gpu.py $(if $(PEERS),peers=$(PEERS)) && $(RUN) scripts/benchmarks.py
 
 lint: setup
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

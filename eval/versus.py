@@ -35,10 +35,12 @@ from eval.fid import CONFIGS
 from eval.peers import PROGRESS, SIZES, Options, Output, draw, exact, pair
 from eval.protocol import library_versions
 from eval.throughput import describe, storage, wait
+from eval.tokenizer_peers import BUILDERS as TOKENIZERS
 from vtok import counters
 from vtok.cli import entry
 
 LEAST = 7  # turns, fewer are no measurement
+STEPPED = ("llamagen", "xar", "mar")  # peers whose sampling can be cut short
 ITSELF = 0.95, 1.05  # the ratio of a module against itself
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -95,9 +97,8 @@ def alternate(first: Timer, second: Timer, turns: int, device: torch.device, *, 
         first(1)
         second(1)
     first(1)
+    second(1)  # may compile
     spent = second(1)
-    if spent < 10 * least:  # the first one may have compiled
-        spent = second(1)
     times = max(1, math.ceil(least / max(spent, 1e-6)))
     for turn in range(turns):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
@@ -145,6 +146,8 @@ class Apart:
 def _apart(pipe: Any, peer: str | None, folder: str | None, options: Options, threads: int, clock: str) -> None:
     """What the process of `Apart` does: parts and times in, seconds out, until the pipe closes."""
     torch.set_num_threads(threads)
+    if options.device.type == "cuda" and options.device.index is not None:
+        torch.cuda.set_device(options.device)
     parts = {"sample": (itself(options), None)} if peer is None else pair(peer, folder, options).parts
     while True:
         try:
@@ -206,6 +209,17 @@ def held(run: Callable[[], Any], part: str, options: Options) -> Callable[[], An
     return call
 
 
+def without_effect(config: Mapping[str, Any]) -> list[str]:
+    """Keys that are set although nothing of this peer reads them."""
+    found = []
+    if config["steps"] is not None and config["peer"] not in (*STEPPED, None):
+        found.append(f"steps={config['steps']}")
+    if config["peer"] in TOKENIZERS:
+        found += [f"{name}={config[name]}" for name in ("packed", "quant") if config[name] is not None]
+        found += [f"{name}=true" for name in ("compile", "cuda_graphs") if config[name]]
+    return found
+
+
 def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The command: checks, times, prints, adds to `out`; returns the rows of this call."""
     from vgen.sampling import resolve_device, resolve_dtype
@@ -227,6 +241,8 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         )
     if config["batch"] < 1:
         raise ValueError(f"batch={config['batch']}: at least one image is made at once")
+    if not config["selftest"] and (idle := without_effect(config)):
+        raise ValueError(f"{', '.join(idle)}: of no effect for peer={config['peer']}; leave them out")
     device, dtype, steps, both = resolve_device(config["device"]), resolve_dtype(config["dtype"]), config["steps"], None
     if config["clock"] == "cpu" and device.type != "cpu":
         raise ValueError(f"clock=cpu does not see what device={device} does: pass clock=wall")
@@ -256,30 +272,32 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if config["apart"] or (config["apart"] is None and device.type == "cpu"):
         peer = None if config["selftest"] else name
         other = Apart(peer, config["dir"], options, torch.get_num_threads(), config["clock"])
-    for part, (theirs, ours) in parts.items():
-        counters.reset()  # only our side counts
-        first = timer(theirs, device, clock) if other is None else other.timer(part)
-        second = timer(held(ours, part, options), device, clock)
-        row = alternate(first, second, int(config["turns"]), device, least=config["least_seconds"])
-        row["paths"] = counters.read()
-        asked(config, both.ours if both else None, part, options).check(row["paths"], f"{name} {part}")
-        facts = {"peer": name, "size": size, "part": part, "batch": options.batch}
-        facts |= {"threads": torch.get_num_threads(), "device": describe(device), "clock": config["clock"]}
-        facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}
-        facts |= {"apart": other is not None}
-        facts |= ran(part, options) | {"packed": bool(row["paths"].get("linear.packed"))}
-        what = "forward and backward" if part == "train" else setting
-        more = {"setting": what, "differences": differences, "date": time.strftime("%Y-%m-%d")}
-        rows.append(facts | row | more | {"note": config["note"], "versions": library_versions()})
-        print(
-            f"{name} {part} batch {config['batch']}: the original's time is {row['ratio']:.2f} x ours "
-            f"(10-90 % {row['ratio_low']:.2f} to {row['ratio_high']:.2f}, {row['turns']} turns; "
-            f"{row['original_seconds']:.3f} s and {row['our_seconds']:.3f} s)\n"
-            f"  our paths: {', '.join(f'{path} {times}' for path, times in row['paths'].items())}",
-            flush=True,
-        )
-    if other is not None:
-        other.close()
+    try:
+        for part, (theirs, ours) in parts.items():
+            counters.reset()  # only our side counts
+            first = timer(theirs, device, clock) if other is None else other.timer(part)
+            second = timer(held(ours, part, options), device, clock)
+            row = alternate(first, second, int(config["turns"]), device, least=config["least_seconds"])
+            row["paths"] = counters.read()
+            asked(config, both.ours if both else None, part, options).check(row["paths"], f"{name} {part}")
+            facts = {"peer": name, "size": size, "part": part, "batch": options.batch}
+            facts |= {"threads": torch.get_num_threads(), "device": describe(device), "clock": config["clock"]}
+            facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}
+            facts |= {"apart": other is not None}
+            facts |= ran(part, options) | {"packed": bool(row["paths"].get("linear.packed"))}
+            what = "forward and backward" if part == "train" else setting
+            more = {"setting": what, "differences": differences, "date": time.strftime("%Y-%m-%d")}
+            rows.append(facts | row | more | {"note": config["note"], "versions": library_versions()})
+            print(
+                f"{name} {part} batch {config['batch']}: the original's time is {row['ratio']:.2f} x ours "
+                f"(10-90 % {row['ratio_low']:.2f} to {row['ratio_high']:.2f}, {row['turns']} turns; "
+                f"{row['original_seconds']:.3f} s and {row['our_seconds']:.3f} s)\n"
+                f"  our paths: {', '.join(f'{path} {times}' for path, times in row['paths'].items())}",
+                flush=True,
+            )
+    finally:
+        if other is not None:
+            other.close()
     out, key = Path(config["out"]), ("peer", "size", "part", "batch", "dtype", "threads", "device", "setting", "clock")
     key += ("packed", "quant", "compile", "cuda_graphs", "compiled_original")
     earlier = json.loads(out.read_text())["rows"] if out.is_file() else []

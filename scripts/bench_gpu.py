@@ -9,7 +9,8 @@ was not taken, the row fails. A call of this script starts no row after `seconds
 `row_seconds`, so that it ends within their sum, and three calls within 25 minutes. What these do not measure, the least
 wanted rows, is left for more calls: all rows together are bounded by their number times `row_seconds` alone. Rows whose
 file holds a measurement are done. A row that failed or was killed leaves `<row>.failed` and comes first in the next
-call. MAR is measured at 16 iterations and xAR at 10 solver steps, as in eval.versus; the rows say so.
+call, last once it failed twice. MAR is measured at 16 iterations and xAR at 10 solver steps, as in eval.versus; the
+rows say so.
 
 peers: a folder with clones of the originals, named as their repositories are (LlamaGen, VAR, ..). Rows of eval.versus
 (`versus_..`) for those that are there then come behind the most wanted ones. scripts/benchmarks.py writes
@@ -33,13 +34,12 @@ from eval.peers import SOURCES  # noqa: E402
 from vtok.cli import entry  # noqa: E402
 
 LLAMAGEN, VAR, KL = "tokenizer=llamagen_vq16", "tokenizer=var_vqvae", "tokenizer=kl16"
-BATCHES = "batches=[32,64,128]"  # of training, which counts at its best one
 GRAPHS, COMPILE, IN_TURN = "cuda_graphs=true", "compile=true", "encode_ahead=false"
 ROWS: dict[str, tuple[str, ...]] = {
     "llamagen_l_sample_1": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]", GRAPHS),
     "var_d16_sample_1": (VAR, "model=var_d16", "parts=[sample]", "batches=[1]", GRAPHS),
-    "llamagen_l_train": (LLAMAGEN, "model=llamagen_l", "parts=[train]", BATCHES, COMPILE),
-    "var_d16_train": (VAR, "model=var_d16", "parts=[train]", BATCHES, COMPILE),
+    "llamagen_l_train": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[64]", COMPILE),
+    "var_d16_train": (VAR, "model=var_d16", "parts=[train]", "batches=[64]", COMPILE),
     "llamagen_l_sample_64": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[64]", GRAPHS),
     "var_d16_sample_64": (VAR, "model=var_d16", "parts=[sample]", "batches=[64]", GRAPHS),
     "llamagen_3b_sample_1": (LLAMAGEN, "model=llamagen_3b", "parts=[sample]", "batches=[1]", GRAPHS),
@@ -63,7 +63,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         GRAPHS,
         "quant=float8",
     ),
-    "var_d16_train_prefixes": (VAR, "model=var_d16", "parts=[train]", BATCHES, COMPILE, "prefixes=true"),
+    "var_d16_train_prefixes": (VAR, "model=var_d16", "parts=[train]", "batches=[64]", COMPILE, "prefixes=true"),
+    # training counts at its best batch
+    "llamagen_l_train_128": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[128]", COMPILE),
+    "var_d16_train_128": (VAR, "model=var_d16", "parts=[train]", "batches=[128]", COMPILE),
+    "llamagen_l_train_32": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[32]", COMPILE),
+    "var_d16_train_32": (VAR, "model=var_d16", "parts=[train]", "batches=[32]", COMPILE),
     "llamagen_b_online": (LLAMAGEN, "model=llamagen_b", "parts=[online]", "batches=[64]", COMPILE),
     "llamagen_b_online_plain": (LLAMAGEN, "model=llamagen_b", "parts=[online]", "batches=[64]", COMPILE, IN_TURN),
     "llamagen_l_train_plain": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[64]"),
@@ -126,15 +131,17 @@ def wanted(peers: str | None) -> list[str]:
 
 
 def left(folder: Path, only: list[str] | None, peers: str | None = None) -> list[str]:
-    """Rows without a measurement: those that failed before, then the others, each in the order in which they are
-    wanted. ValueError for an unknown name."""
+    """Rows without a measurement: those that failed once, then the others, then those that failed again, each in the
+    order in which they are wanted. ValueError for an unknown name."""
     rows = wanted(peers)
     unknown = set(only or ()) - set(rows)
     if unknown:
         more = " (versus_..: pass peers=<folder of the originals' clones>)" if unknown & set(VERSUS) else ""
         raise ValueError(f"only={sorted(unknown)}: choose of {', '.join(rows)}{more}")
     names = [name for name in rows if (not only or name in only) and not measured(folder / f"{name}.json")]
-    return sorted(names, key=lambda name: not (folder / f"{name}.failed").is_file())
+    files = {name: folder / f"{name}.failed" for name in names}
+    times = {name: len(file.read_text().splitlines()) if file.is_file() else 0 for name, file in files.items()}
+    return sorted(names, key=lambda name: {1: 0, 0: 1}.get(times[name], 2))
 
 
 def command(name: str, out: Path, repeats: int, peers: str | None = None) -> list[str]:
@@ -143,7 +150,9 @@ def command(name: str, out: Path, repeats: int, peers: str | None = None) -> lis
         assert peers is not None, name
         peer, size, part, batch, _ = VERSUS[name]
         module, options = "eval.versus", [f"peer={peer}", f"dir={clone(peer, peers)}", f"size={size}"]
-        options += [f"parts=[{part}]", f"batch={batch}", "least_seconds=1", f"cuda_graphs={part == 'sample'}"]
+        # the original's side may last ten times as long
+        options += [f"parts=[{part}]", f"batch={batch}", "least_seconds=0.2"]
+        options += [f"cuda_graphs={part == 'sample'}", f"compile={part == 'train'}"]
         options += [f"compiled_original={compiled(peer, part)}"]
     return [sys.executable, "-m", module, *options, "device=cuda", "dtype=bfloat16", f"out={out}"]
 
@@ -166,7 +175,8 @@ def run(config: Mapping[str, Any], *, start=subprocess.run, clock=time.monotonic
         except subprocess.TimeoutExpired:
             why = f"over {config['row_seconds']} s, given up"
         if why:
-            failed.write_text(f"{why}\n")
+            with open(failed, "a") as file:
+                file.write(f"{why}\n")
             print(f"{name}: {why}", flush=True)
             continue
         part.rename(folder / f"{name}.json")

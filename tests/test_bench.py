@@ -62,6 +62,11 @@ def test_slow_and_broken_rows_come_first_in_the_next_call(tmp_path):
     assert (tmp_path / f"{b}.failed").read_text() == "over 10 s, given up\n"
     bench_gpu.run(wanted, start=runner(calls))
     assert calls[4:] == [b, d, e] and not list(tmp_path.glob("*.failed")) and not bench_gpu.left(tmp_path, five)
+    for _ in range(2):
+        (tmp_path / f"{b}.json").unlink(missing_ok=True)
+        bench_gpu.run(settings(tmp_path, only=[b]), start=runner([], broken=[b]))
+    (tmp_path / f"{e}.json").unlink()
+    assert bench_gpu.left(tmp_path, five) == [e, b], "what failed twice waits for all others"
     with pytest.raises(ValueError, match="only="):
         bench_gpu.left(tmp_path, ["other"])
 
@@ -170,11 +175,11 @@ def test_comparisons_run_where_there_are_clones_behind_the_most_wanted_rows(tmp_
     assert names == [*plain[:7], *var, *plain[7:]] and len(var) == 5
     assert bench_gpu.command("versus_var_d16_train_32", tmp_path / "x", 5, str(tmp_path))[2:] == [
         "eval.versus", "peer=var", f"dir={tmp_path / 'VAR'}", "size=d16", "parts=[train]", "batch=32",
-        "least_seconds=1", "cuda_graphs=False", "compiled_original=False", "device=cuda", "dtype=bfloat16",
-        f"out={tmp_path / 'x'}",
+        "least_seconds=0.2", "cuda_graphs=False", "compile=True", "compiled_original=False",
+        "device=cuda", "dtype=bfloat16", f"out={tmp_path / 'x'}",
     ]  # fmt: skip
     sampling = bench_gpu.command("versus_llamagen_l_sample_8", tmp_path / "x", 5, str(tmp_path))
-    assert {"cuda_graphs=True", "compiled_original=True", "batch=8"} <= set(sampling)
+    assert {"cuda_graphs=True", "compile=False", "compiled_original=True", "batch=8"} <= set(sampling)
     calls = []
     bench_gpu.run(settings(tmp_path, peers=str(tmp_path), only=[var[0], plain[0]]), start=runner(calls))
     assert calls == [plain[0], var[0]]

@@ -63,8 +63,8 @@ def keep_memory() -> bool:
     malloc = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if malloc is None:
         return False
-    # both answer 1 in glibc; musl has no such function
-    return bool(malloc(M_MMAP_MAX, 0) and malloc(M_TRIM_THRESHOLD, 2**31 - 1))
+    # none outside the heap, whose end is never given back; both answer 1 in glibc, and musl has no such function
+    return bool(malloc(M_MMAP_MAX, 0) and malloc(M_TRIM_THRESHOLD, -1))
 
 
 def compile_blocks(module: nn.Module, *, backend: str = "inductor") -> int:
