@@ -202,7 +202,6 @@ def from_data(data: Any, split: str, count: int | None = None) -> Images:
     """
     from vtok.data.module import KeyedImages
     from vtok.data.sources import Limited, sizes_hash
-    from vtok.data.transforms import to_uint8
 
     if split not in ("train", "val"):
         raise ValueError(f"split {split!r}: choose train or val")
@@ -213,7 +212,7 @@ def from_data(data: Any, split: str, count: int | None = None) -> Images:
 
     def span(size: int, first: int, last: int) -> Iterator[Tensor]:
         for start in range(first, last, size):
-            yield to_uint8(torch.stack([items[0, i]["image"] for i in range(start, min(start + size, last))]))
+            yield torch.stack([items[0, i]["image"] for i in range(start, min(start + size, last))])
 
     name = f"{type(data).__name__} {split}"
     names = hashlib.sha256("\n".join(source.name(i) for i in range(len(source))).encode()).hexdigest()

@@ -1,17 +1,19 @@
-"""Measure how many images a second one core loads from each data format, in one run, from the same pictures.
+"""Measure how many images a second the training's loader gives from each data format, from the same pictures.
 
     python scripts/loading.py folder=data/imagenet/train count=1000
 
 Formats: image files, WebDataset tars, parquet (where pyarrow is installed), the pictures resized once (JPEG q95, for
 training only), the decoded cache, and cached codes: 16,384 rows of ten crops in 64 shards, a batch of 256 at a time.
-Everything is read in the shuffled order of training, images with the centre crop. Seconds are CPU seconds of this
-process, so that other jobs do not count; files are in the page cache.
+Everything is read in the shuffled order of training, images with the centre crop and flips, in batches of 64, once in
+this process and once by `workers` others. Seconds are CPU seconds of this process and the workers together, so that
+other jobs do not count; files are in the page cache.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tarfile
 import time
@@ -25,11 +27,16 @@ sys.path.insert(0, str(ROOT))
 from vtok.cli import entry  # noqa: E402
 
 ROWS, SHARDS = 16384, 64  # of the cached codes
-BATCH = 256
+IMAGES, CODES = 64, 256  # a batch
 
 
 @entry("loading", ROOT / "configs")
 def main(config: Any) -> None:
+    if config.workers < 0 or (config.workers and not Path("/proc/self/stat").exists()):
+        raise ValueError(
+            f"workers={config.workers}: give 0 or more; CPU seconds of workers are read from Linux's /proc, elsewhere "
+            "set workers=0"
+        )
     import torch
 
     from vtok.checkpoint import write_json
@@ -39,7 +46,7 @@ def main(config: Any) -> None:
     torch.set_num_threads(1)
     out, size = Path(config.out), int(config.image_size)
     files = pictures(config, out)
-    shared = dict(image_size=size, flip=True, cache_dir=str(out / "cache"))
+    shared = dict(image_size=size, batch_size=IMAGES, flip=True, cache_dir=str(out / "cache"))
     folder = dict(val_fraction=0.01, num_classes=0, scan="none", **shared)
     pack_tar(files, out / "tar" / "0.tar")
     small = resized(files, out / "small", size)
@@ -51,48 +58,37 @@ def main(config: Any) -> None:
     }
     if pack_parquet(files, out / "parquet" / "0.parquet"):
         made["parquet"] = lambda: Parquet(folder=str(out / "parquet"), train="*.parquet", val="*.parquet", **shared)
-    found = {}
+    made["codes, 256 tokens"] = lambda: codes(out / "codes")
+    found, counts = {}, sorted({0, config.workers})
     for name, build in made.items():
         data = build()
-        data.setup()
-        found[name] = measure(data.train_dataset(), data.train_size, config.seconds)
-    found["codes, 256 tokens"] = measure_batches(codes(out / "codes"), config.seconds)
+        found[name] = [measure(data, workers, config.seconds) for workers in counts]
     bytes_of = sum(f.stat().st_size for f in files) / len(files)
-    print(f"{len(files)} images of {bytes_of / 1024:.0f} KiB on average, {size} px, one core\n")
-    print("| format | images/s a core |\n|---|---|")
-    for name, speed in found.items():
-        print(f"| {name} | {speed:,.0f} |")
-    write_json(out / "loading.json", {"images_per_second": found, "images": len(files), "mean_bytes": bytes_of})
+    print(f"{len(files)} images of {bytes_of / 1024:.0f} KiB on average, {size} px, images a second and core\n")
+    print("| format |" + "".join(f" workers={workers} |" for workers in counts) + "\n|---|" + "---|" * len(counts))
+    for name, speeds in found.items():
+        print(f"| {name} |" + "".join(f" {speed:,.0f} |" for speed in speeds))
+    facts = {"workers": counts, "images": len(files), "mean_bytes": bytes_of}
+    write_json(out / "loading.json", {"images_per_second": found, **facts})
 
 
-def measure(dataset: Any, size: int, seconds: float) -> float:
-    """Images a CPU second, in the order of training, after a first pass over 16."""
-    from vtok.data.module import StepBatches
-
-    places = iter(StepBatches(size=size, batch_size=1, seed=0, blocks=getattr(dataset, "blocks", None)))
-    for _ in range(16):
-        dataset[next(places)[0]]
-    count, began = 0, time.process_time()
-    while time.process_time() - began < seconds:
-        dataset[next(places)[0]]
-        count += 1
-    return count / (time.process_time() - began)
-
-
-def measure_batches(dataset: Any, seconds: float) -> float:
-    """Items a CPU second, in batches from a loader as training has it, after a first epoch."""
-    from torch.utils.data import DataLoader
-
-    from vtok.data.module import StepBatches
-
-    order = StepBatches(size=len(dataset), batch_size=BATCH, seed=0)
-    batches = iter(DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate))
-    for _ in range(len(dataset) // BATCH):
+def measure(data: Any, workers: int, seconds: float) -> float:
+    """Items a CPU second of the training's loader, after those that are read while the workers start."""
+    data.workers = workers
+    batches = iter(data.train_dataloader())
+    for _ in range(2 * workers + 2):
         next(batches)
-    count, began = 0, time.process_time()
-    while time.process_time() - began < seconds:
-        count += len(next(batches)["tokens"])
-    return count / (time.process_time() - began)
+    pids = [worker.pid for worker in batches._workers] if workers else []
+    count, began = 0, cpu_seconds(pids)
+    while (spent := cpu_seconds(pids) - began) < seconds:
+        count += len(next(batches)["index"])
+    return count / spent
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """Of this process and those."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return time.process_time() + sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def pictures(config: Any, out: Path) -> list[Path]:
@@ -159,10 +155,11 @@ def resized(files: list[Path], folder: Path, size: int) -> Path:
 
 
 def codes(folder: Path) -> Any:
-    """A split of random codes, ten crops of 256 tokens, as a training data set."""
+    """A split of random codes, ten crops of 256 tokens, as training data."""
     import numpy as np
 
     from vtok.data.codes import KeyedCodes
+    from vtok.data.module import StepData
     from vtok.data.shards import open_split, write_manifest, write_shard
     from vtok.layout import SequenceLayout
     from vtok.tokenizer import Part, TokenSpec
@@ -178,7 +175,13 @@ def codes(folder: Path) -> Any:
     recipe = {"name": "ten", "count": 10, "centre": 4, "wide": 1.1}
     common = dict(spec=spec.to_config(), dtype="uint16", image_size=256, class_names=[], tokenizer={"sha256": ""})
     write_manifest(folder, notes, **common, crops=recipe, split="train")
-    return KeyedCodes(open_split(folder), seed=0, augment=True)
+    dataset = KeyedCodes(open_split(folder), seed=0, augment=True)
+
+    class Drawn(StepData):
+        def train_dataset(self) -> KeyedCodes:
+            return dataset
+
+    return Drawn(batch_size=CODES)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from vtok.data.digits import Digits, enlarge, held_out_digits, read_digits
 from vtok.data.fake import Fake
 from vtok.data.files import BadImage, Names, list_images, read_image
 from vtok.data.imagefolder import ImageFolder, file_source, find, read_class_file, split_by_hash
-from vtok.data.module import EvaluationBatches, StepBatches
+from vtok.data.module import EvaluationBatches, StepBatches, float_images
 from vtok.data.transforms import (
     Draws,
     ImageTransform,
@@ -160,11 +160,11 @@ def test_item_fields_and_augmentation_are_keyed():
     item = train[(3, 5)]
     assert item["key"] == key(0, 3, 5) and item["index"] == 5 and item["label"] == 5
     assert torch.equal(item["image"], fake(batch_size=4).train_dataset()[(3, 5)]["image"])
-    plain = to_float(data.sources.train[5][0])
+    plain = torch.from_numpy(data.sources.train[5][0])
     versions = [train[(e, 5)]["image"] for e in range(20)]
     assert len({v.numpy().tobytes() for v in versions}) > 10
-    assert any(torch.equal(v, plain.flip(-1)) or not torch.equal(v, plain) for v in versions)
-    assert all(torch.equal(val[(0, i)]["image"], to_float(data.sources.val[i][0])) for i in range(10))
+    assert any(torch.equal(v, plain.flip(1)) or not torch.equal(v, plain) for v in versions)
+    assert all(np.array_equal(val[(0, i)]["image"], data.sources.val[i][0]) for i in range(10))
 
 
 def test_a_seed_changes_order_and_augmentation_but_no_picture():
@@ -362,6 +362,24 @@ def test_draws_are_uniform_and_independent():
     assert [again.below(7) for _ in range(5)] == values[:5].tolist()
 
 
+ON_A_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_A_GPU])
+def test_a_batch_of_uint8_becomes_floats_as_numpy_divides(device):
+    values = (np.arange(2 * 16 * 24 * 3) % 256).astype(np.uint8).reshape(2, 16, 24, 3)
+    wanted = values.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    label = torch.arange(2)
+    found = float_images({"image": torch.from_numpy(values).to(device), "label": label})
+    assert found["label"] is label and found["image"].device.type == device and found["image"].is_contiguous()
+    assert np.array_equal(found["image"].cpu().numpy(), wanted)
+    assert np.array_equal(to_float(values[:, ::-1]).numpy(), wanted[:, :, ::-1])
+    for batch in (found, {"tokens": label}, None):
+        assert float_images(batch) is batch
+    with pytest.raises(ValueError, match=r"uint8 \[2, 3, 16, 24\], expected \[B, H, W, 3\]"):
+        float_images({"image": torch.zeros(2, 3, 16, 24, dtype=torch.uint8)})
+
+
 def test_float_and_uint8_are_inverse_on_all_values():
     values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     images = to_float(values)
@@ -416,8 +434,9 @@ def test_digits_are_the_committed_ones_enlarged():
     for place in (0, 100, 358):
         item = data.val_dataset()[(0, place)]
         assert item["label"] == labels[held_out[place]]
-        assert item["image"].shape == (3, 32, 32) and torch.equal(item["image"][0], item["image"][2])
-        small = torch.nn.functional.avg_pool2d(item["image"][:1], 4)[0] * 8 + 8
+        image = to_float(item["image"])
+        assert image.shape == (3, 32, 32) and torch.equal(image[0], image[2])
+        small = torch.nn.functional.avg_pool2d(image[:1], 4)[0] * 8 + 8
         assert np.array_equal(small.round().numpy(), digits[held_out[place]])
     assert np.array_equal(enlarge(digits[:3], 8)[..., 0], np.rint(digits[:3] * (255 / 16)))
     assert torch.equal(Digits().train_dataset()[(0, 3)]["image"], Digits().train_dataset()[(9, 3)]["image"])
@@ -457,7 +476,7 @@ def test_class_folders(tmp_path):
             assert source.name(i).startswith(["ant/", "dog/"][label])
             assert image.tobytes() == Image.open(tmp_path / "a" / source.name(i)).tobytes()
     batch = next(iter(data.train_dataloader()))
-    assert batch["image"].shape == (4, 3, 16, 16) and batch["label"].dtype == torch.int64
+    assert batch["image"].shape == (4, 16, 16, 3) and batch["label"].dtype == torch.int64
 
 
 def test_flat_folder_of_ten_images(tmp_path):
@@ -760,10 +779,8 @@ def test_cifar_from_class_folders(tmp_path):
     data = Cifar10(folder=str(tmp_path / "c"), cache_dir=str(tmp_path / "cache"), batch_size=5)
     assert (data.train_size, data.val_size, data.class_names) == (30, 10, CLASSES)
     batch = next(iter(data.val_dataloader()))
-    expected = [
-        to_float(np.asarray(center_crop(Image.open(tmp_path / "c/test" / c / "0.png"), 32))) for c in CLASSES[:5]
-    ]
-    assert torch.equal(batch["image"], torch.stack(expected)) and batch["label"].tolist() == [0, 1, 2, 3, 4]
+    expected = [np.asarray(center_crop(Image.open(tmp_path / "c/test" / c / "0.png"), 32)) for c in CLASSES[:5]]
+    assert np.array_equal(batch["image"], np.stack(expected)) and batch["label"].tolist() == [0, 1, 2, 3, 4]
     (tmp_path / "c" / "train" / "cat").rename(tmp_path / "c" / "train" / "kitten")
     with pytest.raises(ValueError, match="not CIFAR-10"):
         Cifar10(folder=str(tmp_path / "c"), cache_dir=str(tmp_path / "cache")).setup()

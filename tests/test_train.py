@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import forks
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,8 +28,9 @@ from vtok import optim
 from vtok.checkpoint import load_folder, load_module, save_folder, weights_hash
 from vtok.config import instantiate
 from vtok.data.fake import Fake
+from vtok.data.module import KeyedImages, float_images
 from vtok.layout import SequenceLayout
-from vtok.lit import NotFinite
+from vtok.lit import LitTokenizer, NotFinite
 from vtok.models.cnn import CNNTokenizer
 from vtok.resume import Checkpoints
 from vtok.tokenizer import Part, Tokenizer, TokenSpec
@@ -214,7 +217,7 @@ def test_a_discriminator_on_its_own_schedule_warms_up_from_its_start(tmp_path, o
 def held_out(count: int = 12) -> dict[str, torch.Tensor]:
     data = Fake(image_size=16, batch_size=4, train_images=40, val_images=count).val_dataset()
     items = [data[(0, i)] for i in range(count)]
-    return {k: torch.stack([torch.as_tensor(item[k]) for item in items]) for k in ("image", "label", "key")}
+    return float_images({k: torch.stack([torch.as_tensor(i[k]) for i in items]) for k in ("image", "label", "key")})
 
 
 def test_tokenizer_metrics_of_both_weights_by_hand(tmp_path):
@@ -312,6 +315,39 @@ def test_pictures_validation_and_saving_leave_no_trace(tmp_path):
         pictures = sorted(p.name for p in (busy / "pictures").iterdir())
         assert pictures == sorted(expected)
         assert min(Image.open(busy / "pictures" / pictures[-1]).size) > 16
+
+
+@pytest.mark.parametrize("kind, precision", [("tokenizer", "32-true"), ("tokenizer", "64-true"), ("generator", "")])
+def test_images_given_as_floats_train_the_same_run(tmp_path, monkeypatch, kind, precision):
+    """The data set's uint8, or floats that numpy made of them, which arrive as they are."""
+    given, arrived, original, step = set(), set(), KeyedImages.__getitem__, LitTokenizer.training_step
+
+    def item(self, position, floats):
+        found = original(self, position)
+        if floats:
+            image = found["image"].numpy().transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1)
+            found["image"] = torch.from_numpy(image)
+        given.add(found["image"].dtype)
+        return found
+
+    def watched(self, batch, batch_idx):
+        arrived.add(batch["image"].dtype)
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitTokenizer, "training_step", watched)
+    base = (*PLAIN, "picture_every=2", f"precision={precision}")
+    if kind == "generator":
+        base = (*LLAMAGEN, f"tokenizer_from={tokenizer_folder(tmp_path / 'tokenizer')}")
+    for floats in (False, True):
+        monkeypatch.setattr(KeyedImages, "__getitem__", functools.partialmethod(item, floats=floats))
+        run(*base, "val_every=2", "steps=2", f"run_dir={tmp_path / str(floats)}")
+    assert given == {torch.uint8, torch.float32}
+    one, two = tmp_path / "False", tmp_path / "True"
+    assert everything(one) == everything(two) and losses(one) == losses(two)
+    if kind == "tokenizer":
+        assert arrived == {torch.float64 if precision == "64-true" else torch.float32}
+        sheets = [f / "pictures" / "reconstructions_0000002.png" for f in (one, two)]
+        assert sheets[0].read_bytes() == sheets[1].read_bytes()
 
 
 def test_without_averages_only_raw_weights_are_kept(tmp_path):

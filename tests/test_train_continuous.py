@@ -13,6 +13,7 @@ from vgen.pipeline import Pipeline
 from vgen.training import build_data
 from vtok.checkpoint import load_folder, load_module, save_folder
 from vtok.data.extract import extract
+from vtok.data.module import float_images
 from vtok.models.cnn import CNNTokenizer
 from vtok.noise import SampleNoise, key, sample_seeds
 from vtok.quantize.kl import KL
@@ -36,7 +37,7 @@ def batches(*overrides, images=False):
     dataset = getattr(data, "data", data).val_dataset()
     items = [dataset[0, i] for i in range(len(dataset))]
     joined = {k: torch.stack([torch.as_tensor(item[k]) for item in items]) for k in items[0]}
-    return data.encode(joined) if "image" in joined and not images else joined
+    return data.encode(joined) if "image" in joined and not images else float_images(joined)
 
 
 @pytest.fixture

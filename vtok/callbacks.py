@@ -126,7 +126,8 @@ class Reconstructions(Pictures):
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> np.ndarray:
         dataset = trainer.datamodule.val_dataset()
         places = np.linspace(0, len(dataset) - 1, min(self.count, len(dataset))).astype(int)
-        images = torch.stack([dataset[(0, int(i))]["image"] for i in places]).to(pl_module.device)
+        images = {"image": torch.stack([dataset[(0, int(i))]["image"] for i in places])}
+        images = trainer.datamodule.transfer_batch_to_device(images, pl_module.device, 0)["image"]
         module = pl_module.variants()[""].eval()
         with trainer.precision_plugin.forward_context():
             made = module.decode(module.encode(images))

@@ -22,7 +22,7 @@ from vtok import counters
 from vtok.checkpoint import CheckpointError, Weights, load_module, weights_hash
 from vtok.config import Families, completed, describe, differences, imported
 from vtok.data.ahead import Ahead
-from vtok.data.module import ImageData, Position, StepData, check_limits
+from vtok.data.module import ImageData, Position, StepData, check_limits, float_images
 from vtok.data.shards import Crops, Shards, open_split
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key, keys
@@ -130,6 +130,9 @@ class OnlineTokens(LightningDataModule):
         self.data.trainer = self.trainer
         return self.data.val_dataloader()
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return self.data.transfer_batch_to_device(batch, device, dataloader_idx)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         fresh = isinstance(batch, Mapping) and "image" in batch and "tokens" not in batch
         if fresh:
@@ -138,7 +141,11 @@ class OnlineTokens(LightningDataModule):
 
     @torch.no_grad()
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{"image", "label", "key", "index"} to {"tokens", "label", "key", "index"}, on the images' device."""
+        """{"image", "label", "key", "index"} to {"tokens", "label", "key", "index"}, on the images' device.
+
+        Images are uint8 [B, H, W, 3], as the loader gives them, or float [B, 3, H, W] in [-1, 1]; kept ones are float.
+        """
+        batch = float_images(batch)
         images = batch["image"]
         if next(self.tokenizer.parameters()).device != images.device:
             self.tokenizer.to(images.device)

@@ -116,7 +116,7 @@ def extract(
 
 
 class CropDataset(Dataset):
-    """All crops of image i as {"image" float [crops, 3, S, S], "label", "key"}."""
+    """All crops of image i as {"image" uint8 [crops, S, S, 3], "label", "key"}."""
 
     def __init__(self, source: Source, size: int, crops: Crops, seed: int) -> None:
         self.source, self.size, self.crops, self.seed = source, size, crops, seed
@@ -134,7 +134,7 @@ class CropDataset(Dataset):
             images = [centre, mirror(centre)][: CROPS[self.crops]["count"]]
         keys = [key(self.seed, 0, index, crop) for crop in range(len(images))]
         stacked = np.stack([np.asarray(i) for i in images])
-        return {"image": to_float(stacked), "label": label, "key": torch.tensor(keys)}
+        return {"image": torch.from_numpy(stacked), "label": label, "key": torch.tensor(keys)}
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def _encode(
     loader = DataLoader(dataset, batch_size=batch, num_workers=workers, generator=torch.Generator())
     codes, labels, start, last = [], [], time.monotonic(), time.monotonic()
     for item in loader:
-        images = item["image"].to(device)
+        images = to_float(item["image"].to(device))
         rows, crops = images.shape[:2]
         noise = SampleNoise(item["key"].flatten().to(device))
         tokens = tokenizer.encode(images.flatten(0, 1), noise=noise)

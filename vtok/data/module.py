@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vtok.data.sources import Limited, Source, Sources
@@ -168,8 +169,27 @@ class Loader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def float_images(batch: Any) -> Any:
+    """The batch with "image", if it is uint8 [B, H, W, 3], as `to_float` makes it; any other batch as it is.
+
+    Raises ValueError for uint8 images of another shape.
+    """
+    images = batch.get("image") if isinstance(batch, Mapping) else None
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        return batch
+    if images.dim() != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"a batch's images are uint8 {list(images.shape)}, expected [B, H, W, 3], or float [B, 3, H, W] in [-1, 1]"
+        )
+    return {**batch, "image": to_float(images)}
+
+
 class StepData(LightningDataModule):
-    """Loaders over a training and a held-out dataset that are indexed by (epoch, index) and give dicts."""
+    """Loaders over a training and a held-out dataset that are indexed by (epoch, index) and give dicts.
+
+    Images travel from the loader's workers to the device as uint8 [B, H, W, 3], and become float there, so a step gets
+    float [B, 3, H, W] in [-1, 1]. A dataset may also give them so.
+    """
 
     def __init__(self, *, batch_size: int, accumulate: int = 1, workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -227,6 +247,11 @@ class StepData(LightningDataModule):
         micro = max(1, self.batch_size // (self.accumulate * world))
         return self._loader(dataset, EvaluationBatches(size=len(dataset), batch_size=micro, rank=rank, world=world))
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        batch = float_images(super().transfer_batch_to_device(batch, device, dataloader_idx))
+        # to float64 under precision=64-true, which came before, when the images were no floats
+        return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
+
     def _loader(self, dataset: Dataset, batches: Sampler) -> DataLoader:
         # Creating an iterator draws from the loader's generator; the global one would then differ after a resume.
         return Loader(
@@ -258,7 +283,7 @@ class StepData(LightningDataModule):
 class KeyedImages(Dataset):
     """A source under a transform, indexed by (epoch, index).
 
-    Gives {"image" float [3, H, W] in [-1, 1], "label", "key" = noise.key(seed, epoch, index), "index"}.
+    Gives {"image" uint8 [H, W, 3], "label", "key" = noise.key(seed, epoch, index), "index"}.
     """
 
     def __init__(self, source: Source, transform: ImageTransform, *, seed: int, augment: bool) -> None:
@@ -277,7 +302,8 @@ class KeyedImages(Dataset):
         sample_key = key(self.seed, epoch, index)
         image, label = self.source[index]
         array = self.transform(image, Draws(sample_key) if self.augment else None)
-        return {"image": to_float(array), "label": label, "key": sample_key, "index": index}
+        picture = torch.from_numpy(np.array(array, order="C"))  # a copy: a cache's is read-only, a mirrored one strided
+        return {"image": picture, "label": label, "key": sample_key, "index": index}
 
 
 class ImageData(StepData):
