@@ -28,7 +28,7 @@ def load_pipeline(config: Mapping[str, Any], device: torch.device) -> Any:
         tokenizer=config["tokenizer_from"],
         device=device,
         dtype=resolve_dtype(config["dtype"]),
-        chunk=int(config["chunk"]),
+        chunk=None if config["chunk"] is None else int(config["chunk"]),
         accept_license=bool(config.get("accept_license", False)),
         trust=config.get("trust") or (),
         packed=None,
@@ -98,12 +98,12 @@ def samples_of(
     extra = "".join(f", {k} {v}" for k, v in drawn["schedule_options"].items())
     steps = "".join(f", {k} {drawn[k]}" for k in ("steps", "solver_steps", "solver") if drawn[k])
     named = str(config["from"]).startswith("zoo:") and config["weights"] != "raw"
-    hashed = weights_hash(config)
+    hashed, count = weights_hash(config), int(config["images"] or DEFAULT_IMAGES)
     facts = {
         "seed": int(config["seed"]),
         "guidance": f"{drawn['schedule']} {float(drawn['guidance']):g}{extra}",
         "rule": f"temperature {rule.temperature:g}, top_k {rule.top_k}, top_p {rule.top_p:g}{steps}, "
-        f"chunk {config['chunk']}, {config['dtype']}",
+        f"chunk {pipeline.chunk_of(count)}, {config['dtype']}",
         "weights": "published" if named else config["weights"],
         "labels": config["labels"] if pipeline.generator.num_classes else "none",
         "rounding": "nearest" if size is None else f"nearest, after bicubic to {size} px",
@@ -112,7 +112,7 @@ def samples_of(
     images = from_run(
         pipeline,
         name=str(config["from"]),
-        count=int(config["images"] or DEFAULT_IMAGES),
+        count=count,
         plan=config["labels"],
         seed=int(config["seed"]),
         guidance=guide,

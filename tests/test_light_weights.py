@@ -254,8 +254,8 @@ def test_pipeline_decodes_apart_from_the_generator_and_says_what_does_not_fit():
     assert int((got.int() - want.int()).abs().max()) <= 1  # another batch: the last bit of a convolution
     light = Pipeline(*parts, chunk=4, decoder_dtype=torch.bfloat16)(labels, seeds, guidance=2.0)
     assert float((light.float() - want.float()).abs().mean()) < 2
-    with pytest.raises(ValueError, match="decode_chunk=3 must divide chunk=4"):
-        Pipeline(*parts, chunk=4, decode_chunk=3)
+    uneven = Pipeline(*parts, chunk=4, decode_chunk=3)(labels, seeds, guidance=2.0)
+    assert int((uneven.int() - want.int()).abs().max()) <= 1
     with pytest.raises(ValueError, match="cuda_graphs=true needs device=cuda"):
         Pipeline(*parts, cuda_graphs=True)
 

@@ -47,7 +47,7 @@ class HubPipeline(Pipeline, ModelHubMixin, library_name="vtok-vgen", tags=["imag
         generator: Any,
         tokenizer: Any,
         *,
-        chunk: int = 64,
+        chunk: int | None = None,
         class_names: list[str] | None = None,
         card: dict[str, Any] | None = None,
     ) -> None:
@@ -70,7 +70,7 @@ class HubPipeline(Pipeline, ModelHubMixin, library_name="vtok-vgen", tags=["imag
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
-        chunk: int = 64,
+        chunk: int | None = None,
         device: str = "cpu",
         class_names: list[str] | None = None,
         card: dict[str, Any] | None = None,

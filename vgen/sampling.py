@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vgen.chunks import Chunks
+from vgen.chunks import Chunks, begun
 from vgen.guidance import Guidance, guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline, local
@@ -63,7 +63,7 @@ def sample(config: Mapping[str, Any]) -> Path:
         tokenizer=config["tokenizer_from"],
         device=device,
         dtype=dtype,
-        chunk=int(config["chunk"]),
+        chunk=None if config["chunk"] is None else int(config["chunk"]),
         accept_license=bool(config.get("accept_license", False)),
         trust=config.get("trust") or (),
         quant=config.get("quant"),
@@ -88,7 +88,7 @@ def sample(config: Mapping[str, Any]) -> Path:
             print(f"sides {sides['greedy_sides']} are none of the model's own: drawn greedily, as in the paper's code")
     known, names = pipeline.generator.num_classes, pipeline.class_names
     labels = plan(config["classes"], config["per_class"], config["num_images"], known, names, grid=out.suffix == ".png")
-    seeds = sample_seeds(int(config["seed"]), 0, len(labels))
+    seeds, chunk = sample_seeds(int(config["seed"]), 0, len(labels)), pipeline.chunk_of(len(labels))
     evaluation = published_evaluation(config["from"])
     preview = Previews(pipeline, config["preview"], seeds) if config.get("preview") else None
     record = {
@@ -101,7 +101,8 @@ def sample(config: Mapping[str, Any]) -> Path:
         "classes": labels.tolist(),
         "seed": int(config["seed"]),
         "seeds": "vtok.noise.sample_seeds(seed, 0, num_images)",
-        **{k: config[k] for k in ("dtype", "chunk")},
+        "dtype": config["dtype"],
+        "chunk": chunk,
         **{k: config[k] for k in SPEED if k in config},
         **drawn,
         **sides,
@@ -110,13 +111,15 @@ def sample(config: Mapping[str, Any]) -> Path:
         **({"evaluation": evaluation} if evaluation else {}),
     }
     if not single:
-        chunks = Chunks(out, labels, size=pipeline.chunk, task=task)
+        if config["chunk"] is None:  # a folder begun in other chunks is finished in them
+            record["chunk"] = chunk = begun(out, record) or chunk
+        chunks = Chunks(out, labels, size=chunk, task=task)
         chunks.claim(record, overwrite=bool(config["overwrite"]))
         todo = chunks.left()
         with progress_bar(sum(stop - start for start, stop in todo)) as advance:
             for start, stop in todo:
-                part = pipeline(labels[start:stop], seeds[start:stop], guidance=guide, rule=rule).numpy()
-                chunks.write(start, part)
+                part = pipeline(labels[start:stop], seeds[start:stop], guidance=guide, rule=rule, chunk=chunk)
+                chunks.write(start, part.numpy())
                 advance(len(part))
         made, there = sum(stop - start for start, stop in todo), len(labels) - chunks.missing()
         rest = "" if there == len(labels) else f", {there} of {len(labels)} are there"
