@@ -28,7 +28,10 @@ from vtok.sharing import without_places
 
 GRID_CLASSES = 10
 FILES = (".png", ".npz")  # endings of out= that mean one file; anything else is a folder
-SPEED = ("quant", "packed", "compile", "cuda_graphs", "decoder_dtype", "decode_chunk")  # kept in records
+SPEED = {  # keys of how weights are stored and run, with their defaults; kept in records
+    "quant": None, "packed": None, "compile": False, "cuda_graphs": False, "decoder_dtype": "float32",
+    "decode_chunk": None,
+}  # fmt: skip
 PICTURES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # which nobody means as a folder
 
 
@@ -52,31 +55,9 @@ def sample(config: Mapping[str, Any]) -> Path:
         if strip.exists() and not config["overwrite"]:
             raise ValueError(f"{strip} exists; pass overwrite=true or another preview=")
     device = resolve_device(config["device"])
-    dtype, decoder_dtype = (resolve_dtype(config.get(name, "float32")) for name in ("dtype", "decoder_dtype"))
-    if device.type == "cpu" and torch.bfloat16 in (dtype, decoder_dtype) and not cpu_has_bf16():
-        print(SLOW_BF16.format("dtype=float32 decoder_dtype=float32"), flush=True)
     drawn = settings(config)
     rule, guide = rule_and_guidance(drawn)
-    pipeline = Pipeline.load(
-        config["from"],
-        weights=config["weights"],
-        tokenizer=config["tokenizer_from"],
-        device=device,
-        dtype=dtype,
-        chunk=None if config["chunk"] is None else int(config["chunk"]),
-        accept_license=bool(config.get("accept_license", False)),
-        trust=config.get("trust") or (),
-        quant=config.get("quant"),
-        packed=config.get("packed"),
-        compile=bool(config.get("compile", False)),
-        cuda_graphs=bool(config.get("cuda_graphs", False)),
-        decoder_dtype=decoder_dtype,
-        decode_chunk=config.get("decode_chunk"),
-    )
-    if config.get("quant"):
-        print(SLOW_LOW_BIT.format(config["quant"]), flush=True)
-    if config.get("compile"):
-        print("compile=true: the first steps take half a minute, less where PyTorch kept what it compiled", flush=True)
+    pipeline = load_pipeline(config, device)
     if drawn["steps"] is not None:
         pipeline.generator.set_steps(int(drawn["steps"]))
     given, sides = config.get("sides"), {}
@@ -134,6 +115,38 @@ def sample(config: Mapping[str, Any]) -> Path:
         preview.write(images)
     print(f"wrote {len(images)} images to {out}")
     return out
+
+
+def load_pipeline(config: Mapping[str, Any], device: torch.device) -> Pipeline:
+    """The generator of `from` with its tokenizer, for sampling: stored and run as the keys of SPEED say, or by default.
+    Says what is slow or slow to start."""
+    speed = SPEED | {k: config[k] for k in SPEED if k in config}
+    kinds = {"dtype": config["dtype"], "decoder_dtype": speed["decoder_dtype"]}
+    dtypes = {k: resolve_dtype(v) for k, v in kinds.items()}
+    rounded = [k for k, v in dtypes.items() if v == torch.bfloat16]
+    if device.type == "cpu" and rounded and not cpu_has_bf16():
+        print(SLOW_BF16.format(" ".join(f"{k}=float32" for k in rounded)), flush=True)
+    chunk = config.get("chunk")
+    pipeline = Pipeline.load(
+        config["from"],
+        weights=config["weights"],
+        tokenizer=config["tokenizer_from"],
+        device=device,
+        chunk=None if chunk is None else int(chunk),
+        accept_license=bool(config.get("accept_license", False)),
+        trust=config.get("trust") or (),
+        quant=speed["quant"],
+        packed=speed["packed"],
+        compile=bool(speed["compile"]),
+        cuda_graphs=bool(speed["cuda_graphs"]),
+        decode_chunk=speed["decode_chunk"],
+        **dtypes,
+    )
+    if speed["quant"]:
+        print(SLOW_LOW_BIT.format(speed["quant"]), flush=True)
+    if speed["compile"]:
+        print("compile=true: the first steps take half a minute, less where PyTorch kept what it compiled", flush=True)
+    return pipeline
 
 
 PLAIN = {"guidance": 1.0, "schedule": "constant", "schedule_options": {}, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
