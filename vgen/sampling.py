@@ -142,7 +142,7 @@ def load_pipeline(config: Mapping[str, Any], device: torch.device) -> Pipeline:
         decode_chunk=speed["decode_chunk"],
         **dtypes,
     )
-    if speed["quant"]:
+    if speed["quant"] and not speed["compile"]:
         print(SLOW_LOW_BIT.format(speed["quant"]), flush=True)
     if speed["compile"]:
         print("compile=true: the first steps take half a minute, less where PyTorch kept what it compiled", flush=True)
