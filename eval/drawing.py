@@ -17,24 +17,6 @@ DEFAULT_IMAGES = 1000  # drawn from a run when `images` is not given
 EVALUATED = 256  # px, of the ImageNet protocols
 
 
-def load_pipeline(config: Mapping[str, Any], device: torch.device) -> Any:
-    """The generator of `from` with its tokenizer."""
-    from vgen.pipeline import Pipeline
-    from vgen.sampling import resolve_dtype
-
-    return Pipeline.load(
-        config["from"],
-        weights=config["weights"],
-        tokenizer=config["tokenizer_from"],
-        device=device,
-        dtype=resolve_dtype(config["dtype"]),
-        chunk=int(config["chunk"]),
-        accept_license=bool(config.get("accept_license", False)),
-        trust=config.get("trust") or (),
-        packed=None,
-    )
-
-
 def results_folder(source: str) -> Path:
     """Where results about `from` go by default: into the run, or outputs/eval/<name> for models that have a name."""
     for prefix in ("zoo:", "hf:"):
@@ -88,7 +70,7 @@ def samples_of(
         images = open_images(config["samples"]).first(config["images"])
         facts = dict.fromkeys(("seed", "guidance", "rule", "weights"))
         return images, {**facts, "labels": "given", "rounding": "as stored", "source": images.name}
-    from vgen.sampling import rule_and_guidance, settings
+    from vgen.sampling import SPEED, load_pipeline, rule_and_guidance, settings
 
     drawn, size = settings(config), sample_size(config)
     pipeline = pipeline or load_pipeline(config, device)
@@ -97,13 +79,15 @@ def samples_of(
     rule, guide = rule_and_guidance(drawn)
     extra = "".join(f", {k} {v}" for k, v in drawn["schedule_options"].items())
     steps = "".join(f", {k} {drawn[k]}" for k in ("steps", "solver_steps", "solver") if drawn[k])
+    speed = {k: config.get(k, usual) for k, usual in SPEED.items() if k != "cuda_graphs"}  # which draws the same
+    said = "".join(f", {k} {v}" for k, v in speed.items() if v != SPEED[k])
     named = str(config["from"]).startswith("zoo:") and config["weights"] != "raw"
-    hashed = weights_hash(config)
+    hashed, count = weights_hash(config), int(config["images"] or DEFAULT_IMAGES)
     facts = {
         "seed": int(config["seed"]),
         "guidance": f"{drawn['schedule']} {float(drawn['guidance']):g}{extra}",
         "rule": f"temperature {rule.temperature:g}, top_k {rule.top_k}, top_p {rule.top_p:g}{steps}, "
-        f"chunk {config['chunk']}, {config['dtype']}",
+        f"chunk {pipeline.chunk_of(count)}, {config['dtype']}{said}",
         "weights": "published" if named else config["weights"],
         "labels": config["labels"] if pipeline.generator.num_classes else "none",
         "rounding": "nearest" if size is None else f"nearest, after bicubic to {size} px",
@@ -112,7 +96,7 @@ def samples_of(
     images = from_run(
         pipeline,
         name=str(config["from"]),
-        count=int(config["images"] or DEFAULT_IMAGES),
+        count=count,
         plan=config["labels"],
         seed=int(config["seed"]),
         guidance=guide,

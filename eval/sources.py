@@ -263,23 +263,23 @@ def from_run(
 ) -> Images:
     """Images that a vgen Pipeline draws while they are read; nothing is stored.
 
-    plan: see `label_plan`. size: side that they are brought to, None as drawn. Image i has the same seed, label and
-    chunk whatever `count` is.
+    plan: see `label_plan`. size: side that they are brought to, None as drawn. Image i has the same seed and label
+    whatever `count` is, and the same chunk where the pipeline was given one.
     """
     from vtok.noise import sample_seeds
 
     labels = label_plan(plan, count, pipeline.generator.num_classes, seed)
-    seeds = sample_seeds(seed, 0, count)
-    how = {"guidance": guidance, "rule": rule} | ({} if size is None else {"size": size})
+    seeds, chunk = sample_seeds(seed, 0, count), pipeline.chunk_of(count)
+    how = {"guidance": guidance, "rule": rule, "chunk": chunk} | ({} if size is None else {"size": size})
 
     def span(size: int, first: int, last: int) -> Iterator[Tensor]:
-        assert first % pipeline.chunk == 0, "an image belongs to one chunk, wherever the drawing starts"
-        for start in range(first, last, pipeline.chunk):
-            part = slice(start, min(start + pipeline.chunk, last))
+        assert first % chunk == 0, "an image belongs to one chunk, wherever the drawing starts"
+        for start in range(first, last, chunk):
+            part = slice(start, min(start + chunk, last))
             yield from pipeline(labels[part], seeds[part], **how).split(size)
 
     known = labels if pipeline.generator.num_classes else None
-    return Images(name, count, lambda size: span(size, 0, count), known, "direct", span, identity, unit=pipeline.chunk)
+    return Images(name, count, lambda size: span(size, 0, count), known, "direct", span, identity, unit=chunk)
 
 
 def label_plan(plan: str, count: int, classes: int, seed: int) -> Tensor:

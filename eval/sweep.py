@@ -17,10 +17,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.drawing import load_pipeline, results_folder, weights_hash
+from eval.drawing import results_folder, weights_hash
 from eval.fid import CONFIGS, evaluate
 from eval.references import DATA_SPLITS
 from eval.sources import from_data, same_images
+from vgen.sampling import SPEED, load_pipeline, resolve_device
 from vtok.checkpoint import write_atomic
 from vtok.cli import entry
 from vtok.config import defaults, differences
@@ -29,6 +30,7 @@ from vtok.config import defaults, differences
 SAME = (
     "protocol", "reference", "images", "labels", "class_accuracy", "kid", "manifold", "tokenizer_from",
     "schedule_options", "solver", "sample_size", "chunk", "dtype", "extractor", "weights_path", "splits", "permutation",
+    "quant", "packed", "compile", "decoder_dtype", "decode_chunk",
 )  # fmt: skip
 # keys of a data section that change no picture of a reference, which is read in order and as it is
 NOT_PICTURES = (
@@ -59,8 +61,6 @@ def name_of(setting: Mapping[str, Any]) -> str:
 
 def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], task: tuple[int, int]) -> list[dict]:
     """Measure this task's settings that are not there; returns the records of all that are."""
-    from vgen.sampling import resolve_device
-
     if not config["from"]:
         raise ValueError("give from=<run or exported folder>: a sweep draws its samples")
     folder = Path(config["out"] or results_folder(str(config["from"])) / "sweep")
@@ -88,7 +88,8 @@ def asked(config: Mapping[str, Any], data: Any | None) -> dict[str, Any]:
     reference, not where they lie or how they are read; None where they are not."""
     split = str(config["reference"])
     images = from_data(data, split).identity if data is not None and split in DATA_SPLITS else None
-    return json.loads(json.dumps({k: config.get(k) for k in SAME} | {"data": images}, default=str))
+    given = {k: config.get(k, SPEED.get(k)) for k in SAME}
+    return json.loads(json.dumps(given | {"data": images}, default=str))
 
 
 def check(
@@ -111,7 +112,7 @@ def asked_otherwise(
 ) -> list[tuple[str, Any, Any]]:
     """(name, old, new) of the differences between two notes of `asked`; `theirs` may be of an earlier version, which
     kept the whole section of `data`."""
-    theirs = {name: theirs.get(name) for name in ours}
+    theirs = {name: theirs.get(name, SPEED.get(name)) for name in ours}
     if ours["data"] is None and isinstance(theirs["data"], Mapping):  # its images are not the reference
         theirs["data"] = None
     elif isinstance(theirs["data"], Mapping):

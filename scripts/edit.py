@@ -109,9 +109,8 @@ def edit(config: Mapping[str, Any]) -> Path:
     from PIL import Image
 
     from vgen import editing
-    from vgen.pipeline import Pipeline
     from vgen.previews import tiled
-    from vgen.sampling import plan, resolve_device, resolve_dtype, rule_and_guidance, settings
+    from vgen.sampling import load_pipeline, plan, resolve_device, rule_and_guidance, settings
     from vtok.checkpoint import file_hash, write_atomic, write_json
     from vtok.data.transforms import to_float, to_uint8
     from vtok.noise import SampleNoise, sample_seeds
@@ -127,15 +126,7 @@ def edit(config: Mapping[str, Any]) -> Path:
     if config["class"] is None:
         drawn |= {"guidance": 1.0, "schedule": "constant", "schedule_options": {}}
     rule, guide = rule_and_guidance(drawn)
-    pipeline = Pipeline.load(
-        config["from"],
-        weights=config["weights"],
-        tokenizer=config["tokenizer_from"],
-        device=resolve_device(config["device"]),
-        dtype=resolve_dtype(config["dtype"]),
-        accept_license=bool(config["accept_license"]),
-        trust=config.get("trust") or (),
-    )
+    pipeline = load_pipeline(config, resolve_device(config["device"]))
     generator, tokenizer = pipeline.generator, pipeline.tokenizer
     if config["class"] is not None and generator.num_classes == 0:
         raise ValueError(f"class={config['class']}: this model is unconditional: leave class= away (task=inpaint)")

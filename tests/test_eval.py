@@ -263,8 +263,11 @@ class Dots:
     def __init__(self, classes: int, chunk: int) -> None:
         self.generator, self.chunk = SimpleNamespace(num_classes=classes), chunk
 
-    def __call__(self, labels: Tensor, seeds: Tensor, *, guidance: object, rule: object) -> Tensor:
-        assert len(labels) <= self.chunk
+    def chunk_of(self, count: int) -> int:
+        return self.chunk
+
+    def __call__(self, labels: Tensor, seeds: Tensor, *, guidance: object, rule: object, chunk: int) -> Tensor:
+        assert len(labels) <= chunk == self.chunk
         value = (labels * 7 + seeds) % 256
         return value.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 4, 4, 3)
 

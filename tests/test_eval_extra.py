@@ -20,7 +20,7 @@ from eval.sources import Images, from_npz
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
-from vgen.sampling import sample
+from vgen.sampling import SPEED, sample
 
 
 def test_missing_dinov2_weights_say_what_to_do(tmp_path) -> None:
@@ -141,6 +141,37 @@ def test_a_zoo_model_is_judged_with_its_papers_settings(recorded_var, tmp_path, 
     mine = evaluate(config)
     assert mine["protocol"]["guidance"] == "linear 1.5" and "yours: guidance" in capsys.readouterr().out
     assert mine["protocol"]["rule"] == drawn["rule"] and mine["moments_sha256"] != found["moments_sha256"]
+
+
+def test_a_run_is_judged_as_sample_py_stores_and_runs_its_weights(recorded_var, tmp_path, monkeypatch) -> None:
+    """The sums are those of its images under the same keys, and a killed job does not go on under others."""
+    assert all({k: config_of(name)[k] for k in SPEED} == SPEED for name in ("sample", "eval_fid"))
+    folder, _ = recorded_var
+    np.savez(tmp_path / "ref.npz", arr_0=pictures(12, 32))
+    common = {"from": "zoo:var-d16", "weights": str(folder), "chunk": 2, "device": "cpu", "seed": 3}
+    speed = {"packed": False, "decoder_dtype": "bfloat16", "decode_chunk": 1}
+    sample(config_of("sample", **common, **speed, num_images=5, out=str(tmp_path / "s.npz")))
+    judged = {"reference": str(tmp_path / "ref.npz"), "extractor": "cifar", "splits": 2, "batch_size": 2}
+    files = {"samples": str(tmp_path / "s.npz"), "out": str(tmp_path / "files.json"), "device": "cpu"}
+    want = evaluate(config_of("eval_fid", **judged, **files))
+    drawn = config_of("eval_fid", **judged, **common, images=5, out=str(tmp_path / "drawn.json"))
+    plain = evaluate(drawn)
+    for key, value in speed.items():
+        drawn[key] = value
+    found = evaluate(drawn)
+    assert found["moments_sha256"] == want["moments_sha256"] != plain["moments_sha256"]
+    said = ", packed False, decoder_dtype bfloat16, decode_chunk 1"
+    assert found["protocol"]["rule"] == plain["protocol"]["rule"] + said
+
+    def killed(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.fid.finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(drawn)
+    drawn["decoder_dtype"] = "float32"
+    with pytest.raises(ValueError, match=r"parts of another job .*rule was .*decoder_dtype bfloat16"):
+        evaluate(drawn)
 
 
 def test_pictures_are_brought_to_the_size_that_the_paper_evaluates(recorded_var, capsys) -> None:

@@ -20,6 +20,7 @@ from eval.features import CifarJudge
 from eval.moments import Moments, frechet_distance
 from eval.sources import Images, from_data, same_images
 from vgen.models import FAMILIES
+from vgen.sampling import SPEED
 from vtok.checkpoint import load_module, write_atomic
 from vtok.data.fake import Fake
 from vtok.data.imagefolder import ImageFolder
@@ -56,8 +57,11 @@ def test_sweep_measures_every_combination_once(tmp_path, capsys, monkeypatch) ->
     assert Image.open(tmp_path / "plot.png").size[0] > 500
     for path in (tmp_path / "sweep").glob("*.json"):  # of a version that noted the section, whatever the reference
         result = json.loads(path.read_text())
-        path.write_text(json.dumps(result | {"asked": result["asked"] | {"data": {"folder": "x", "workers": 2}}}))
+        kept = {k: v for k, v in result["asked"].items() if k not in SPEED}  # and did not know these keys
+        path.write_text(json.dumps(result | {"asked": kept | {"data": {"folder": "x", "workers": 2}}}))
     assert sweep.run(config, None, axes, (0, 1)) == found
+    with pytest.raises(ValueError, match="has decoder_dtype=float32, now bfloat16"):
+        sweep.run(config | {"decoder_dtype": "bfloat16"}, None, axes, (0, 1))
     with pytest.raises(ValueError, match="has images=12, now 13"):
         sweep.run(config | {"images": 13}, None, axes, (0, 1))
     with pytest.raises(ValueError, match=r"has reference=.*ref\.npz, now .*other\.npz; pass another out"):

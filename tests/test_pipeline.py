@@ -12,10 +12,11 @@ from PIL import Image
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.models.llamagen import LlamaGen
-from vgen.pipeline import Pipeline
+from vgen.pipeline import Pipeline, chunk_for
 from vgen.sampling import labelled_grid, plan, sample
 from vtok.checkpoint import CheckpointError, file_hash, save_folder
 from vtok.data.transforms import to_uint8
+from vtok.layers.trunk import Trunk
 from vtok.layout import SequenceLayout
 from vtok.models.cnn import CNNTokenizer
 from vtok.models.var import VARTokenizer
@@ -55,6 +56,33 @@ def test_images_are_the_same_for_any_number_of_them(pipeline):
         assert torch.equal(pipeline(LABELS[:count], SEEDS[:count], guidance=2.0), whole[:count])
     later = pipeline(LABELS[4:8], SEEDS[4:8], guidance=2.0)  # another rank's chunk
     assert torch.equal(later, whole[4:8])
+
+
+def test_the_number_of_images_of_a_job_decides_on_its_chunk():
+    """By trying all of them: the fewest chunks of at most 64, then the fewest images."""
+    sizes = (1, 2, 4, *range(8, 65, 8))
+    for count in (*range(1, 400), 1000, 49_999, 50_000):
+        want = min(sizes, key=lambda size: (-(-count // size), -(-count // size) * size))
+        assert chunk_for(count) == want
+    assert [chunk_for(count) for count in (1, 3, 5, 10, 40, 65, 80, 50_000)] == [1, 4, 8, 16, 40, 40, 40, 64]
+
+
+def test_a_job_computes_few_images_that_it_does_not_need(pipeline):
+    """Rows of the transformer, two an image under guidance: one image is one, 80 are 80."""
+    lone, rows = Pipeline(pipeline.generator, pipeline.tokenizer), []
+    hook = lone.generator.trunk.register_forward_pre_hook(lambda module, given: rows.append(len(given[0].x)))
+    image = lone(LABELS[:1], SEEDS[:1], guidance=2.0)
+    steps = len(rows)
+    assert set(rows) == {2} and steps == lone.generator.layout.steps
+    rows.clear()
+    labels, seeds = torch.arange(80) % CLASSES, sample_seeds(0, 0, 80)
+    many = lone(labels, seeds, guidance=2.0)
+    assert set(rows) == {80} and sum(rows) == 2 * 80 * steps
+    hook.remove()
+    parts = [lone(labels[i : i + 40], seeds[i : i + 40], guidance=2.0, chunk=40) for i in (0, 40)]
+    same = Pipeline(lone.generator, lone.tokenizer, chunk=40)
+    assert torch.equal(many, torch.cat(parts)) and torch.equal(many[:3], same(labels[:3], seeds[:3], guidance=2.0))
+    assert torch.equal(image, Pipeline(lone.generator, lone.tokenizer, chunk=1)(LABELS[:1], SEEDS[:1], guidance=2.0))
 
 
 def test_across_chunk_sizes_the_tokens_are_the_same_in_float32(pipeline):
@@ -168,6 +196,28 @@ def test_grid_npz_and_folder_hold_the_same_images(tmp_path):
         sample(settings(source, dotted, **chosen, tokenizer_from=str(other), overwrite=False))
 
 
+def test_a_folder_begun_in_chunks_of_64_is_finished_in_them(tmp_path):
+    """As versions wrote it that had no other default: nothing that is there is made again."""
+    source, out = exported(tmp_path / "model"), tmp_path / "folder"
+    sample(settings(source, out, per_class=1, chunk=64))
+    wanted = {p.name: p.read_bytes() for p in sorted(out.glob("*.png"))}
+    lost = list(wanted)[2]
+    (out / lost).unlink()
+    rows = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: rows.append(len(given[0].x)) if type(module) is Trunk else None
+    )
+    with pytest.raises(ValueError, match=r"made with another chunk \(64, now 8\)"):
+        sample(settings(source, out, per_class=1, chunk=8, overwrite=False))
+    sample(settings(source, out, per_class=1))
+    hook.remove()
+    assert set(rows) == {64} and {p.name: p.read_bytes() for p in out.glob("*.png")} == wanted
+    assert json.loads((out / "metadata.json").read_text())["chunk"] == 64
+    sample(settings(source, out, per_class=1, seed=1))  # another job: images are drawn anew, in chunks of its own
+    assert json.loads((out / "metadata.json").read_text())["chunk"] == 8
+    assert all((out / name).read_bytes() != png for name, png in wanted.items())
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -182,6 +232,7 @@ def test_grid_npz_and_folder_hold_the_same_images(tmp_path):
         ({"dtype": "int4"}, "choose float32"),
         ({"weights": "best"}, "choose ema or raw"),
         ({"chunk": 0}, "at least one image is computed"),
+        ({"decode_chunk": 0}, "at least one image is decoded"),
         ({"out": "x.jpg"}, "give <name>.png"),
         ({"out": "folder", "preview": "strip.png"}, "preview= goes with"),
         ({"out": "x.png", "preview": "./x.png"}, "preview=x.png is out= too"),

@@ -21,8 +21,10 @@ from vgen.pipeline import Pipeline
 from vgen.previews import Previews, preview_ends, previews
 from vgen.samplers.ancestral import ancestral
 from vgen.sampling import sample
+from vtok import counters
 from vtok.checkpoint import save_folder
 from vtok.data.transforms import to_float, to_uint8
+from vtok.layers.packed import packable
 from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES as TOKENIZERS
 from vtok.noise import SampleNoise, sample_seeds
@@ -228,7 +230,9 @@ def test_the_edit_command_keeps_the_black_part(name, photograph, tmp_path):
     folder, out = pair_folder(name, tmp_path / "run"), tmp_path / "edit.png"
     options = {"from": str(folder), "image": str(photograph / "image.png"), "mask": str(photograph / "mask.png")}
     options |= {"out": str(out), "class": "cat", "composite": True, "count": 2}
+    counters.reset()
     edit(config("edit", **options))
+    assert bool(counters.read().get("linear.packed")) == packable(torch.zeros(2, 2))
     original, edited = cropped(options["image"], 16), np.asarray(Image.open(out))
     np.testing.assert_array_equal(edited[:, :8], original[:, :8])
     assert (edited[:, 8:] != original[:, 8:]).any()
@@ -314,14 +318,14 @@ def test_prefixes_and_styles_are_reused(photograph, tmp_path):
     folder = pair_folder("dar", tmp_path / "dar")
     common = {"image": image, "out": str(tmp_path / "edit.png")}
     edit(config("edit", **{"from": str(folder), "task": "prefix", "keep": 8}, **common))
-    pipeline = Pipeline.load(folder)
+    pipeline = Pipeline.load(folder, packed=None)
     tokens = pipeline.tokenizer.encode(to_float(cropped(image, 16))[None])
     noise = SampleNoise(sample_seeds(0, 0, 1))  # of D-AR's walk: the image's own
     copy = to_uint8(pipeline.tokenizer.decode(tokens, noise=noise))[0].numpy()
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "edit.png")), copy)  # all 8 tokens are kept
     hita = pair_folder("hita", tmp_path / "hita")
     edit(config("edit", **{"from": str(hita), "task": "style", "style": image}, **common))
-    pipeline = Pipeline.load(hita)
+    pipeline = Pipeline.load(hita, packed=None)
     tokens = pipeline.tokenizer.encode(to_float(cropped(image, 16))[None])
     copy = to_uint8(pipeline.tokenizer.decode(tokens))[0].numpy()
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "edit.png")), copy)  # an image in its own style

@@ -17,7 +17,9 @@ from vgen.published import entry_of, load_entry, locate
 from vgen.sampling import PLAIN, sample
 from vgen.sampling import settings as resolve
 from vgen.zoo import GENERATORS, ZOO, lines
-from vtok.checkpoint import CheckpointError, read_config
+from vtok import counters
+from vtok.checkpoint import CheckpointError, file_hash, read_config
+from vtok.layers.packed import packable
 from vtok.zoo import TOKENIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,8 +195,17 @@ def test_the_hub_mixin_saves_loads_and_uploads(tmp_path, monkeypatch):
         pipeline.generator, pipeline.tokenizer, chunk=4, class_names=pipeline.class_names, card={"training hours": "2"}
     )
     shared.save_pretrained(tmp_path / "saved")
-    twin = HubPipeline.from_pretrained(tmp_path / "saved", chunk=4)
+    twin = HubPipeline.from_pretrained(tmp_path / "saved", chunk=4, packed=False)
     assert torch.equal(twin(LABELS, SEEDS), pipeline(LABELS, SEEDS)) and twin.class_names == pipeline.class_names
+    twin.save_pretrained(tmp_path / "again")
+    assert file_hash(tmp_path / "again" / "model.safetensors") == file_hash(tmp_path / "saved" / "model.safetensors")
+    if packable(torch.zeros(2, 2)):
+        quick, taken = HubPipeline.from_pretrained(tmp_path / "saved"), counters.read().get("linear.packed", 0)
+        assert (quick(LABELS, SEEDS).int() - twin(LABELS, SEEDS).int()).abs().max() <= 1
+        assert counters.read()["linear.packed"] > taken and quick.chunk_of(1) == 1
+        with pytest.raises(ValueError, match=r"LlamaGen has weights packed for sampling.* packed=False"):
+            quick.save_pretrained(tmp_path / "empty")
+        assert not (tmp_path / "empty" / "model.safetensors").exists()
     card = (tmp_path / "saved" / "README.md").read_text()
     assert type(pipeline.generator).__name__ in card and "- training hours: 2" in card and "library_name" in card
     sent = {}

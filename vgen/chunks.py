@@ -38,15 +38,12 @@ class Chunks:
 
     def claim(self, record: Mapping[str, Any], *, overwrite: bool) -> None:
         """Write metadata.json; images that are there are kept if they were asked for with these very settings."""
-        note = self.out / "metadata.json"
-        ours = json.loads(json.dumps(record, default=str)) | {"command": ""}
-        try:
-            found = json.loads(note.read_text()) | {"command": ""} if note.is_file() else None
-        except ValueError:
-            found = None
+        ours, found = plain(record), recorded(self.out)
         old = list(self.out.glob("[0-9]*_class[0-9]*.png")) if self.out.is_dir() else []
         if found != ours and (old or found is not None):
             different = next((k for k in ours if (found or {}).get(k) != ours[k]), "its settings")
+            if found is not None and different in found and not isinstance(found[different], (list, dict)):
+                different += f" ({found[different]}, now {ours[different]})"
             if not overwrite or self.task[1] > 1:  # another task may be writing already: it is not for us to remove
                 raise ValueError(
                     f"{self.out} holds images made with another {different}: remove it or give another out="
@@ -54,9 +51,28 @@ class Chunks:
             for path in old:
                 path.unlink()
         if found != ours:
-            write_json(note, record)
+            write_json(self.out / "metadata.json", record)
 
     def write(self, start: int, images: np.ndarray) -> None:
         for i, image in enumerate(images):
             picture = Image.fromarray(image)
             write_atomic(self.path(start + i), lambda file, p=picture: p.save(file, "PNG"))
+
+
+def begun(out: Path, record: Mapping[str, Any]) -> int | None:
+    """The chunk of the images that `out` holds, where their record is this one but for it; None elsewhere."""
+    found, ours = recorded(out), plain(record)
+    return None if found is None or found | {"chunk": 0} != ours | {"chunk": 0} else found.get("chunk")
+
+
+def recorded(out: Path) -> dict[str, Any] | None:
+    """The record in `out` as `plain` has it; None where there is none that can be read."""
+    try:
+        return plain(json.loads((out / "metadata.json").read_text()))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON keeps it, whatever the command."""
+    return json.loads(json.dumps(record, default=str)) | {"command": ""}

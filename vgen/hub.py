@@ -1,7 +1,7 @@
 """Our own models on the Hugging Face hub: push_to_hub, from_pretrained and save_pretrained, with a model card.
 
     HubPipeline(generator, tokenizer).push_to_hub("name/model")
-    HubPipeline.from_pretrained("name/model")          # or a folder
+    HubPipeline.from_pretrained("name/model")          # or a folder; to be saved again: packed=False
     python sample.py from=hf:name/model
 
 A repository is an exported folder: config.json, model.safetensors, tokenizer/, and README.md, the card. Imported only
@@ -47,7 +47,7 @@ class HubPipeline(Pipeline, ModelHubMixin, library_name="vtok-vgen", tags=["imag
         generator: Any,
         tokenizer: Any,
         *,
-        chunk: int = 64,
+        chunk: int | None = None,
         class_names: list[str] | None = None,
         card: dict[str, Any] | None = None,
     ) -> None:
@@ -70,8 +70,9 @@ class HubPipeline(Pipeline, ModelHubMixin, library_name="vtok-vgen", tags=["imag
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
-        chunk: int = 64,
+        chunk: int | None = None,
         device: str = "cpu",
+        packed: bool | None = None,
         class_names: list[str] | None = None,
         card: dict[str, Any] | None = None,
     ) -> HubPipeline:
@@ -79,7 +80,7 @@ class HubPipeline(Pipeline, ModelHubMixin, library_name="vtok-vgen", tags=["imag
         folder = model_id
         if not Path(model_id).is_dir():
             folder = download(model_id, local_files_only=local_files_only, **hub)
-        loaded = Pipeline.load(folder, chunk=chunk, device=device)
+        loaded = Pipeline.load(folder, chunk=chunk, device=device, packed=packed)
         return cls(loaded.generator, loaded.tokenizer, chunk=chunk, class_names=loaded.class_names, card=card)
 
 

@@ -1,7 +1,8 @@
 """From labels and seeds to pictures: a generator with the tokenizer that decodes it.
 
 Computation runs in chunks of one recorded shape, the last one padded, and image i is always in chunk i // chunk: the
-same device type gives the same bytes for any number of images, any world size, and after any restart.
+same device type gives the same bytes for any world size and after any restart, and for any number of images with the
+same chunk. Where none is asked for, the number of images of the whole job decides (`chunk_for`).
 """
 
 from __future__ import annotations
@@ -40,13 +41,23 @@ from vtok.low_bit import LowBit
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Tokenizer
 
+AT_ONCE = 64  # images computed at once, at most, where no chunk is asked for
+
+
+def chunk_for(count: int) -> int:
+    """Images computed at once in a job of `count`: as few chunks of at most 64 as hold them, each 1, 2, 4 or a multiple
+    of 8 and as small as that allows. 1 for 1, 16 for 10, 40 for 80, 64 for 50,000."""
+    each = -(-count // -(-count // AT_ONCE))
+    return 1 << (each - 1).bit_length() if each <= 8 else -(-each // 8) * 8
+
 
 class Pipeline:
-    """generator and tokenizer in eval mode on one device. chunk: images computed at once.
+    """generator and tokenizer in eval mode on one device. chunk: images computed at once; None goes by how many a job
+    has (`chunk_for`).
 
     class_names: names for the picture's labels, where the run knew them. cuda_graphs: replay recorded steps
     (vgen/samplers/graphs.py); the same tokens. decoder_dtype: bfloat16 decodes images under autocast, convolutions
-    channels-last. decode_chunk: images decoded at once, a divisor of `chunk`, where memory asks for fewer.
+    channels-last. decode_chunk: images decoded at once, at most, where memory asks for fewer than a chunk.
     """
 
     def __init__(
@@ -54,16 +65,16 @@ class Pipeline:
         generator: Generator,
         tokenizer: Tokenizer,
         *,
-        chunk: int = 64,
+        chunk: int | None = None,
         class_names: list[str] | None = None,
         cuda_graphs: bool = False,
         decoder_dtype: torch.dtype = torch.float32,
         decode_chunk: int | None = None,
     ) -> None:
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise ValueError(f"chunk={chunk}: at least one image is computed at once")
-        if decode_chunk is not None and (decode_chunk < 1 or chunk % decode_chunk):
-            raise ValueError(f"decode_chunk={decode_chunk} must divide chunk={chunk}")
+        if decode_chunk is not None and decode_chunk < 1:
+            raise ValueError(f"decode_chunk={decode_chunk}: at least one image is decoded at once")
         size, spec = generator.spec.image_size, tokenizer.spec
         self.size: int | None = None  # side at which the tokenizer decodes; None: that of its own training
         if size != spec.image_size:
@@ -80,7 +91,7 @@ class Pipeline:
         self.weight_file: Path | None = None
         self.tokenizer_file: Path | None = None
         self.sampler = GraphSampler(self.generator) if cuda_graphs else generator.sampler
-        self.decode_chunk = decode_chunk or chunk
+        self.decode_chunk = decode_chunk or chunk or AT_ONCE
         self.decoder_dtype = decoder_dtype
         if decoder_dtype != torch.float32:
             channels_last(self.tokenizer)
@@ -94,7 +105,7 @@ class Pipeline:
         tokenizer: str | os.PathLike | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        chunk: int = 64,
+        chunk: int | None = None,
         accept_license: bool = False,
         trust: Sequence[str] = (),
         quant: LowBit | None = None,
@@ -145,6 +156,10 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         return next(self.generator.parameters()).device
+
+    def chunk_of(self, count: int) -> int:
+        """Images computed at once in a job of `count`."""
+        return self.chunk or chunk_for(count)
 
     def set_sides(self, sides: Sequence[int]) -> None:
         """Write another list of scales, seen in training or not (FlexVAR, which draws those in the generator's
@@ -204,6 +219,7 @@ class Pipeline:
         on_chunk: Callable[[int, Tensor], None] | None = None,
         on_tokens: Callable[[int, Tensor], None] | None = None,
         size: int | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """uint8 images [N, H, W, 3] of labels and seeds int64 [N].
 
@@ -212,6 +228,7 @@ class Pipeline:
         tokens, as the generator wrote them.
         size: side to which the decoded images are brought before rounding (bicubic without antialiasing, as LlamaGen
         does with 384 px models before evaluation); None leaves them as decoded.
+        chunk: `chunk_of` the whole job, where these images are a part of one; None: they are all.
         """
         if len(labels) != len(seeds) or labels.dim() != 1 or len(labels) == 0:
             shapes = f"{tuple(labels.shape)}, {tuple(seeds.shape)}"
@@ -222,10 +239,10 @@ class Pipeline:
         guide = _guide(guidance)
         if guide.streams > 1 and known == 0:
             raise ValueError("guidance needs classes, and this model is unconditional: pass guidance=1")
-        done = []
-        for start in range(0, len(labels), self.chunk):
-            stop = min(start + self.chunk, len(labels))
-            index = torch.arange(start, start + self.chunk).clamp(max=stop - 1)  # padding repeats the last image
+        chunk, done = chunk or self.chunk_of(len(labels)), []
+        for start in range(0, len(labels), chunk):
+            stop = min(start + chunk, len(labels))
+            index = torch.arange(start, start + chunk).clamp(max=stop - 1)  # padding repeats the last image
             canvas = self.write(labels[index], seeds[index], guide=guide, rule=rule)
             decoded = self.decode(self.generator.restore(canvas), seeds[index])
             if size is not None:

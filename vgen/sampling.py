@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vgen.chunks import Chunks
+from vgen.chunks import Chunks, begun
 from vgen.guidance import Guidance, guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline, local
@@ -28,7 +28,10 @@ from vtok.sharing import without_places
 
 GRID_CLASSES = 10
 FILES = (".png", ".npz")  # endings of out= that mean one file; anything else is a folder
-SPEED = ("quant", "packed", "compile", "cuda_graphs", "decoder_dtype", "decode_chunk")  # kept in records
+SPEED = {  # keys of how weights are stored and run, with their defaults; kept in records
+    "quant": None, "packed": None, "compile": False, "cuda_graphs": False, "decoder_dtype": "float32",
+    "decode_chunk": None,
+}  # fmt: skip
 PICTURES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # which nobody means as a folder
 
 
@@ -52,31 +55,9 @@ def sample(config: Mapping[str, Any]) -> Path:
         if strip.exists() and not config["overwrite"]:
             raise ValueError(f"{strip} exists; pass overwrite=true or another preview=")
     device = resolve_device(config["device"])
-    dtype, decoder_dtype = (resolve_dtype(config.get(name, "float32")) for name in ("dtype", "decoder_dtype"))
-    if device.type == "cpu" and torch.bfloat16 in (dtype, decoder_dtype) and not cpu_has_bf16():
-        print(SLOW_BF16.format("dtype=float32 decoder_dtype=float32"), flush=True)
     drawn = settings(config)
     rule, guide = rule_and_guidance(drawn)
-    pipeline = Pipeline.load(
-        config["from"],
-        weights=config["weights"],
-        tokenizer=config["tokenizer_from"],
-        device=device,
-        dtype=dtype,
-        chunk=int(config["chunk"]),
-        accept_license=bool(config.get("accept_license", False)),
-        trust=config.get("trust") or (),
-        quant=config.get("quant"),
-        packed=config.get("packed"),
-        compile=bool(config.get("compile", False)),
-        cuda_graphs=bool(config.get("cuda_graphs", False)),
-        decoder_dtype=decoder_dtype,
-        decode_chunk=config.get("decode_chunk"),
-    )
-    if config.get("quant"):
-        print(SLOW_LOW_BIT.format(config["quant"]), flush=True)
-    if config.get("compile"):
-        print("compile=true: the first steps take half a minute, less where PyTorch kept what it compiled", flush=True)
+    pipeline = load_pipeline(config, device)
     if drawn["steps"] is not None:
         pipeline.generator.set_steps(int(drawn["steps"]))
     given, sides = config.get("sides"), {}
@@ -88,7 +69,7 @@ def sample(config: Mapping[str, Any]) -> Path:
             print(f"sides {sides['greedy_sides']} are none of the model's own: drawn greedily, as in the paper's code")
     known, names = pipeline.generator.num_classes, pipeline.class_names
     labels = plan(config["classes"], config["per_class"], config["num_images"], known, names, grid=out.suffix == ".png")
-    seeds = sample_seeds(int(config["seed"]), 0, len(labels))
+    seeds, chunk = sample_seeds(int(config["seed"]), 0, len(labels)), pipeline.chunk_of(len(labels))
     evaluation = published_evaluation(config["from"])
     preview = Previews(pipeline, config["preview"], seeds) if config.get("preview") else None
     record = {
@@ -101,7 +82,8 @@ def sample(config: Mapping[str, Any]) -> Path:
         "classes": labels.tolist(),
         "seed": int(config["seed"]),
         "seeds": "vtok.noise.sample_seeds(seed, 0, num_images)",
-        **{k: config[k] for k in ("dtype", "chunk")},
+        "dtype": config["dtype"],
+        "chunk": chunk,
         **{k: config[k] for k in SPEED if k in config},
         **drawn,
         **sides,
@@ -110,13 +92,15 @@ def sample(config: Mapping[str, Any]) -> Path:
         **({"evaluation": evaluation} if evaluation else {}),
     }
     if not single:
-        chunks = Chunks(out, labels, size=pipeline.chunk, task=task)
+        if config["chunk"] is None:  # a folder begun in other chunks is finished in them
+            record["chunk"] = chunk = begun(out, record) or chunk
+        chunks = Chunks(out, labels, size=chunk, task=task)
         chunks.claim(record, overwrite=bool(config["overwrite"]))
         todo = chunks.left()
         with progress_bar(sum(stop - start for start, stop in todo)) as advance:
             for start, stop in todo:
-                part = pipeline(labels[start:stop], seeds[start:stop], guidance=guide, rule=rule).numpy()
-                chunks.write(start, part)
+                part = pipeline(labels[start:stop], seeds[start:stop], guidance=guide, rule=rule, chunk=chunk)
+                chunks.write(start, part.numpy())
                 advance(len(part))
         made, there = sum(stop - start for start, stop in todo), len(labels) - chunks.missing()
         rest = "" if there == len(labels) else f", {there} of {len(labels)} are there"
@@ -131,6 +115,38 @@ def sample(config: Mapping[str, Any]) -> Path:
         preview.write(images)
     print(f"wrote {len(images)} images to {out}")
     return out
+
+
+def load_pipeline(config: Mapping[str, Any], device: torch.device) -> Pipeline:
+    """The generator of `from` with its tokenizer, for sampling: stored and run as the keys of SPEED say, or by default.
+    Says what is slow or slow to start."""
+    speed = SPEED | {k: config[k] for k in SPEED if k in config}
+    kinds = {"dtype": config["dtype"], "decoder_dtype": speed["decoder_dtype"]}
+    dtypes = {k: resolve_dtype(v) for k, v in kinds.items()}
+    rounded = [k for k, v in dtypes.items() if v == torch.bfloat16]
+    if device.type == "cpu" and rounded and not cpu_has_bf16():
+        print(SLOW_BF16.format(" ".join(f"{k}=float32" for k in rounded)), flush=True)
+    chunk = config.get("chunk")
+    pipeline = Pipeline.load(
+        config["from"],
+        weights=config["weights"],
+        tokenizer=config["tokenizer_from"],
+        device=device,
+        chunk=None if chunk is None else int(chunk),
+        accept_license=bool(config.get("accept_license", False)),
+        trust=config.get("trust") or (),
+        quant=speed["quant"],
+        packed=speed["packed"],
+        compile=bool(speed["compile"]),
+        cuda_graphs=bool(speed["cuda_graphs"]),
+        decode_chunk=speed["decode_chunk"],
+        **dtypes,
+    )
+    if speed["quant"] and not speed["compile"]:
+        print(SLOW_LOW_BIT.format(speed["quant"]), flush=True)
+    if speed["compile"]:
+        print("compile=true: the first steps take half a minute, less where PyTorch kept what it compiled", flush=True)
+    return pipeline
 
 
 PLAIN = {"guidance": 1.0, "schedule": "constant", "schedule_options": {}, "temperature": 1.0, "top_k": 0, "top_p": 1.0}

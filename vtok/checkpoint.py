@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vtok import pieces
 from vtok.config import Configured, build, describe
+from vtok.layers.packed import PackedLinear
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk, in the quota, in a file
 Weights = Literal["ema", "raw"]
@@ -104,9 +105,15 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def save_folder(module: Configured, folder: str | os.PathLike, **extra: Any) -> Path:
-    """Write model.safetensors and config.json ({"format", "family", "arguments", **extra}) to `folder`."""
+    """Write model.safetensors and config.json ({"format", "family", "arguments", **extra}) to `folder`.
+
+    ValueError where weights are packed (vtok/layers/packed.py): they would be missing.
+    """
     from safetensors.torch import save
 
+    if any(isinstance(m, PackedLinear) for m in module.modules()):
+        name = type(module).__name__
+        raise ValueError(f"{name} has weights packed for sampling, which are not saved: load it with packed=False")
     folder = Path(folder)
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     payload = save(state, metadata={"format": "pt"})
