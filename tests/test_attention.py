@@ -1,11 +1,14 @@
 """Attention, cache and rope against the definitions."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fake_cuda import fake_cuda
 
 from vtok import counters
 from vtok.layers.attention import MASKS, Attention, attend, attend_blocks, attend_naive, block_mask, block_mask_of
@@ -196,6 +199,43 @@ def test_a_call_a_step_equals_a_mask_in_memory(qk_norm):
         results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_a_call_a_block_drops_weights_in_every_block():
+    """Values of one and equal weights: n keys at rate p give a binomial share, of mean 1, variance p / (n (1 - p))."""
+    ends, rate = (2, 5, 9), 0.25
+    zeros, ones = torch.zeros(500, 8, 9, 4), torch.ones(500, 8, 9, 4)
+    got = attend(zeros, zeros, ones, mask=ends, dropout=rate)
+    for start, end in zip((0, *ends), ends):
+        found, spread = got[:, :, start:end, 0], rate / (end * (1 - rate))
+        assert abs(float(found.mean()) - 1) < 5 * (spread / found.numel()) ** 0.5  # five standard errors
+        assert abs(float(found.var()) / spread - 1) < 0.1
+    assert torch.equal(attend(zeros, zeros, ones, mask=ends), ones)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_with_dropout_training_on_cuda_has_a_call_a_block(training, monkeypatch):
+    """Every call with the rate and without a mask; blocks of few positions have one call under a mask in memory."""
+    kernel, calls = F.scaled_dot_product_attention, []
+
+    def spy(q, k, v, mask=None, dropout=0.0, **options):
+        calls.append((q.shape[2], k.shape[2], mask is None, dropout))
+        return kernel(q, k, v, mask, dropout, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    rate = 0.1 if training else 0.0
+    for sizes, path in (((1, 16, 20), "prefixes"), ((1, 2, 4), "mask")):
+        layout = SequenceLayout.levels(sizes)
+        length = layout.length
+        model = Trunk(dim=16, depth=2, heads=2, hidden=32, attention_dropout=0.1).train(training)
+        batch = {"x": torch.empty(3, length, 16), "rank": layout.ranks()}
+        calls.clear()
+        counters.reset()
+        with fake_cuda(model, batch) as batch, nullcontext() if training else torch.no_grad():
+            model(Inputs(batch["x"], batch["rank"], layout.pattern()))
+        assert counters.read()[f"attention.{path}"] == 1
+        each = [(n, end, True, rate) for n, end in zip(sizes, layout.pattern())]
+        assert calls == (2 * each if path == "prefixes" else 2 * [(length, length, False, rate)])
 
 
 def test_a_call_a_block_is_for_blocks_of_many_positions():
