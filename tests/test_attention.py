@@ -5,10 +5,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import generators
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from fake_cuda import fake_cuda
+from generators import FAMILIES, also_read, tokens_of
 
 from vtok import counters
 from vtok.layers.attention import MASKS, Attention, attend, attend_blocks, attend_naive, block_mask, block_mask_of
@@ -314,3 +317,33 @@ def test_training_attention_in_bfloat16_on_the_cpu_runs_in_float32():
     torch.testing.assert_close(got, exact.bfloat16(), rtol=8e-3, atol=1e-6)
     for a, b in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(exact.sum(), wanted)):
         torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("light", [False, True], ids=["float32", "autocast"])
+def test_queries_keys_and_values_have_one_dtype(light, monkeypatch):
+    """Norms of q and k leave float32 under autocast. In every family, a loss or an image coded and decoded."""
+    seen = []
+
+    def door(q, k, v, **options):
+        seen.append({x.dtype for x in (q, k, v)})
+        return attend(q, k, v, **options)
+
+    for module in ("attention", "dit", "qformer"):
+        monkeypatch.setattr(f"vtok.layers.{module}.attend", door)
+    normed = set()
+    for make, name in [(generators.make, n) for n in FAMILIES] + [(tokenizers.make, n) for n in tokenizers.FAMILIES]:
+        model = make(name)
+        if not any(getattr(part, "qk_norm", "none") != "none" or hasattr(part, "q_norm") for part in model.modules()):
+            continue
+        normed.add(f"{make.__module__}.{name}")
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=light):
+            if make is tokenizers.make:
+                model.decode(model.encode(tokenizers.images(2)))
+            else:
+                batch = {"tokens": tokens_of(model, 2), "label": torch.tensor([0, 1]), "key": torch.arange(2)}
+                model.loss(batch | also_read(model, 2), progress=0.5)
+        assert all(len(dtypes) == 1 for dtypes in seen), (name, seen)
+        assert ({torch.bfloat16} in seen) == light and ({torch.float32} in seen or light), (name, seen)
+    assert normed >= {f"generators.{name}" for name in ("var", "flexvar", "rar", "gigatok_adaln")}
+    assert normed >= {f"tokenizers.{name}" for name in ("restok", "dar", "flextok")}
