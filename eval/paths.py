@@ -23,7 +23,7 @@ from vgen.models.hita import PartHead
 from vtok.counters import STORED
 from vtok.layers.attention import Attention
 from vtok.layers.packed import PackedLinear
-from vtok.layers.trunk import Trunk
+from vtok.layers.trunk import Trunk, pays
 from vtok.low_bit import LowBit
 
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -122,6 +122,8 @@ def training(
         asked.one_of("attention.prefixes", "attention.blocks", "attention.mask")
     elif device.type == "cuda" and not trunk.attention_dropout:
         asked.one_of("attention.blocks", "attention.mask")
+    elif device.type == "cuda" and pays(pattern) and generator.trained_length(key, progress) == layout.length:
+        asked.one_of("attention.prefixes", "attention.blocks", "attention.mask")
     return asked
 
 

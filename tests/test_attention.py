@@ -1,11 +1,17 @@
 """Attention, cache and rope against the definitions."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import generators
 import pytest
+import tokenizers
 import torch
+import torch.nn.functional as F
+from fake_cuda import fake_cuda
+from generators import FAMILIES, also_read, tokens_of
 
 from vtok import counters
 from vtok.layers.attention import MASKS, Attention, attend, attend_blocks, attend_naive, block_mask, block_mask_of
@@ -198,6 +204,43 @@ def test_a_call_a_step_equals_a_mask_in_memory(qk_norm):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def test_a_call_a_block_drops_weights_in_every_block():
+    """Values of one and equal weights: n keys at rate p give a binomial share, of mean 1, variance p / (n (1 - p))."""
+    ends, rate = (2, 5, 9), 0.25
+    zeros, ones = torch.zeros(500, 8, 9, 4), torch.ones(500, 8, 9, 4)
+    got = attend(zeros, zeros, ones, mask=ends, dropout=rate)
+    for start, end in zip((0, *ends), ends):
+        found, spread = got[:, :, start:end, 0], rate / (end * (1 - rate))
+        assert abs(float(found.mean()) - 1) < 5 * (spread / found.numel()) ** 0.5  # five standard errors
+        assert abs(float(found.var()) / spread - 1) < 0.1
+    assert torch.equal(attend(zeros, zeros, ones, mask=ends), ones)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_with_dropout_training_on_cuda_has_a_call_a_block(training, monkeypatch):
+    """Every call with the rate and without a mask; blocks of few positions have one call under a mask in memory."""
+    kernel, calls = F.scaled_dot_product_attention, []
+
+    def spy(q, k, v, mask=None, dropout=0.0, **options):
+        calls.append((q.shape[2], k.shape[2], mask is None, dropout))
+        return kernel(q, k, v, mask, dropout, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    rate = 0.1 if training else 0.0
+    for sizes, path in (((1, 16, 20), "prefixes"), ((1, 2, 4), "mask")):
+        layout = SequenceLayout.levels(sizes)
+        length = layout.length
+        model = Trunk(dim=16, depth=2, heads=2, hidden=32, attention_dropout=0.1).train(training)
+        batch = {"x": torch.empty(3, length, 16), "rank": layout.ranks()}
+        calls.clear()
+        counters.reset()
+        with fake_cuda(model, batch) as batch, nullcontext() if training else torch.no_grad():
+            model(Inputs(batch["x"], batch["rank"], layout.pattern()))
+        assert counters.read()[f"attention.{path}"] == 1
+        each = [(n, end, True, rate) for n, end in zip(sizes, layout.pattern())]
+        assert calls == (2 * each if path == "prefixes" else 2 * [(length, length, False, rate)])
+
+
 def test_a_call_a_block_is_for_blocks_of_many_positions():
     assert pays(SequenceLayout.scales((1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).pattern())
     assert not pays((256, *range(257, 289))), "32 queries in turn behind a grid"
@@ -274,3 +317,33 @@ def test_training_attention_in_bfloat16_on_the_cpu_runs_in_float32():
     torch.testing.assert_close(got, exact.bfloat16(), rtol=8e-3, atol=1e-6)
     for a, b in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(exact.sum(), wanted)):
         torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("light", [False, True], ids=["float32", "autocast"])
+def test_queries_keys_and_values_have_one_dtype(light, monkeypatch):
+    """Norms of q and k leave float32 under autocast. In every family, a loss or an image coded and decoded."""
+    seen = []
+
+    def door(q, k, v, **options):
+        seen.append({x.dtype for x in (q, k, v)})
+        return attend(q, k, v, **options)
+
+    for module in ("attention", "dit", "qformer"):
+        monkeypatch.setattr(f"vtok.layers.{module}.attend", door)
+    normed = set()
+    for make, name in [(generators.make, n) for n in FAMILIES] + [(tokenizers.make, n) for n in tokenizers.FAMILIES]:
+        model = make(name)
+        if not any(getattr(part, "qk_norm", "none") != "none" or hasattr(part, "q_norm") for part in model.modules()):
+            continue
+        normed.add(f"{make.__module__}.{name}")
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=light):
+            if make is tokenizers.make:
+                model.decode(model.encode(tokenizers.images(2)))
+            else:
+                batch = {"tokens": tokens_of(model, 2), "label": torch.tensor([0, 1]), "key": torch.arange(2)}
+                model.loss(batch | also_read(model, 2), progress=0.5)
+        assert all(len(dtypes) == 1 for dtypes in seen), (name, seen)
+        assert ({torch.bfloat16} in seen) == light and ({torch.float32} in seen or light), (name, seen)
+    assert normed >= {f"generators.{name}" for name in ("var", "flexvar", "rar", "gigatok_adaln")}
+    assert normed >= {f"tokenizers.{name}" for name in ("restok", "dar", "flextok")}

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from generators import FAMILIES, also_read, make, map_spec, tokens_of
+from fake_cuda import fake_cuda
+from generators import FAMILIES, also_read, latent_spec, make, map_spec, tokens_of, xar
 from test_generators import LABELS, draw
 
 from eval import paths
@@ -84,6 +85,21 @@ def test_fallbacks_fail_and_say_which():
         ValueError, match=r"train fell back.*not taken: attention\.blocks; taken instead: attention\.mask"
     ):
         asked.check(trained(make("var")), "train")
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_xar_with_attention_dropout_trains_on_cuda_without_a_mask(rate):
+    """Fake tensors: no GPU is needed. Without dropout FlexAttention is asked for, which only a GPU has."""
+    model = xar("cell", 4, latent_spec(8, 8), attention_dropout=rate)
+    asked = paths.training(model, key=KEY, progress=0.5, device=torch.device("cuda"))
+    wanted = "attention.prefixes" if rate else "attention.blocks"
+    assert wanted in asked.taken and "attention.mask" in asked.never
+    with pytest.raises(ValueError, match=r"taken instead: attention\.mask"):
+        asked.check({"attention.mask": 1}, "train")
+    if rate:
+        batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": KEY}
+        with fake_cuda(model, batch) as batch:
+            asked.check(counted(lambda: model.train().loss(batch)), "train")
 
 
 def test_compiled_and_recomputed_blocks_are_counted():

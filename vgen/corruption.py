@@ -84,15 +84,21 @@ class Corruption:
     def _replaced(self, ids: Tensor, place: Tensor, noise: SampleNoise, part: int) -> Tensor:
         """Another code for each of ids [B, n]."""
         if self.kind == "noise":
-            table = self.tables[part].to(ids.device)
+            table = placed(self.tables, part, ids.device)
             drawn = noise.normal(place, table.shape[1], NOISE_STREAM)
             moved = table[ids] + self.sigma * table.std(dim=0).mean() * drawn
             return nearest(moved.flatten(0, 1), table).view_as(ids)
         share = noise.uniform(place, CODE_STREAM).double().clamp(max=1 - 1e-9)
         if self.kind == "random":
             return (share * self.spec.parts[part].vocab_size).long()
-        choices = self.neighbours[part].to(ids.device)
+        choices = placed(self.neighbours, part, ids.device)
         return choices[ids].gather(-1, (share * choices.shape[1]).long().unsqueeze(-1)).squeeze(-1)
+
+
+def placed(tables: list[Tensor], part: int, device: torch.device) -> Tensor:
+    """One of the tables on that device; kept there, since every copy would be waited for."""
+    tables[part] = tables[part].to(device)
+    return tables[part]
 
 
 def _neighbours(table: Tensor, count: int) -> Tensor:

@@ -130,10 +130,10 @@ class BlockFlowHead(nn.Module):
     def noised(self, target: Tensor, sizes: Sequence[int], noise: SampleNoise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(t [B, K], x and its velocity [B, L, C], the time of every token [B, L]) that training shows the head."""
         device = target.device
-        steps = torch.tensor([k for k, size in enumerate(sizes) for _ in range(size)], device=device)
         t = noise.uniform(torch.arange(len(sizes), device=device), TIME_STREAM)
         error = noise.normal(torch.arange(sum(sizes), device=device), self.channels, NOISE_STREAM)
-        return t, interpolate(target, error, t[:, steps]), error - target, t[:, steps]
+        each = spread(t, sizes)
+        return t, interpolate(target, error, each), error - target, each
 
     def draw(
         self,
@@ -178,3 +178,8 @@ class BlockFlowHead(nn.Module):
 
     def log_prob(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         raise ValueError("BlockFlowHead has no likelihood in closed form; compare its loss instead")
+
+
+def spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Values [B, K] of the steps, at every token of theirs: [B, L]. An index made on the host would be waited for."""
+    return torch.cat([values[:, k : k + 1].expand(-1, size) for k, size in enumerate(sizes)], dim=1)

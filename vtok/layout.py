@@ -170,9 +170,9 @@ class SequenceLayout:
         sizes = [len(list(same)) for _, same in itertools.groupby(self._ranks[a:b])]
         return "full" if len(sizes) == 1 else "causal" if len(sizes) == b - a else tuple(itertools.accumulate(sizes))
 
-    def steps_of_tokens(self, *, device: torch.device | None = None) -> Tensor:
+    def steps_of_tokens(self) -> Tensor:
         """Step in which each token is written, int64 [L]."""
-        return torch.tensor([step for step, size in enumerate(self.sizes) for _ in range(size)], device=device)
+        return torch.tensor([step for step, size in enumerate(self.sizes) for _ in range(size)])
 
     # --- as plain data ----------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from vgen.gaussian import Moments
 from vgen.generator import Canvas
 from vgen.heads import DrawRule
-from vgen.heads_block_flow import NOISE_STREAM, TIME_STREAM
+from vgen.heads_block_flow import NOISE_STREAM, TIME_STREAM, spread
 from vgen.latents import enlarge, scale_map, shrink
 from vgen.models.flowar import FlowAR
 from vtok.flow import interpolate
@@ -98,6 +98,7 @@ class ECAR(FlowAR):
         sides = [side for side, _ in self.layout.sides]
         ratios = [side // before for before, side in itertools.pairwise(sides)]
         self.starts = (1.0, *(start_after(end, ratio) for end, ratio in zip(self.ends, ratios)))
+        self.register_buffer("times", torch.tensor([self.ends, self.starts]), persistent=False)
 
     def path(
         self, canvas: Canvas, k: int, noise: SampleNoise, position: Tensor, rule: DrawRule
@@ -146,14 +147,14 @@ class ECAR(FlowAR):
         h = self(Canvas(given, self.layout), self.conditioner(batch["label"], self.dropped(batch)))
         share, each = self.shares(noise)
         x = interpolate(ends, starts, each)
-        low, high = (torch.tensor(times, device=h.device) for times in (self.ends, self.starts))
+        low, high = self.times
         error = self.head.error(h, x, low + share * (high - low), starts - ends, self.layout.sizes)
         return self.weighted(error)
 
     def shares(self, noise: SampleNoise) -> tuple[Tensor, Tensor]:
         """How far along each stage's path training looks, [B, K], and the same of every token [B, L]."""
         share = noise.uniform(torch.arange(self.layout.steps, device=noise.seeds.device), TIME_STREAM)
-        return share, share[:, self.layout.steps_of_tokens(device=share.device)]
+        return share, spread(share, self.layout.sizes)
 
     def moments(self, tokens: Tensor) -> Moments:
         keys = sample_seeds(0, 0, len(tokens)).to(tokens.device)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -214,8 +215,7 @@ class MAR(Generator):
 
     def hidden_count(self, noise: SampleNoise) -> Tensor:
         """How many tokens of each sample training hides, int64 [B]: ceil(L r), r from the truncated normal."""
-        low = torch.tensor((self.mask_ratio - RATIO_MEAN) / RATIO_STD, device=noise.seeds.device)
-        below, above = torch.special.ndtr(low), torch.special.ndtr(torch.zeros_like(low))
+        below, above = (NormalDist(RATIO_MEAN, RATIO_STD).cdf(end) for end in (self.mask_ratio, 1.0))
         ratio = RATIO_MEAN + RATIO_STD * torch.special.ndtri(below + ratio_uniform(noise) * (above - below))
         length = self.layout.length
         return (length * ratio).ceil().long().clamp(length - self.most_kept, length)

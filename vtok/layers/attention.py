@@ -190,6 +190,6 @@ class Attention(nn.Module):
                 q, k = q + added, k + added
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-            q = q.to(k.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # norms leave float32 under autocast, FlexAttention wants one dtype
         y = attend(q, k, v, mask=mask, scale=self.scale, dropout=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(rows, length, dim).to(qkv.dtype))

@@ -49,6 +49,7 @@ class ConditionAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if position is not None:
             q = rotate(q, *position)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # norms leave float32 under autocast
         return self.out(attend(q, k, v, mask=mask).transpose(1, 2).flatten(2))
 
 

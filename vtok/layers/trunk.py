@@ -19,7 +19,8 @@ from vtok.layout import Pattern, behind, visible
 
 # Positions in a step, on average and but for the largest, from which a call a step beats one mask in memory. Measured
 # on a CPU with VAR's 680 positions: forward 0.75 of the time, forward and backward 1.05 (every call has gradients for
-# all earlier keys), so that training has a mask, in memory or FlexAttention's.
+# all earlier keys), so that training has a mask, in memory or FlexAttention's. The latter has no dropout on the
+# weights: with it, training on CUDA has a call a block (not measured).
 BLOCK = 8
 
 
@@ -209,9 +210,11 @@ class Trunk(nn.Module):
         if fresh and inputs.pattern == "causal":
             return "causal"
         blocks = inputs.pattern if fresh and isinstance(inputs.pattern, tuple) else ()
-        if blocks and (self.prefixes if torch.is_grad_enabled() else pays(blocks)):
+        grads, on_cuda = torch.is_grad_enabled(), inputs.x.is_cuda and self.training
+        dropped = on_cuda and self.attention_dropout > 0  # FlexAttention has no dropout on the weights
+        if blocks and ((grads and self.prefixes) or ((dropped or not grads) and pays(blocks))):
             return blocks
-        if fresh and inputs.x.is_cuda and self.training and inputs.rank.dim() == 1 and not self.attention_dropout:
+        if fresh and on_cuda and not dropped and inputs.rank.dim() == 1:
             # ranks on the device tell no two masks apart without waiting for it
             return block_mask_of(blocks, inputs.rank.device) if blocks else block_mask(inputs.rank)
         seen = visible(inputs.rank, inputs.rank)

@@ -247,8 +247,7 @@ class LevelEncoder(nn.Module):
             ranks.append(torch.full_like(cell, level))
             start += height * width
         latent = start + torch.arange(sum(self.levels), device=device)
-        count = torch.tensor(self.levels, device=device)
-        ranks.append(len(sides) + torch.arange(len(count), device=device).repeat_interleave(count))
+        ranks += [torch.full((n,), len(sides) + level, device=device) for level, n in enumerate(self.levels)]
         head = self.trunk.dim // self.trunk.heads
         cos, sin = rope_2d(torch.cat([*rows, latent]), torch.cat([*columns, latent]), head, self.theta)
         rank = torch.cat(ranks)
@@ -306,7 +305,7 @@ def level_sizes(tokens: int) -> list[int]:
 
 def by_level(values: Tensor, levels: Sequence[int]) -> Tensor:
     """Row k of `values` for each token of level k, [N, D]."""
-    return values.repeat_interleave(torch.tensor(levels, device=values.device), dim=0)
+    return torch.cat([row.expand(count, -1) for row, count in zip(values, levels)])
 
 
 def residual_pyramid(grid: Tensor, levels: Sequence[int]) -> Tensor:

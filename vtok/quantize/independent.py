@@ -70,7 +70,7 @@ class IndependentVQ(VQ):
         """
         sides = self._sides(sides)
         pooled = self.pooled(z, sides)
-        share = torch.tensor([1 / side**2 for side in sides for _ in range(side**2)], device=z.device)
+        share = torch.cat([torch.full((side**2,), 1 / side**2, device=z.device) for side in sides])
         found = super().forward(pooled, weight=share.expand(len(z), -1))
         return Quantized(self.assemble(found.codes, None, sides), found.codes, found.ids, found.loss, found.stats)
 

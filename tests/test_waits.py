@@ -1,0 +1,92 @@
+"""Training on CUDA never waits for the device: seen on the CPU, with fake tensors and with watched backward passes."""
+
+import pytest
+import tokenizers
+import torch
+from fake_cuda import Arrivals, fake_cuda
+from generators import FAMILIES, also_read, make, tokens_of
+from tape import Watch
+from test_generators import LABELS
+from torch import nn
+
+from vgen.corruption import Corruption
+from vgen.generator import Generator
+from vtok.layers.trunk import Trunk
+from vtok.noise import sample_seeds
+
+OPTIONS = {"rar": {"anneal": (0.0, 1.0)}, "var": {"progressive_until": 0.9, "drop_path": 0.1}}
+OPTIONS |= {name: {"dropout": 0.1, "attention_dropout": 0.1} for name in ("xar_cell", "flowar", "ecar", "mar")}
+
+
+def trained(name: str) -> tuple[Generator, dict[str, torch.Tensor]]:
+    model = make(name, **OPTIONS.get(name, {})).train()
+    batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": sample_seeds(0, 0, 3)}
+    return model, batch | also_read(model, 3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_training_step_never_waits_for_the_device(name, monkeypatch):
+    """The second: the first places constants there."""
+    monkeypatch.setattr(Trunk, "prefixes", True)  # FlexAttention's masks are built once a layout, and compiled
+    model, batch = trained(name)
+    loss = model.loss(batch, progress=0.5)["loss"]
+    with Watch(lambda *_: None):
+        loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+    corrupt = Corruption(model.spec, None, kind="random")
+    with fake_cuda(model, batch) as batch:
+        model.loss(corrupt(batch), progress=0.5)
+        with Arrivals():
+            loss = model.loss(corrupt(batch), progress=0.5)["loss"]
+        assert loss.is_cuda and loss.requires_grad
+
+
+DRAWN = {"detailflow", "flextok", "flextok_vae"}  # shapes and groups of rows follow what is drawn for the samples
+NESTED = {"restok", "retok"}  # training draws from a table of the host how many tokens are kept; eval keeps all
+
+
+@pytest.mark.parametrize("name", sorted(set(tokenizers.FAMILIES) - DRAWN))
+def test_a_tokenizers_forward_pass_never_waits_for_the_device(name, monkeypatch):
+    monkeypatch.setattr(Trunk, "prefixes", True)
+    model, batch = tokenizers.make(name), {"images": tokenizers.images(2), "key": sample_seeds(0, 0, 2)}
+    model.train(name not in NESTED)
+    with fake_cuda(model, batch) as batch:
+        model(batch["images"], key=batch["key"])
+        with Arrivals():
+            assert model(batch["images"], key=batch["key"]).images.is_cuda
+
+
+WAITING = {
+    "a value": lambda x: x.sum().item(),
+    "a condition": lambda x: bool(x.sum() > 0),
+    "a size": lambda x: x[x > 0],
+    "numbers": lambda x: torch.tensor([0.5, 1.0], device=x.device),
+    "one number": lambda x: torch.tensor(0.5, device=x.device),
+    "an index": lambda x: x[[1, 0]],
+    "a table": lambda x: torch.ones(2).to(x.device),
+    "the way back": lambda x: x.cpu(),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_what_waits_is_seen(name):
+    with fake_cuda(nn.Linear(2, 2), {"x": torch.ones(2, 2)}) as batch, Arrivals():
+        (batch["x"] * 2 + torch.arange(2, device="cuda")).sum()  # nothing waits
+        with pytest.raises(Exception, match=r"waited for|_local_scalar_dense|nonzero"):
+            WAITING[name](batch["x"])
+
+
+@pytest.mark.parametrize("kind", ["near", "noise"])
+def test_tables_of_wrong_codes_are_placed_once(kind):
+    from test_corruption import quantizer  # VQ of 24 codes
+
+    model, batch = trained("llamagen")
+    corrupt = Corruption(model.spec, quantizer(), kind=kind)
+    with fake_cuda(model, batch) as batch:
+        corrupt.tables = [torch.empty(table.shape) for table in corrupt.tables]
+        corrupt.neighbours = [torch.empty(table.shape, dtype=torch.int64) for table in corrupt.neighbours]
+        with pytest.raises(AssertionError, match="waited for"), Arrivals():
+            corrupt(batch)
+        corrupt(batch)
+        with Arrivals():
+            assert corrupt(batch)["context"].is_cuda
