@@ -125,7 +125,7 @@ def test_another_gaussian_loses_more(name):
 
 @pytest.mark.parametrize("name", ["mar", "mar_flow"])
 def test_an_oracle_in_the_heads_place_reaches_the_baseline(name, monkeypatch):
-    """A model whose states are the moments of their cells, and whose head knows what follows, has the baseline's loss."""
+    """A model whose states are the moments of their cells, and whose head knows what follows, has its loss."""
     model = make(name)
     tokens, moments = gaussian_data()
     network = model.head.gaussian()
