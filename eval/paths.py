@@ -127,13 +127,24 @@ def training(
     return asked
 
 
-def decoding(*, dtype: torch.dtype) -> Asked:
-    """For images of tokens: bfloat16 means channels-last convolutions too, where there are any."""
-    asked = Asked()
-    light = dtype != torch.float32
-    asked.one_of("decode.bfloat16" if light else "decode.float32", "decode.bfloat16", "decode.float32")
-    if light:
-        asked.never.add("decode.channels_first")
+def encoding(tokenizer: nn.Module, *, dtype: torch.dtype) -> Asked:
+    """For tokens of images: convolutions channels-last, where there are any, and packed layers where it holds some."""
+    return _images("encode", tokenizer, dtype, other="decoder")
+
+
+def decoding(tokenizer: nn.Module, *, dtype: torch.dtype) -> Asked:
+    """For images of tokens: so too."""
+    return _images("decode", tokenizer, dtype, other="encoder")
+
+
+def _images(part: str, tokenizer: nn.Module, dtype: torch.dtype, *, other: str) -> Asked:
+    """other: the child that this part leaves alone; packed layers may all be in it (Open-MAGVIT2's decoder)."""
+    asked, light = Asked(), dtype != torch.float32
+    asked.one_of(f"{part}.bfloat16" if light else f"{part}.float32", f"{part}.bfloat16", f"{part}.float32")
+    asked.never.add(f"{part}.channels_first")
+    packed = [name for name, m in tokenizer.named_modules() if isinstance(m, PackedLinear)]
+    if any(name.partition(".")[0] != other for name in packed):
+        asked.taken.add("linear.packed")
     return asked
 
 

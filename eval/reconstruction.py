@@ -28,6 +28,7 @@ from eval.references import statistics_hash
 from eval.sources import from_data
 from vtok.checkpoint import write_atomic, write_json
 from vtok.cli import entry
+from vtok.decoding import encode_images, light_tokenizer
 from vtok.quantize.statistics import COUNTED
 
 GRID = 64  # pairs in the picture
@@ -73,7 +74,7 @@ def run_through(
     with progress_bar("reconstructing", images.count) as advance:
         for batch in images.batches(batch_size):
             x = (batch.to(device).permute(0, 3, 1, 2).float() / 127.5) - 1
-            tokens = tokenizer.encode(x)
+            tokens = encode_images(tokenizer, x)
             decoded = tokenizer.decode(tokens)
             copies = to_uint8(decoded).cpu()
             done.errors.add(batch, copies)
@@ -84,7 +85,7 @@ def run_through(
                         ids = tokens[:, start : start + part.count].reshape(-1).cpu()
                         count += torch.bincount(ids, minlength=part.vocab_size)
                     start += part.count
-                done.survived += int((tokenizer.encode(decoded.clamp(-1, 1)) == tokens).sum())
+                done.survived += int((encode_images(tokenizer, decoded.clamp(-1, 1)) == tokens).sum())
                 done.tokens += tokens.numel()
             if perceptual is not None:
                 shown = (
@@ -121,6 +122,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
             f"data.image_size={data.image_size}, but the tokenizer was trained at {tokenizer.spec.image_size}: "
             f"pass data.image_size={tokenizer.spec.image_size}"
         )
+    light_tokenizer(tokenizer, torch.float32)
     extractor = None
     if config["extractor"] != "none":
         extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)

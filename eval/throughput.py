@@ -13,8 +13,8 @@ peak that the GPU's maker states. online is such a step on images, whose encodin
 float32 as in train.py, and on a GPU with encode_ahead beside the step before.
 
 Every row holds the paths that were taken (vtok/counters.py), and a setting whose path was not is an error: a fallback
-is no measurement of it (eval/paths.py). prefixes is for training, cuda_graphs, packed and quant are for sampling,
-compile for both.
+is no measurement of it (eval/paths.py). prefixes is for training, cuda_graphs and quant are for sampling, compile for
+both, and packed for all but training, which needs weights of its own, as does what it encodes with.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from vtok import counters
 from vtok.acceleration import compile_blocks, light_weights, peak_rate, training_operations, utilisation
 from vtok.cli import entry
 from vtok.data.ahead import Ahead
-from vtok.decoding import channels_last, decode_images
+from vtok.decoding import channels_last, decode_images, encode_images, light_tokenizer
 from vtok.layers.packed import PackedLinear
 from vtok.layers.trunk import Trunk
 from vtok.noise import SampleNoise
@@ -180,34 +180,39 @@ def counted(run: Callable[[], Any], module: nn.Module) -> tuple[float, float]:
 
 
 def training_cost(generator: Any, batch: Mapping[str, Tensor]) -> tuple[float, float]:
-    """The same of a training step, in closed form where there is one. Else one image's operations are counted on the
-    CPU: PyTorch's counter cannot see into FlexAttention, which is compiled, and fails on it."""
-    operations, copied = training_operations(generator), generator
-    if operations is None:
+    """The same of a training step, in closed form where there is one, else counted. Of a batch on CUDA those of its
+    first image on the CPU are: PyTorch's counter cannot see into FlexAttention, which is compiled, and fails on it."""
+    count, operations = len(batch["label"]), training_operations(generator)
+    if operations is not None:
+        total = count * operations
+    elif batch["label"].device.type == "cpu":
+        total, _ = counted(trainer(generator, lambda: batch), generator)
+    else:
         row, copied = {name: value[:1].cpu() for name, value in batch.items()}, copy.deepcopy(generator).cpu()
-        operations, _ = counted(trainer(copied, lambda: row), copied)
-    return operations * len(batch["label"]), 3.0 * weight_bytes(generator)
+        total = count * counted(trainer(copied, lambda: row), copied)[0]
+    return total, 3.0 * weight_bytes(generator)
 
 
 def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Module | None) -> list[dict[str, Any]]:
     """One row for each part and batch size."""
     device, dtype = next(tokenizer.parameters()).device, getattr(torch, config["dtype"])
     rate, speed = matmul_rate(device, dtype), bandwidth(device)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    rows, light = [], generator
+    rows, light, quick = [], generator, tokenizer
+    if config["packed"] is not False:
+        quick = copy.deepcopy(tokenizer) if "online" in config["parts"] else tokenizer
+        light_tokenizer(quick, dtype)
     if generator is not None:  # training needs weights of its own
         light = copy.deepcopy(generator) if LEARNING & set(config["parts"]) else generator
         light_weights(light, dtype, compiled=bool(config["compile"]), **storage(config))
     for batch in config["batches"]:
         if config["compile"]:
             torch._dynamo.reset()  # for this size alone, as in a training, and not for any
-        work = jobs(config, tokenizer, generator, light, int(batch), device)
+        work = jobs(config, tokenizer, quick, generator, light, int(batch), device)
         for part in config["parts"]:
             if part not in work:
                 continue
             job = work[part]
-            given = autocast if part == "encode" else nullcontext()  # the others bring their precision with them
-            with given, nullcontext() if job.graded else torch.inference_mode():
+            with nullcontext() if job.graded else torch.inference_mode():
                 operations, bytes_read = job.cost()
                 counters.reset()  # only what is timed counts, with the run that warms it up
                 if device.type == "cuda":
@@ -251,25 +256,27 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
 def jobs(
     config: Mapping[str, Any],
     tokenizer: Any,
+    quick: Any,
     generator: Any | None,
     light: Any | None,
     batch: int,
     device: torch.device,
 ) -> dict[str, Job]:
-    """What is timed, by part. light: the generator with its weights as they are stored for sampling."""
+    """What is timed, by part. light: the generator with its weights as they are stored for sampling; quick: so the
+    tokenizer, for all but training."""
     size = tokenizer.spec.image_size
     drawer = torch.Generator().manual_seed(int(config["seed"]))
     images = (torch.rand(batch, 3, size, size, generator=drawer) * 2 - 1).to(device)
     seeds = torch.arange(batch, device=device)
     noise = SampleNoise(seeds)
     with torch.inference_mode():
-        tokens = tokenizer.encode(images, noise=noise)
+        tokens = encode_images(quick, images, noise=noise)
     dtype = getattr(torch, config["dtype"])
-    encode = lambda: tokenizer.encode(images, noise=noise)  # noqa: E731
-    decode = lambda: decode_images(tokenizer, tokens, dtype=dtype, noise=noise)  # noqa: E731
+    encode = lambda: encode_images(quick, images, dtype=dtype, noise=noise)  # noqa: E731
+    decode = lambda: decode_images(quick, tokens, dtype=dtype, noise=noise)  # noqa: E731
     found = {
-        "encode": Job(encode, lambda: counted(encode, tokenizer), tokenizer, paths.Asked()),
-        "decode": Job(decode, lambda: counted(decode, tokenizer), tokenizer, paths.decoding(dtype=dtype)),
+        "encode": Job(encode, lambda: counted(encode, quick), quick, paths.encoding(quick, dtype=dtype)),
+        "decode": Job(decode, lambda: counted(decode, quick), quick, paths.decoding(quick, dtype=dtype)),
     }
     if generator is None:
         return found
@@ -280,7 +287,7 @@ def jobs(
     guide, graphs = guidance(float(config["guidance"])), bool(config["cuda_graphs"])
     labels = torch.arange(batch, device=device) % max(generator.num_classes, 1)
     if "sample" in config["parts"]:
-        fast, plain = Pipeline(light, tokenizer, cuda_graphs=graphs), Pipeline(light, tokenizer)
+        fast, plain = Pipeline(light, quick, cuda_graphs=graphs), Pipeline(light, quick)
         draw = lambda pipeline: pipeline.tokens(labels, seeds, guide=guide, rule=DrawRule())  # noqa: E731
         asked = paths.sampling(
             light,
@@ -312,7 +319,7 @@ def learning(
 
     @torch.no_grad()
     def encode(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {**given, "tokens": tokenizer.encode(batch["image"], noise=noise)}
+        return {**given, "tokens": encode_images(tokenizer, batch["image"], noise=noise)}
 
     if "train" in config["parts"]:
         found["train"] = Job(trainer(generator, lambda: given, **options), cost, generator, asked, graded=True)
@@ -320,7 +327,9 @@ def learning(
         ahead = device.type == "cuda" and bool(config["encode_ahead"])
         pictures = itertools.repeat({"image": images})
         batches = iter(Ahead(pictures, encode, device)) if ahead else map(encode, pictures)
-        asked = paths.Asked(asked.taken | ({"tokens.ahead"} if ahead else set()), asked.never)
+        encoding = paths.encoding(tokenizer, dtype=torch.float32)
+        taken = asked.taken | encoding.taken | ({"tokens.ahead"} if ahead else set())
+        asked = paths.Asked(taken, asked.never | encoding.never)
         step = trainer(generator, lambda: next(batches), **options)
         found["online"] = Job(step, cost, generator, asked, graded=True)
     return found
@@ -427,13 +436,13 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     unknown = set(config["parts"]) - set(PARTS)
     if unknown or not config["batches"] or min(config["batches"]) < 1 or config["repeats"] < 1:
         raise ValueError(f"parts must be of {', '.join(PARTS)}; batches and repeats at least 1")
-    device, dtype = resolve_device(config["device"]), resolve_dtype(config["dtype"])
+    device = resolve_device(config["device"])
+    resolve_dtype(config["dtype"])  # or an error that names those there are
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
     torch.manual_seed(int(config["seed"]))
     tokenizer = instantiate(config["tokenizer"], _convert_="all").to(device).eval().requires_grad_(False)
-    if dtype != torch.float32:
-        channels_last(tokenizer)
+    channels_last(tokenizer)
     generator = None
     if config.get("model") is not None:
         make = instantiate(config["model"], _convert_="all", _partial_=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eval.peers import LIGHT_IMAGES, Options, Output, Pair, exact, fill, resets_kept, shipped, sized, timed
 from vtok.convert import convert
-from vtok.decoding import decode_images, light_tokenizer
+from vtok.decoding import decode_images, encode_images, light_tokenizer
 from vtok.tokenizer import Tokenizer
 
 
@@ -44,8 +44,7 @@ def compare(
         return call
 
     def quick_encode(given: Tensor) -> Tensor:
-        with options.precision():
-            return fast.encode(given)
+        return encode_images(fast, given, dtype=options.dtype_of("encode"))
 
     def quick_decode(given: Tensor) -> Tensor:
         return decode_images(fast, given, dtype=options.dtype)

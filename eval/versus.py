@@ -176,9 +176,9 @@ def asked(config: Mapping[str, Any], generator: Any | None, part: str, options: 
     if generator is None:
         return paths.Asked({"step.cached", "rows.guided"}, {"step.recomputed"})
     if part == "encode":
-        return paths.Asked()
+        return paths.encoding(generator, dtype=options.dtype_of(part))
     if part == "decode":
-        return paths.decoding(dtype=options.dtype)
+        return paths.decoding(generator, dtype=options.dtype)
     if part == "train":
         dtype = options.dtype_of(part)
         given = {"device": options.device, "dtype": dtype, "compiled": options.compile}

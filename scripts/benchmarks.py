@@ -81,6 +81,12 @@ FAST = [  # path, command with the key, the key, where it is shown to change not
         "tests/test_light_weights.py",
     ),
     (
+        "packed tokenizers, CPU",
+        "python -m eval.throughput tokenizer=titok_l32 parts=[encode,decode] batches=[1,8] device=cpu",
+        "packed",
+        "tests/test_light_weights.py",
+    ),
+    (
         "CUDA graphs",
         "python scripts/bench_gpu.py only=[llamagen_l_sample_1,llamagen_l_sample_1_plain]",
         "the row",

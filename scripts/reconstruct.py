@@ -53,6 +53,7 @@ def main(config: Any) -> None:
     from vtok.data.tasks import task_from_environment
     from vtok.data.tiles import check_whole, reconstruct
     from vtok.data.transforms import to_float, to_uint8
+    from vtok.decoding import light_tokenizer
 
     task, tasks = task_from_environment(config.task_id, config.num_tasks, os.environ)
     source, out = Path(config["in"]), Path(config.out)
@@ -94,6 +95,7 @@ def main(config: Any) -> None:
     if config.whole:
         recipe["whole"] = True
     recipe = claim(out, recipe, what="copies")  # as the folder has it: a later version goes on with the same hash
+    light_tokenizer(tokenizer, torch.float32)  # its hash is taken
     recipe_hash = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     how = dict(batch=config.batch_size, keep=config.keep, seed=int(config.seed), whole=bool(config.whole))
     errors, bad, done, earlier = PixelErrors(), [], 0, 0

@@ -11,6 +11,7 @@ import pytest
 import test_generators
 import test_tokenizers
 import tokenizers
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -20,6 +21,7 @@ from vgen.models import FAMILIES
 from vtok import counters
 from vtok.checkpoint import CheckpointError, load_module, read_config, save_folder
 from vtok.config import Families, build, describe, instantiate
+from vtok.layers.packed import packable
 from vtok.quantize.vq import VQ
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +80,11 @@ def test_training_and_resuming(runs, monkeypatch, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def packed():
+    """Whether packed weights were read, where the processor has them."""
+    return bool(counters.read().get("linear.packed")) == packable(torch.zeros(1))
+
+
 def test_sampling_and_evaluation(runs, monkeypatch):
     source, data = f"from={runs / 'generator'}", ("data=fake", "data.image_size=16", "data.val_images=8")
     out = runs / "samples.npz"
@@ -87,7 +94,9 @@ def test_sampling_and_evaluation(runs, monkeypatch):
     assert any(key.startswith("fd") or "FD" in key for key in (runs / "fid.json").read_text().split('"'))
     out = runs / "reconstruction.json"
     tokenizer = (f"from={runs / 'tokenizer'}", TRUST, *data, "extractor=none", f"out={out}")
+    counters.reset()
     assert command(monkeypatch, "eval.reconstruction", *tokenizer) == 0
+    assert counters.read()["encode.float32"] > 0 and packed()
     assert "psnr" in out.read_text().lower()
 
 
@@ -95,7 +104,9 @@ def test_cached_codes_and_likelihood(runs, monkeypatch):
     codes = runs / "codes"
     small = ("data=fake", "data.image_size=16", "data.train_images=24", "data.val_images=8")
     source = (f"from={runs / 'tokenizer'}", TRUST, f"out={codes}", "device=cpu")
+    counters.reset()
     assert command(monkeypatch, "scripts.cache_codes", *source, *small) == 0
+    assert counters.read()["encode.float32"] > 0 and packed()
     generator = (*OUTSIDE, "model=diagonal", *THIN["model"], "data=codes", f"data.folder={codes}", *QUICK)
     assert command(monkeypatch, "train", *generator, TRUST, f"run_dir={runs / 'cached'}") == 0
     out = (f"from={runs / 'cached'}", TRUST, f"out={runs / 'likelihood.json'}", "images=24")

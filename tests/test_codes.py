@@ -32,6 +32,7 @@ from vtok.data.module import EvaluationBatches, StepBatches
 from vtok.data.shards import Shards, dtype_of, id_of, open_split, pack, unpack_row
 from vtok.data.tasks import task_from_environment
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
+from vtok.layers.packed import can_pack
 from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES
 from vtok.models.cnn import CNNTokenizer
@@ -124,14 +125,22 @@ def test_shards_hold_the_tokens_of_every_crop(tmp_path, crops):
     assert open_split(tmp_path / "val").crops == 1 and len(open_split(tmp_path / "val")) == 7
 
 
-def test_codes_equal_online_tokens(tmp_path):
-    model = tokenizer()
+@pytest.mark.parametrize("name", ["cnn", "gigatok"])
+def test_codes_equal_online_tokens(tmp_path, name):
+    """By the fast paths; the given tokenizer, whose hash is compared, keeps its weights. GigaTok has linear layers."""
+    model = tokenizer() if name == "cnn" else make(name).eval()
+    before = weights_hash(model.state_dict())
+    counters.reset()
     write(tmp_path, model, shard_size=100, batch=4)
+    taken, packs = counters.read(), can_pack(model)
+    assert taken["encode.channels_last"] == 7 + 2 and "encode.channels_first" not in taken
+    assert bool(taken.get("linear.packed")) == packs and weights_hash(model.state_dict()) == before
     cached = Codes(folder=str(tmp_path), tokenizer=model, batch_size=4, seed=3)
     online = OnlineTokens(data=data(seed=3), tokenizer=model)
     assert cached.spec == online.spec == model.spec
     for field in ("num_classes", "class_names", "image_size", "train_size", "val_size", "batch_size", "accumulate"):
         assert getattr(cached, field) == getattr(online, field)
+    counters.reset()
     for loader, batches in (("train_dataloader", 9), ("val_dataloader", 2)):
         pairs = list(itertools.islice(zip(getattr(cached, loader)(), getattr(online, loader)()), batches))
         assert len(pairs) == batches
@@ -140,6 +149,9 @@ def test_codes_equal_online_tokens(tmp_path):
             assert a.keys() == b.keys() == {"tokens", "label", "key", "index"}
             assert all(torch.equal(a[k], b[k]) for k in ("label", "key", "index")) and a["tokens"].dtype == torch.int64
             assert (a["tokens"] == b["tokens"]).float().mean() > 0.98  # batches differ: near ties only
+    taken = counters.read()
+    assert taken["encode.channels_last"] == 9 + 2 and "encode.channels_first" not in taken
+    assert weights_hash(online.tokenizer.state_dict()) == before
 
 
 def test_crop_is_drawn_by_key(tmp_path):

@@ -76,10 +76,14 @@ def test_var_adds_one_map_a_step_to_a_sum_with_the_bits_of_all_maps_added_anew(m
 @pytest.mark.parametrize(
     "name", ["llamagen", "var", "rar", "hita", "flexvar", "maskgit", "mar", "xar_cell", "flowar", "llamagen_factorised"]
 )
-@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "recorded"])
-def test_null_rows_end_with_the_last_guided_step_and_the_images_stay(name, graphs, monkeypatch):
+@pytest.mark.parametrize(
+    ("graphs", "greedy"), [(False, False), (False, True), (True, False)], ids=["plain", "greedy", "recorded"]
+)
+def test_null_rows_end_with_the_last_guided_step_and_the_images_stay(name, graphs, greedy, monkeypatch):
     model, seeds, rows = make(name), sample_seeds(3, 0, 3), []
     guide, rule = guidance(3.0, "interval", high=0.5), DrawRule(top_k=9) if model.spec.discrete else DrawRule()
+    if greedy:
+        rule = DrawRule(temperature=0)
     if graphs and name == "maskgit":
         pytest.skip("MaskGIT has no steps to record")
     steps, ramp = model.layout.steps, max(model.layout.steps - 1, 1)

@@ -647,7 +647,7 @@ def test_likelihood_figures_of_an_exact_model() -> None:
 # --- reconstruction --------------------------------------------------------------------------------------------------
 
 
-class Quadrants:
+class Quadrants(torch.nn.Module):
     """A stand-in for a tokenizer: a token is the brightness of a quadrant in four levels, painted back flat."""
 
     spec = SimpleNamespace(

@@ -11,18 +11,22 @@ import torch
 from generators import make, tokens_of
 from test_generators import LABELS, draw
 from test_pipeline import exported, settings
+from tokenizers import FAMILIES, images
+from tokenizers import make as make_tokenizer
 from torch import nn
 from torch._dynamo.utils import counters as compiled
 
 from eval import paths
+from eval.peers import Options
+from eval.versus import asked
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
 from vgen.sampling import sample
 from vtok import counters
 from vtok.acceleration import compile_blocks, light_weights
-from vtok.decoding import channels_last, decode_images
-from vtok.layers.packed import PackedLinear, pack_linears, packable
+from vtok.decoding import channels_last, decode_images, encode_images, light_tokenizer
+from vtok.layers.packed import PackedLinear, linears, pack_linears, packable
 from vtok.low_bit import quantize_weights
 from vtok.models.cnn import CNNTokenizer
 from vtok.noise import sample_seeds
@@ -40,9 +44,17 @@ def needs_torchao():
     pytest.importorskip("torchao", reason="torchao, the extra `quant`, is not installed")
 
 
+def drawn(model, greedy):
+    """A rule for the model's tokens."""
+    if greedy:
+        return DrawRule(temperature=0)
+    return DrawRule(top_k=9) if model.spec.discrete else DrawRule()
+
+
 @pytest.mark.parametrize("name", ["llamagen", "var", "rar", "xar_cell", "mar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_packed_weights_draw_the_same_tokens(name, dtype):
+@pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
+def test_packed_weights_draw_the_same_tokens(name, dtype, greedy):
     """Joint biases (VAR's q and v) and plain ones; the sums may run in another order, hence values within rounding."""
     needs_packing(dtype)
     plain = make(name).requires_grad_(False)
@@ -52,7 +64,7 @@ def test_packed_weights_draw_the_same_tokens(name, dtype):
     light_weights(fast, dtype, packed=True)
     after = [m for m in fast.modules() if isinstance(m, PackedLinear)]
     assert len(after) == len(before) > 0 and not any(type(m) is nn.Linear for m in fast.modules())
-    rule = DrawRule(top_k=9) if plain.spec.discrete else DrawRule()
+    rule = drawn(plain, greedy)
     got, want = (draw(m, LABELS, sample_seeds(0, 0, 3), guidance(2.0), rule).tokens for m in (fast, plain))
     if plain.spec.discrete:
         assert torch.equal(got, want)
@@ -64,19 +76,23 @@ def test_packed_weights_draw_the_same_tokens(name, dtype):
 @pytest.mark.parametrize("name", ["llamagen", "var", "rar", "har", "xar_cell", "mar", "llamagen_factorised_depth"])
 def test_compiled_steps_draw_the_same_tokens_in_few_graphs(name, monkeypatch):
     """Dynamo's eager backend: what it captures. A graph holds whatever the position, the layer and the rows are, so
-    that null rows may end on the way."""
+    that null rows may end on the way, and serves argmax too."""
     monkeypatch.setattr("vtok.acceleration.compile_blocks", lambda module: compile_blocks(module, backend="eager"))
     plain = make(name).requires_grad_(False)
     fast = copy.deepcopy(plain)
     torch._dynamo.reset()
     light_weights(fast, torch.float32, packed=False, compiled=True)
-    guide, rule = guidance(3.0, "interval", high=0.5), DrawRule(top_k=9) if plain.spec.discrete else DrawRule()
+    guide, found = guidance(3.0, "interval", high=0.5), []
     before = compiled["stats"]["unique_graphs"]
     counters.reset()
-    got, want = (draw(m, LABELS, sample_seeds(0, 0, 3), guide, rule).tokens for m in (fast, plain))
+    for greedy in (False, True):
+        rule = drawn(plain, greedy)
+        got, want = (draw(m, LABELS, sample_seeds(0, 0, 3), guide, rule).tokens for m in (fast, plain))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        found.append(got)
+    assert not torch.equal(*found)
     taken = counters.read()
     assert taken.pop("rows.single"), "guidance ends"
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert taken["block.compiled"] and "block.plain" not in taken
     assert compiled["stats"]["unique_graphs"] - before <= 8, "of a trunk, and of the head's"
     paths.sampling(fast, dtype=torch.float32, guided=True, compiled=True).check(taken, "sample")
@@ -226,24 +242,63 @@ def test_channels_last_images_are_the_same_and_bfloat16_ones_close():
     assert float((light - plain).abs().max() / plain.abs().max()) < 0.05  # eight bits of mantissa, a dozen layers
 
 
-def test_channels_last_is_counted_where_all_results_are_and_one_that_is_not_fails():
-    tokenizer, tokens = small_tokenizer(), torch.randint(24, (2, 16))
-    asked = paths.decoding(dtype=torch.bfloat16)
-    channels_last(tokenizer)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_channels_last_is_counted_where_all_results_are_and_one_that_is_not_fails(part, dtype):
+    tokenizer, name = small_tokenizer(), str(dtype).removeprefix("torch.")
+    run, given, side = {
+        "encode": (encode_images, torch.rand(2, 3, 32, 32) * 2 - 1, tokenizer.encoder),
+        "decode": (decode_images, torch.randint(24, (2, 16)), tokenizer.decoder),
+    }[part]
+    wanted = getattr(paths, f"{part[:-1]}ing")(tokenizer, dtype=dtype)
 
-    def counted():
+    def counted(dtype=dtype):
         counters.reset()
-        decode_images(tokenizer, tokens, dtype=torch.bfloat16)
+        run(tokenizer, given, dtype=dtype)
         return counters.read()
 
-    assert counted() == {"decode.bfloat16": 1, "decode.channels_last": 1}
-    asked.check(counted(), "decode")
-    last = tokenizer.decoder.conv_out  # its weights say channels-last, as those of all others do; its result does not
-    run = last.forward
-    last.forward = lambda x: run(x).contiguous()
-    with pytest.raises(ValueError, match=r"decode fell back.*taken instead: decode\.channels_first"):
-        asked.check(counted(), "decode")
-    assert "decode.channels_last" not in counted()
+    if part == "encode":  # codes come as channels-last maps, and the convolutions after them follow
+        with pytest.raises(ValueError, match=r"taken instead: encode\.channels_first"):
+            wanted.check(counted(), part)
+    channels_last(tokenizer)
+    assert counted() == {f"{part}.{name}": 1, f"{part}.channels_last": 1}
+    wanted.check(counted(), part)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    with pytest.raises(ValueError, match=rf"not taken: {part}\.{name}"):
+        wanted.check(counted(other), part)
+    last = side.conv_out  # its weights say channels-last, as those of all others do; its result does not
+    forward = last.forward
+    last.forward = lambda x: forward(x).contiguous()
+    with pytest.raises(ValueError, match=rf"{part} fell back.*taken instead: {part}\.channels_first"):
+        wanted.check(counted(), part)
+    assert f"{part}.channels_last" not in counted()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_light_tokenizer_gives_the_ids_and_images_of_the_plain_one_by_the_paths_asked_for(name):
+    needs_packing(torch.float32)
+    plain, x, options = make_tokenizer(name).eval(), images(3), Options("tiny", 3, None)
+    fast = copy.deepcopy(plain)
+    light_tokenizer(fast, torch.float32)
+    packed = sum(isinstance(m, PackedLinear) for m in fast.modules())
+    assert packed == len(linears(plain)) and not linears(fast)
+    tokens = plain.encode(x)
+    for part, run, given, want in (
+        ("encode", encode_images, x, tokens),
+        ("decode", decode_images, tokens, plain.decode(tokens)),
+    ):
+        counters.reset()
+        got = run(fast, given)
+        if want.is_floating_point():
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(got, want)
+        taken, wanted = counters.read(), asked({}, fast, part, options)
+        wanted.check(taken, part)
+        assert ("linear.packed" in taken) == ("linear.packed" in wanted.taken), "whatever can be packed was"
+        if "linear.packed" in taken:
+            with pytest.raises(ValueError, match=r"not taken: linear\.packed"):
+                wanted.check({path: n for path, n in taken.items() if path != "linear.packed"}, part)
 
 
 def test_pipeline_decodes_apart_from_the_generator_and_says_what_does_not_fit():

@@ -1,9 +1,11 @@
 """Reconstructing pictures of any size, and the gallery, through their commands."""
 
+import copy
 import hashlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,13 @@ from forks import command
 from PIL import Image
 from runs import tokenizer_folder
 from tokenizers import FAMILIES, SIZE, images, make
+from torch import nn
 
+from vtok import counters
 from vtok.checkpoint import write_atomic
 from vtok.data.tiles import Tiling, reconstruct
+from vtok.decoding import light_tokenizer
+from vtok.layers.packed import packable
 from vtok.noise import sample_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +53,33 @@ def test_a_tile_is_what_the_tokenizer_makes_of_it_alone():
     alone = tokenizer.encode(image[None, :, 16:32, 0:16])
     assert torch.equal(tokens[2:3], alone)
     torch.testing.assert_close(copy[:, 16:32, 0:16], tokenizer.decode(alone)[0], rtol=1e-4, atol=1e-5)
+
+
+class Linears(nn.Module):
+    """A tokenizer of linear layers alone."""
+
+    spec = SimpleNamespace(image_size=4)
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(48, 5), nn.Linear(5, 48)
+
+    def encode(self, images, noise):
+        return self.encoder(images.flatten(1))
+
+    def decode(self, tokens, keep, noise):
+        return self.decoder(tokens).view(-1, 3, 4, 4)
+
+
+def test_a_packed_tokenizer_without_parameters_reconstructs():
+    if not packable(torch.zeros(1)):
+        pytest.skip("this processor has no packed products in float32")
+    plain, image = Linears(), torch.rand(3, 6, 9) * 2 - 1
+    fast = copy.deepcopy(plain)
+    light_tokenizer(fast, torch.float32)
+    assert not list(fast.parameters())
+    for got, want in zip(reconstruct(fast, image)[:2], reconstruct(plain, image)[:2]):
+        torch.testing.assert_close(got, want)
 
 
 def test_the_commands(tmp_path):
@@ -136,7 +169,9 @@ def test_a_copy_is_done_for_these_pixels_and_this_recipe_only(tmp_path, monkeypa
 
     draw(folder / "a.png", 0)
     draw(folder / "b.png", 1)
+    counters.reset()
     assert [go(), go()] == [(2, 0), (0, 2)]
+    assert counters.read() == {"encode.channels_last": 2, "encode.float32": 2}
     draw(folder / "a.png", 2)  # another picture under the name
     assert [go(), go()] == [(1, 1), (0, 2)]
     draw(folder / "b.png", 3)

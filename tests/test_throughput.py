@@ -96,7 +96,7 @@ def test_weights_of_training_alone_are_not_read_by_sampling():
 
 def test_training_is_counted_as_in_mfu_and_on_the_cpu_where_there_is_no_closed_form(monkeypatch):
     """VAR has one, and nothing is run for it, so that PyTorch's counter never meets a compiled kernel. MAR has none:
-    its step's products are those of one image, whatever the batch."""
+    its step's products are those of what the batch shows, fewer than where shapes stay."""
     batch = {"label": torch.tensor([0, 1, 2]), "key": sample_seeds(0, 0, 3)}
     var, mar = make("var"), make("mar", dropout=0.0, attention_dropout=0.0)
     with monkeypatch.context() as patch:
@@ -105,6 +105,8 @@ def test_training_is_counted_as_in_mfu_and_on_the_cpu_where_there_is_no_closed_f
     batch["tokens"] = tokens_of(mar, 3)
     got, _ = training_cost(mar, batch)
     assert got == counted(trainer(mar, lambda: batch), mar)[0] > 0
+    monkeypatch.setattr(mar, "shown", lambda kept: (0, mar.most_kept))
+    assert got < training_cost(mar, batch)[0] == 3 * training_cost(mar, {k: v[:1] for k, v in batch.items()})[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")
@@ -163,8 +165,9 @@ def test_command_measures_every_part_and_keeps_earlier_rows(tmp_path, monkeypatc
         assert row["ms_per_image"] == pytest.approx(1000 / row["images_per_second"])
         assert row["fraction"] == pytest.approx(row["roofline_ms_per_image"] / row["ms_per_image"])
         assert row["matmul_operations_per_image"] > 0
-        assert row["paths"] or row["part"] == "encode"
-    decode, sample, train = rows[1:]
+        assert row["paths"]
+    encode, decode, sample, train = rows
+    assert encode["paths"] == {"encode.channels_last": 2, "encode.float32": 2}
     assert decode["paths"]["decode.float32"] == 2 and sample["paths"]["rows.guided"] == 2 * 16
     assert train["paths"]["loss.whole"] == 2 and "step.recomputed" not in sample["paths"]
     assert train["parameters"] == sample["parameters"] != decode["parameters"]
@@ -272,6 +275,8 @@ def test_online_training_takes_a_steps_operations_and_longer(ahead, tmp_path, mo
     assert online["matmul_operations_per_image"] == train["matmul_operations_per_image"] > 0
     assert len(encoded) == 1 + 4, "once for the tokens of `train`, once for each step of `online`"
     assert not any("tokens.ahead" in taken for _, taken in asked), "there is no second stream on the CPU"
+    assert [("encode.float32" in taken) for _, taken in asked] == [False, True]
+    assert online["paths"]["encode.channels_last"] == 4
 
 
 def test_a_fallback_is_no_measurement(tmp_path, monkeypatch):
@@ -281,6 +286,11 @@ def test_a_fallback_is_no_measurement(tmp_path, monkeypatch):
     out = tmp_path / "x.json"
     with pytest.raises(ValueError, match=r"sample at batch 2 fell back.*step\.recomputed"):
         evaluate(config("model=llamagen_tiny", "parts=[sample]", f"out={out}"))
+    assert not out.exists()
+    with monkeypatch.context() as patch:  # weights of convolutions as they were made
+        patch.setattr("eval.throughput.channels_last", lambda tokenizer: 0)
+        with pytest.raises(ValueError, match=r"encode at batch 2 fell back.*encode\.channels_first"):
+            evaluate(config("parts=[encode]", "packed=false", f"out={out}"))
     assert not out.exists()
     with pytest.raises(ValueError, match="cuda_graphs=true needs device=cuda"):
         evaluate(config("model=llamagen_tiny", "parts=[sample]", "cuda_graphs=true", f"out={out}"))

@@ -24,6 +24,7 @@ from vtok.config import Families, completed, describe, differences, imported
 from vtok.data.ahead import Ahead
 from vtok.data.module import ImageData, Position, StepData, check_limits, float_images
 from vtok.data.shards import Crops, Shards, open_split
+from vtok.decoding import channels_last, encode_images
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key, keys
 from vtok.tokenizer import TRAINING, Tokenizer, TokenSpec
@@ -81,6 +82,7 @@ class OnlineTokens(LightningDataModule):
             name = type(self.tokenizer).__name__
             raise ValueError(f"corrections=true needs a tokenizer that repairs its tokens (DetailFlow's), not {name}")
         self.spec = spec_at(self.tokenizer, data.image_size)
+        channels_last(self.tokenizer)  # not packed: it is saved, and generators copy its weights
 
     @property
     def image_size(self) -> int:
@@ -150,13 +152,13 @@ class OnlineTokens(LightningDataModule):
         if next(self.tokenizer.parameters()).device != images.device:
             self.tokenizer.to(images.device)
         noise = SampleNoise(batch["key"])
-        # autocast off: the ids must not depend on the precision in which the generator trains
-        with torch.autocast(images.device.type, enabled=False):
-            if self.corrections:
-                names = "tokens", "corrupted", "repaired"
+        # without autocast: the ids must not depend on the precision in which the generator trains
+        if self.corrections:
+            names = "tokens", "corrupted", "repaired"
+            with torch.autocast(images.device.type, enabled=False):
                 rows = dict(zip(names, self.tokenizer.corrupted(images.float(), noise)))
-            else:
-                rows = {"tokens": self.tokenizer.encode(images.float(), noise=noise)}
+        else:
+            rows = {"tokens": encode_images(self.tokenizer, images.float(), noise=noise)}
         kept = {k: v for k, v in batch.items() if k != "image" or self.keep_images}
         return {**rows, **kept}
 

@@ -7,6 +7,7 @@ batch never spans two shards, so a restart computes exactly what the killed run 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -28,6 +29,7 @@ from vtok.data.module import ImageData
 from vtok.data.shards import Crops, dtype_of, finished, id_of, pack, write_manifest, write_shard
 from vtok.data.sources import Source, sizes_hash
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
+from vtok.decoding import encode_images, light_tokenizer
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key
 from vtok.tokenizer import Quantizer, Tokenizer, TokenSpec
@@ -88,7 +90,8 @@ def extract(
     common = {name: claimed[name] for name in common}  # both manifests say the same, whichever version finishes them
     if not is_folder(out / "tokenizer") or read_config(out / "tokenizer").get("hash") != identity["sha256"]:
         save_folder(tokenizer, out / "tokenizer", kind="tokenizer")
-    tokenizer.to(device)
+    tokenizer = copy.deepcopy(tokenizer).to(device)  # the caller's keeps its weights as they are
+    light_tokenizer(tokenizer, torch.float32)
 
     number, complete = 0, True
     for split, (source, cut) in sources.items():
@@ -156,7 +159,7 @@ def _encode(
         images = to_float(item["image"].to(device))
         rows, crops = images.shape[:2]
         noise = SampleNoise(item["key"].flatten().to(device))
-        tokens = tokenizer.encode(images.flatten(0, 1), noise=noise)
+        tokens = encode_images(tokenizer, images.flatten(0, 1), noise=noise)
         spec.check(tokens)
         codes.append(pack(tokens.unflatten(0, (rows, crops)), dtype))
         labels.append(item["label"].numpy())

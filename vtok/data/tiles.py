@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtok.decoding import encode_images
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.tokenizer import Tokenizer
 
@@ -66,7 +68,7 @@ def reconstruct(
     encoders and decoders. whole: pad to the stride only and compute the picture at once, where `tokenizer.grows`: no
     seams, but memory grows with it. Its tiles are then the cells, of one token each, or it is one square tile.
     """
-    device = next(tokenizer.parameters()).device
+    device = _device(tokenizer)
     height, width = image.shape[1:]
     side, options = tokenizer.spec.image_size, {}
     if whole:
@@ -81,7 +83,7 @@ def reconstruct(
     tokens, copies = [], []
     for start in range(0, len(tiles), batch):
         rows = slice(start, start + batch)
-        found = tokenizer.encode(tiles[rows], noise=noise.rows(rows))
+        found = encode_images(tokenizer, tiles[rows], noise=noise.rows(rows))
         tokens.append(found.cpu())
         copies.append(tokenizer.decode(found, keep=keep, noise=noise.rows(rows), **options).float().cpu())
     return tiling.join(torch.cat(copies)), torch.cat(tokens), tiling
@@ -100,9 +102,14 @@ def check_whole(tokenizer: Tokenizer, keep: int | None) -> None:
 
 def _by_cells(tokenizer: Tokenizer, image: Tensor, cells: Tiling, seed: int) -> tuple[Tensor, Tensor, Tiling]:
     """`reconstruct` of a whole picture as rows x columns cells of one token."""
-    device = next(tokenizer.parameters()).device
+    device = _device(tokenizer)
     noise = SampleNoise(sample_seeds(seed, 0, 1).to(device))
-    tokens = tokenizer.encode(cells.pad(image).unsqueeze(0).to(device), noise=noise)
+    tokens = encode_images(tokenizer, cells.pad(image).unsqueeze(0).to(device), noise=noise)
     z = tokenizer.quantizer.assemble(tokenizer.embed(tokens)).unflatten(1, (cells.rows, cells.columns))
     copy = tokenizer.pixels(z, noise=noise)[0].float().cpu()
     return copy[:, : cells.height, : cells.width], tokens[0].unsqueeze(1).cpu(), cells
+
+
+def _device(tokenizer: Tokenizer) -> torch.device:
+    """Where it is. Packed weights are buffers, and may be all that it has."""
+    return next(chain(tokenizer.parameters(), tokenizer.buffers())).device
