@@ -21,6 +21,7 @@ from vgen.generator import Canvas, Generator, require_ids
 from vgen.heads import CategoricalHead
 from vgen.heads_factorised import FactorisedEmbedding, FactorisedHead, check_factors
 from vtok.layers.block import Modulation
+from vtok.layers.dropout import Dropout
 from vtok.layers.rope import rope_1d, rope_2d
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.layout import SequenceLayout
@@ -82,7 +83,7 @@ class LlamaGen(Generator):
         if factor_tied and not (plain and sizes and len(sizes) <= spec.layout.length):
             raise ValueError("factor_tied needs factors (no more than tokens), position=rope_2d and modulation=none")
         hidden = multiple_of * -(-int(8 * width / 3) // multiple_of)
-        self.token_dropout = nn.Dropout(token_dropout)
+        self.token_dropout = Dropout(token_dropout)
         self.trunk = Trunk(
             dim=width,
             depth=depth,

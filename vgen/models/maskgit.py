@@ -24,6 +24,7 @@ from vgen.masking import masked_layout, random_order, ratio_uniform
 from vtok.layers.attention import Attention
 from vtok.layers.block import FeedForward
 from vtok.layers.cache import KVCache
+from vtok.layers.dropout import Dropout
 from vtok.layers.trunk import check_edits, past
 from vtok.noise import SampleNoise
 from vtok.quantize.statistics import all_mean
@@ -74,7 +75,7 @@ class MaskGIT(Generator):
         # BERT's kinds of text: the second row is never read, but published files and counts have it
         self.segment = nn.Parameter(torch.empty(2, width)) if arch == "bert" else None
         self.embedding_norm = nn.LayerNorm(width, eps=1e-12) if arch == "bert" else nn.Identity()
-        self.embedding_dropout = nn.Dropout(dropout if arch == "bert" else 0.0)
+        self.embedding_dropout = Dropout(dropout if arch == "bert" else 0.0)
         make = PostNormTrunk if arch == "bert" else SkipTrunk
         self.trunk = make(
             dim=width,
@@ -178,7 +179,7 @@ class MaskedBlock(nn.Module):
         self.attention = Attention(dim=dim, heads=heads, bias=bias, out_bias=True, dropout=attention_dropout)
         self.ffn = FeedForward(dim=dim, hidden=hidden, kind="gelu", bias=True)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.post:

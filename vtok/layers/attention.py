@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vtok.counters import count
 from vtok.layers.cache import KVCache
+from vtok.layers.dropout import dropout as drop
 from vtok.layers.rope import rotate
 
 # bool [.., q, k], "causal", ends of blocks (see vtok.layout.Pattern), a BlockMask, or None: every key is seen
@@ -45,6 +46,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float |
         if isinstance(mask, tuple):
             spans, options = zip((0, *mask), mask), {"scale": scale, "dropout": dropout}
             return torch.cat([attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], **options) for a, b in spans], dim=2)
+        if dropout and q.device.type == "cpu" and not torch.compiler.is_compiling():
+            return attend_naive(q, k, v, mask=mask, scale=scale, dropout=dropout)  # no kernel drops there
         return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, is_causal=causal, scale=scale)
     if dropout:
         raise ValueError("FlexAttention has no dropout on the weights; set attention dropout to 0 or mask=bool")
@@ -62,9 +65,11 @@ def attend_blocks(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
     return kernel(q, k, v, block_mask=mask, scale=scale)[:, :, :length]
 
 
-def attend_naive(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float | None = None) -> Tensor:
-    """The same by definition, without a fused kernel: the oracle of the tests."""
-    logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+def attend_naive(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """The same by definition, without a fused kernel: the oracle of the tests, and dropout on the CPU."""
+    logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     if isinstance(mask, str):
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if isinstance(mask, tuple):
@@ -72,7 +77,7 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: f
         mask = (block[:, None] >= block).to(q.device)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)
-    return logits.softmax(-1) @ v
+    return drop(logits.softmax(-1), dropout) @ v
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vtok.counters import count
 from vtok.layers.attention import Attention, Mask, QKNorm
 from vtok.layers.cache import KVCache
+from vtok.layers.dropout import Dropout, dropout
 
 Norm = Literal["rms", "layer", "layer_plain"]
 Activation = Literal["swiglu", "geglu", "silu", "gelu", "gelu_tanh"]
@@ -54,7 +55,7 @@ class FeedForward(nn.Module):
             x = F.silu(x)
         else:
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
-        return self.down(F.dropout(x, self.dropout, self.training))
+        return self.down(dropout(x, self.dropout, self.training))
 
 
 class DropPath(nn.Module):
@@ -122,7 +123,7 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
         self.modulation = nn.Linear(dim, 6 * dim) if modulation == "own" else None
         self.offset = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if modulation == "shared" else None
-        self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
+        self.dropout, self.drop_path = Dropout(dropout), DropPath(drop_path)
 
     def forward(
         self,

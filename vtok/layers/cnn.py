@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.layers.cnn_adaptive import AdaptiveGroupNorm, DepthToSpaceUpsample
+from vtok.layers.dropout import Dropout
 
 
 class Encoder(nn.Module):
@@ -155,7 +156,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = norm(width, groups)
         self.conv1 = nn.Conv2d(width, wide, 3, padding=1, bias=bias)
         self.norm2 = norm(wide, groups)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=bias)
         self.shortcut = nn.Conv2d(width, wide, 1, bias=bias) if width != wide else nn.Identity()
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.layers.cnn import Upsample, level_widths, norm
+from vtok.layers.dropout import Dropout
 
 
 class MaskGITEncoder(nn.Module):
@@ -89,7 +90,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = norm(width, groups)
         self.conv1 = nn.Conv2d(width, wide, 3, padding=1, bias=False)
         self.norm2 = norm(wide, groups)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
         self.shortcut = nn.Conv2d(wide, wide, 1, bias=False) if width != wide else None
 

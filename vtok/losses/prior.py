@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.layers.dropout import Dropout
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.noise import SampleNoise, noise_of
 from vtok.tokenizer import Quantized, Quantizer, Reconstruction, Tokenizer
@@ -62,7 +63,7 @@ class ARPrior(nn.Module):
         self.rounds, self.mix, self.mix_until, self.lr_scale = rounds, mix, mix_until, lr_scale
         self.embed, self.head = nn.Linear(channels, width), nn.Linear(width, channels)
         self.position = nn.Parameter(0.02 * torch.randn(1, length, width))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.trunk = Trunk(
             dim=width,
             depth=depth,
