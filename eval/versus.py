@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch
 
 from eval import paths
 from eval.fid import CONFIGS
-from eval.peers import PROGRESS, SIZES, Options, Output, draw, exact, pair
+from eval.peers import PROGRESS, SIZES, Options, Output, draw, exact, pair, replaced
 from eval.protocol import library_versions
 from eval.throughput import describe, storage, wait
 from eval.tokenizer_peers import BUILDERS as TOKENIZERS
@@ -125,7 +126,10 @@ class Apart:
         self.pipe, other = context.Pipe()
         given = (other, peer, folder, options, threads, clock)
         self.process = context.Process(target=_apart, args=given, daemon=True)
-        self.process.start()
+        # the new process imports this module by its name, which must not be one in the original's folder
+        ours = [place for place in sys.path if folder is None or Path(place).resolve() != Path(folder).resolve()]
+        with replaced(sys, "path", ours):
+            self.process.start()
         other.close()
 
     def timer(self, part: str) -> Timer:

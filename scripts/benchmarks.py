@@ -256,14 +256,17 @@ float32 head's among them, 1.6 attention, 0.7 finding the compiled block for the
 operations, so four times the original is missed by a twentieth; without compiling the small ones are the more. VAR-d16
 in bf16 is at 61 % of the roofline, 64 % with compiled blocks, and could be 3.8 times as fast as the original at most.
 
-What limits many rows is the rate of the products, 195 to 199 billion operations a second on these two threads: sampling
-of VAR-d16 at batch 8 reaches 91 % of the roofline (`eval.throughput`), so that the ratio could be 1.28 at most, xAR-B
-78 %, and VAR's VQVAE 78 % encoding and 89 % decoding, on both sides by the same library's convolutions.
+What limits many rows is the rate of the products, 195 to 199 billion operations a second on these two threads (the
+`matmul_rate` that `eval.throughput` writes): sampling of VAR-d16 at batch 8 reaches 91 % of the roofline by it, so that
+the ratio could be 1.28 at most, and xAR-B 78 %. Tensors above 32 MiB were the other limit: fresh memory for each costs
+more than writing it, which memory that is kept does not (VAR's VQVAE was 1.10 and 1.08 without).
 
-What limits a training step is the same: products are 84 to 87 % of it on both sides (profile of LlamaGen-B, LlamaGen-L
-and MAR-B), by the same library. Against LlamaGen ours loses up to 3 % where the gradient of the gate, two products in
-one, is put together. MAR's encoder reads 30 % of the tokens, the most that a sample shows, so that shapes stay; the
-original's as many as were drawn, fewer on average.
+What limits a training step is the same: products are 84 to 87 % of it on both sides (PyTorch's profiler on LlamaGen-B,
+LlamaGen-L and MAR-B), by the same library, so that LlamaGen-B could be 1.4 at most were all else free: 0.31e12
+operations are 1.57 of the original's 2.2 s. What is gained lies in the rest: memory that is kept, dropout of four
+entries a draw, attention with dropout without PyTorch's kernel, and in MAR an encoder and a head that read what the
+batch shows and hides. Compiling the blocks (`compile=true`) gives little more. Against LlamaGen ours loses up to 3 %
+where the gradient of the gate, two products in one, is put together.
 
 ## Against the originals, one GPU, bf16
 

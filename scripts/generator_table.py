@@ -66,7 +66,6 @@ TOKENIZER_OPTIONS: dict[str, list[str]] = {
 # parameter (Hoffmann et al., arXiv 2203.15556), and C is 2e13 to 1e14 here.
 WIDTH = ["model.width=128", "model.heads=4"]
 NARROW = ["model.depth=4", *WIDTH]
-ONCE = ["model.repeats=1"]  # a head that noises a token four times takes most of a small model's step
 DRY = ["model.token_dropout=0", "model.dropout=0"]  # a small budget sees every image once or twice
 FAMILIES: dict[str, Family] = {
     "llamagen": Family("cnn_vq", ["model=llamagen_small", *NARROW, *DRY]),
@@ -94,13 +93,13 @@ FAMILIES: dict[str, Family] = {
         "titok", ["model=maskgit_small", *NARROW, "model.hidden=512"], ["guidance=6.0", "temperature=4.0", "steps=8"]
     ),
     # latents; iterative heads walk fewer steps than published (MAR 64 x 100, xAR 40, FlowAR 25)
-    "mar": Family("kl", ["model=mar_small", *WIDTH, *ONCE], ["guidance=4.0", "steps=16", "solver_steps=25"]),
+    "mar": Family("kl", ["model=mar_small", *WIDTH], ["guidance=2.0", "steps=16", "solver_steps=25"]),
     "xar": Family("kl", ["model=xar_small", *WIDTH], ["guidance=2.0", "solver_steps=12"]),
     "flowar": Family("kl", ["model=flowar_small", *WIDTH], ["guidance=2.0", "solver_steps=12"], UNOFFICIAL),
-    "ecar": Family("kl", ["model=ecar_small", *WIDTH], ["guidance=4.0", "solver_steps=8"], UNOFFICIAL),
-    "dtm": Family("kl", ["model=dtm_small", *NARROW, *ONCE], ["guidance=4.0", "solver_steps=4"], UNOFFICIAL),
-    "artm": Family("kl", ["model=artm_small", *NARROW, *ONCE], ["guidance=4.0", "solver_steps=4"], UNOFFICIAL),
-    "fhtm": Family("kl", ["model=fhtm_small", *NARROW, *ONCE], ["guidance=4.0", "solver_steps=4"], UNOFFICIAL),
+    "ecar": Family("kl", ["model=ecar_small", *WIDTH], ["guidance=2.0", "solver_steps=8"], UNOFFICIAL),
+    "dtm": Family("kl", ["model=dtm_small", *NARROW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
+    "artm": Family("kl", ["model=artm_small", *NARROW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
+    "fhtm": Family("kl", ["model=fhtm_small", *NARROW], ["guidance=2.0", "solver_steps=4"], UNOFFICIAL),
 }
 
 

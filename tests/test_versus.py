@@ -350,6 +350,17 @@ def test_the_original_has_a_process_of_its_own_on_the_cpu(tmp_path):
     assert row["paths"]["step.cached"] % 2 == 0, "two steps a run, of ours alone"
 
 
+def test_modules_of_the_original_do_not_hide_ours_in_its_process(monkeypatch, tmp_path, capfd):
+    """xAR's checkout has an eval.py, and the parent has imported from there."""
+    (tmp_path / "eval.py").write_text("raise SystemExit('the original is not to be run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    apart = Apart("titok", str(tmp_path), Options("tiny", 1, None), 1, "wall")
+    with pytest.raises(RuntimeError, match="the original's process ended"):
+        apart.timer("sample")(1)
+    apart.close()
+    assert "is it a whole checkout" in capfd.readouterr().err
+
+
 def test_an_original_that_fails_in_its_process_ends_the_command(monkeypatch, capfd):
     apart = Apart("llamagen", "nowhere", Options("tiny", 1, None), 1, "wall")
     with pytest.raises(RuntimeError, match="the original's process ended"):
