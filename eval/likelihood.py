@@ -30,6 +30,7 @@ from eval.fid import CONFIGS
 from eval.keyed import flow_losses, masked_losses
 from eval.progress import progress_bar
 from vtok.cli import entry
+from vtok.noise import SampleNoise, sample_seeds
 
 
 def histogram_entropy(counts: Tensor) -> float:
@@ -114,13 +115,17 @@ def losses(generator: Any, tokens: Tensor, labels: Tensor, *, batch_size: int) -
 
 
 @torch.inference_mode()
-def encode(tokenizer: Any, batches: Iterable[Tensor], total: int) -> Tensor:
-    """Tokens int64 [N, L] of uint8 batches [B, H, W, 3]."""
+def encode(tokenizer: Any, batches: Iterable[Tensor], total: int, seed: int) -> Tensor:
+    """Tokens [N, L] or [N, L, C] of uint8 batches [B, H, W, 3], drawn as training draws them: a KL tokenizer's are
+    samples of its posteriors, not their means. seed: of the draws, one an image."""
     device = next(tokenizer.parameters()).device
     found = []
     with progress_bar("encoding", total) as advance:
         for batch in batches:
-            found.append(tokenizer.encode(batch.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1).cpu())
+            images = batch.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            done = sum(map(len, found))
+            noise = SampleNoise(sample_seeds(seed, done, done + len(batch)).to(device))
+            found.append(tokenizer.encode(images, noise=noise).cpu())
             advance(len(batch))
     return torch.cat(found)
 
@@ -170,15 +175,16 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     held = from_data(data, "val", int(config["images"]))
     seen = from_data(data, "train", config["train_images"])
     batch = int(config["batch_size"])
-    tokens = encode(pipeline.tokenizer, held.batches(batch), held.count)
-    train_tokens = encode(pipeline.tokenizer, seen.batches(batch), seen.count)
+    seed = int(config["seed"])
+    tokens = encode(pipeline.tokenizer, held.batches(batch), held.count, seed)
+    train_tokens = encode(pipeline.tokenizer, seen.batches(batch), seen.count, seed + 1)
     labels = torch.zeros(held.count, dtype=torch.int64) if held.labels is None else held.labels
     measure, unit = likelihood, "nats a token"
     if not pipeline.tokenizer.spec.discrete:
         measure, unit = flow_losses, "(the family's loss)"
     elif not pipeline.generator.closed:
         measure, unit = masked_losses, "nats a hidden token"
-    result = measure(pipeline.generator, train_tokens, tokens, labels, batch_size=batch, seed=int(config["seed"]))
+    result = measure(pipeline.generator, train_tokens, tokens, labels, batch_size=batch, seed=seed)
     result |= {"dtype": dtype, "quant": quant}
     result |= {"weights": config["weights"], "command": "python -m eval.likelihood " + " ".join(sys.argv[1:])}
     for name, value in result.items():

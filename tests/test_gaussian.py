@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from generators import CONTINUOUS, FAMILIES, make, tokens_of
 from hydra import compose, initialize_config_dir
@@ -243,6 +244,19 @@ def test_masked_ids_are_measured_where_a_mask_hides_them():
     places = [histogram_entropy(torch.bincount(tokens[:8, i])) for i in range(16)]
     assert found["histogram"] == pytest.approx(sum(places) / 16)
     assert found["below_histogram"] == pytest.approx(found["histogram"] - found["held_out"])
+
+
+def test_latents_are_drawn_as_training_draws_them():
+    """Samples of the posteriors, whatever the batches: their spread around the means is the posteriors' own."""
+    from eval.likelihood import encode
+
+    tokenizer, pixels = tokenizers.make("cnn_kl"), torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)
+    got = encode(tokenizer, pixels.split(4), 6, seed=3)
+    torch.testing.assert_close(got, encode(tokenizer, pixels.split(1), 6, seed=3))
+    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    want = tokenizer.encode(images, noise=SampleNoise(sample_seeds(3, 0, 6)))
+    torch.testing.assert_close(got, want)
+    assert (got - tokenizer.encode(images)).abs().min() > 0
 
 
 def test_the_command_measures_continuous_tokens(tmp_path):
