@@ -119,13 +119,12 @@ def encode(tokenizer: Any, batches: Iterable[Tensor], total: int, seed: int) -> 
     """Tokens [N, L] or [N, L, C] of uint8 batches [B, H, W, 3], drawn as training draws them: a KL tokenizer's are
     samples of its posteriors, not their means. seed: of the draws, one an image."""
     device = next(tokenizer.parameters()).device
-    found = []
+    found, done, noise = [], 0, SampleNoise(sample_seeds(seed, 0, total).to(device))
     with progress_bar("encoding", total) as advance:
         for batch in batches:
             images = batch.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            done = sum(map(len, found))
-            noise = SampleNoise(sample_seeds(seed, done, done + len(batch)).to(device))
-            found.append(tokenizer.encode(images, noise=noise).cpu())
+            rows = slice(done, done := done + len(batch))
+            found.append(tokenizer.encode(images, noise=noise.rows(rows)).cpu())
             advance(len(batch))
     return torch.cat(found)
 

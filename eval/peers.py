@@ -118,12 +118,14 @@ def timed(name: str, theirs: Tensor, ours: Tensor, rounded: str | None, light: f
 @dataclass
 class Pair:
     """Both sides of a comparison. same: the outputs of the check before any timing; parts: name -> (run of the
-    original, run of ours); ours: our module as it is timed; setting: what sampling means here."""
+    original, run of ours); ours: our module as it is timed; setting: what sampling means here; taught: the outputs of
+    the check before training is timed."""
 
     same: Callable[[], list[Output]]
     parts: dict[str, tuple[Run, Run]]
     ours: nn.Module
     setting: str
+    taught: Callable[[], list[Output]] = list
 
 
 SIZES = {  # of size=null
@@ -318,8 +320,12 @@ def learn(model: nn.Module, loss: Callable[[], Tensor], options: Options) -> Run
 
 def trained(model: Any, tokens: Tensor, labels: Tensor, options: Options) -> Run:
     """Our training step; model: as `learner` gives it."""
+    return learn(model, our_loss(model, tokens, labels, options), options)
+
+
+def our_loss(model: Any, tokens: Tensor, labels: Tensor, options: Options) -> Callable[[], Tensor]:
     batch = {"tokens": tokens, "label": labels, "key": options.keys()}
-    return learn(model, lambda: model.loss(batch, progress=PROGRESS)["loss"], options)
+    return lambda: model.loss(batch, progress=PROGRESS)["loss"]
 
 
 def learner(model: Any, options: Options) -> Any:
@@ -334,10 +340,9 @@ def taught(ours: Any, timed: Any, tokens: Tensor, labels: Tensor, options: Optio
     """Gradients of our loss, without dropout, by the plain module and by the one whose training is timed."""
     if timed is ours:
         return []
-    batch = {"tokens": tokens, "label": labels, "key": options.keys()}
     found = []
     for model in (ours, timed):
-        loss = model.loss(batch, progress=PROGRESS)["loss"]
+        loss = our_loss(model, tokens, labels, options)()
         weights = [p for p in model.parameters() if p.requires_grad]
         given = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         found.append(torch.cat([g.flatten() for g in given]))
@@ -429,8 +434,6 @@ def llamagen(folder: Path, options: Options) -> Pair:
         logits = plain(theirs, input_pos=every)[0]
         greedy = sampling.generate(theirs, labels, few, top_k=0, sample_logits=False, **settings).long()
         found = predicted(logits, greedy, ours, fast, tokens, labels, guide, options, stop=few)
-        with torch.enable_grad():
-            found += taught(ours, learning, tokens, labels, options)
         if quick is not theirs:
             told = f"the original's own logits, {options.rounded('sample')}, any allowed"
             found.append(Output(told, logits, plain(quick, input_pos=every)[0], None))
@@ -446,7 +449,8 @@ def llamagen(folder: Path, options: Options) -> Pair:
             trained(learning, tokens, labels, options),
         ),
     }
-    return Pair(same, parts, fast, f"{steps} tokens, guidance 4, top_k 2000, without decoding")
+    setting = f"{steps} tokens, guidance 4, top_k 2000, without decoding"
+    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options))
 
 
 def var(folder: Path, options: Options) -> Pair:
@@ -491,8 +495,7 @@ def var(folder: Path, options: Options) -> Pair:
         with replaced(module, "sample_with_top_k_top_p_", record):
             sample(1, 0.0)
         greedy = torch.cat([s[:, :, 0] for s in seen], dim=1)
-        found = predicted(logits, greedy, ours, fast, tokens, labels, guide, options)
-        return found + taught(ours, learning, tokens, labels, options)
+        return predicted(logits, greedy, ours, fast, tokens, labels, guide, options)
 
     def loss() -> Tensor:
         return F.cross_entropy(theirs(labels, maps).flatten(0, 1), tokens.flatten())
@@ -502,7 +505,8 @@ def var(folder: Path, options: Options) -> Pair:
         "sample": (shipped(lambda: sample(rule.top_k, 0.95), options), drawn(fast, labels, guide, rule, options)),
         "train": (learn(theirs, loss, options), trained(learning, tokens, labels, options)),
     }
-    return Pair(same, parts, fast, "ten scales, cfg 4, top_k 900, top_p 0.95, without decoding")
+    setting = "ten scales, cfg 4, top_k 900, top_p 0.95, without decoding"
+    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options))
 
 
 def rar(folder: Path, options: Options) -> Pair:
@@ -537,8 +541,7 @@ def rar(folder: Path, options: Options) -> Pair:
         with replaced(torch, "multinomial", best):
             greedy = sample()
         with torch.no_grad():
-            found = predicted(logits(), greedy, ours, fast, tokens, labels, guide, options)
-        return found + taught(ours, learning, tokens, labels, options)
+            return predicted(logits(), greedy, ours, fast, tokens, labels, guide, options)
 
     def loss() -> Tensor:
         theirs.set_random_ratio(1.0)  # as ours at the start of training: every sample in its own order
@@ -550,7 +553,8 @@ def rar(folder: Path, options: Options) -> Pair:
         "sample": (shipped(sample, options), drawn(fast, labels, guide, rule, options)),
         "train": (learn(theirs, loss, options), trained(learning, tokens, labels, options)),
     }
-    return Pair(same, parts, fast, f"{ours.layout.length} tokens, guidance of rar.yaml, without decoding")
+    setting = f"{ours.layout.length} tokens, guidance of rar.yaml, without decoding"
+    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options))
 
 
 class Tape:
@@ -598,7 +602,6 @@ def xar(folder: Path, options: Options) -> Pair:
         rule, name = DrawRule(solver="euler_maruyama", solver_steps=3), "latents on one tape of noise"
         mine, quick = (draw(m, labels, guide, rule, noise=Tape(numbers, options.batch)) for m in (ours, fast))
         found = [Output(name, want, mine), timed(name, want, quick, options.rounded("sample"))]
-        found += taught(ours, learning, tokens, labels, options)
         return found + replayed(fast, labels, guide, rule, options)
 
     rule = DrawRule(solver="euler_maruyama", solver_steps=steps)
@@ -608,7 +611,8 @@ def xar(folder: Path, options: Options) -> Pair:
     if options.batch > 1:  # its training takes a batch of one for no batch at all
         theirs_loss = learn(theirs, lambda: theirs(latents, labels), options)
         parts["train"] = (theirs_loss, trained(learning, tokens, labels, options))
-    return Pair(same, parts, fast, f"4 cells x {steps} Euler-Maruyama steps, guidance 2.7, without decoding")
+    setting = f"4 cells x {steps} Euler-Maruyama steps, guidance 2.7, without decoding"
+    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options))
 
 
 def mar(folder: Path, options: Options) -> Pair:
@@ -649,8 +653,6 @@ def mar(folder: Path, options: Options) -> Pair:
         rounded = options.rounded("sample")
         plain = [Output("states", states, mine), Output("head", net, heads[0])]
         light = [timed("states", states, quick, rounded), timed("head", net, heads[1], rounded)]
-        with torch.enable_grad():
-            light += taught(ours, learning, tokens, labels, options)
         return plain + light + replayed(fast, labels, guide, DrawRule(solver_steps=3), options)
 
     def sample() -> Tensor:
@@ -663,7 +665,8 @@ def mar(folder: Path, options: Options) -> Pair:
         "sample": (shipped(sample, options), drawn(fast, labels, guide, DrawRule(), options)),
         "train": (learn(theirs, lambda: theirs(latents, labels), options), trained(learning, tokens, labels, options)),
     }
-    return Pair(same, parts, fast, f"{steps} iterations of 100 diffusion steps, guidance 2.9, without decoding")
+    setting = f"{steps} iterations of 100 diffusion steps, guidance 2.9, without decoding"
+    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options))
 
 
 BUILDERS = {"llamagen": llamagen, "var": var, "rar": rar, "xar": xar, "mar": mar}

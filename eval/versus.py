@@ -26,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -266,17 +267,19 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     else:
         both = pair(name, config["dir"], options)
         with exact():
-            differences, setting = agree(both.same()), both.setting
+            checked = both.same() + (both.taught() if "train" in config["parts"] else [])
+            differences, setting = agree(checked), both.setting
         told = ", ".join(f"{k} {v:.1e}" for k, v in differences.items())
         print(f"{name}: same weights, same outputs ({told})", flush=True)
         parts = {k: v for k, v in both.parts.items() if k in config["parts"]}
         if not parts:
             raise ValueError(f"parts={list(config['parts'])}: choose of {', '.join(both.parts)}")
-    rows, clock, other = [], CLOCKS[config["clock"]], None
-    if config["apart"] or (config["apart"] is None and device.type == "cpu"):
-        peer = None if config["selftest"] else name
-        other = Apart(peer, config["dir"], options, torch.get_num_threads(), config["clock"])
-    try:
+    rows, clock, apart = [], CLOCKS[config["clock"]], config["apart"]
+    if apart is None:
+        apart = device.type == "cpu"
+    peer = None if config["selftest"] else name
+    given = (peer, config["dir"], options, torch.get_num_threads(), config["clock"])
+    with closing(Apart(*given)) if apart else nullcontext() as other:
         for part, (theirs, ours) in parts.items():
             counters.reset()  # only our side counts
             first = timer(theirs, device, clock) if other is None else other.timer(part)
@@ -287,7 +290,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             facts = {"peer": name, "size": size, "part": part, "batch": options.batch}
             facts |= {"threads": torch.get_num_threads(), "device": describe(device), "clock": config["clock"]}
             facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}
-            facts |= {"apart": other is not None}
+            facts |= {"apart": bool(apart)}
             facts |= ran(part, options) | {"packed": bool(row["paths"].get("linear.packed"))}
             what = "forward and backward" if part == "train" else setting
             more = {"setting": what, "differences": differences, "date": time.strftime("%Y-%m-%d")}
@@ -299,9 +302,6 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
                 f"  our paths: {', '.join(f'{path} {times}' for path, times in row['paths'].items())}",
                 flush=True,
             )
-    finally:
-        if other is not None:
-            other.close()
     out, key = Path(config["out"]), ("peer", "size", "part", "batch", "dtype", "threads", "device", "setting", "clock")
     key += ("packed", "quant", "compile", "cuda_graphs", "compiled_original")
     earlier = json.loads(out.read_text())["rows"] if out.is_file() else []

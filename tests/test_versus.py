@@ -373,8 +373,8 @@ def test_compiled_training_is_held_to_the_gradients_of_the_plain_one(monkeypatch
     stand_in(monkeypatch)
     monkeypatch.setattr(peers, "compile_blocks", functools.partial(compile_blocks, backend="aot_eager"))
     name = "timed gradients, beside those of blocks as they are"
-    assert name not in agree(llamagen(packed=False).same())
-    assert 0 <= agree(llamagen(packed=False, compile=True).same())[name] < 1e-5
+    assert name not in agree(llamagen(packed=False).taught())
+    assert 0 <= agree(llamagen(packed=False, compile=True).taught())[name] < 1e-5
 
     def wrong(model):
         with torch.no_grad():
@@ -382,7 +382,7 @@ def test_compiled_training_is_held_to_the_gradients_of_the_plain_one(monkeypatch
 
     monkeypatch.setattr(peers, "compile_blocks", wrong)
     with pytest.raises(ValueError, match=r"timed gradients, .* differ by"):
-        agree(llamagen(packed=False, compile=True).same())
+        agree(llamagen(packed=False, compile=True).taught())
 
 
 def test_selftest_command_writes_one_row_and_keeps_others(tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ class BlockFlowHead(nn.Module):
         device = target.device
         t = noise.uniform(torch.arange(len(sizes), device=device), TIME_STREAM)
         error = noise.normal(torch.arange(sum(sizes), device=device), self.channels, NOISE_STREAM)
-        each = spread(t, sizes)
+        each = at_tokens(t, sizes)
         return t, interpolate(target, error, each), error - target, each
 
     def draw(
@@ -180,6 +180,6 @@ class BlockFlowHead(nn.Module):
         raise ValueError("BlockFlowHead has no likelihood in closed form; compare its loss instead")
 
 
-def spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
+def at_tokens(values: Tensor, sizes: Sequence[int]) -> Tensor:
     """Values [B, K] of the steps, at every token of theirs: [B, L]. An index made on the host would be waited for."""
     return torch.cat([values[:, k : k + 1].expand(-1, size) for k, size in enumerate(sizes)], dim=1)

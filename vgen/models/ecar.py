@@ -23,7 +23,7 @@ from torch import Tensor
 from vgen.gaussian import Moments
 from vgen.generator import Canvas
 from vgen.heads import DrawRule
-from vgen.heads_block_flow import NOISE_STREAM, TIME_STREAM, spread
+from vgen.heads_block_flow import NOISE_STREAM, TIME_STREAM, at_tokens
 from vgen.latents import enlarge, scale_map, shrink
 from vgen.models.flowar import FlowAR
 from vtok.flow import interpolate
@@ -154,7 +154,7 @@ class ECAR(FlowAR):
     def shares(self, noise: SampleNoise) -> tuple[Tensor, Tensor]:
         """How far along each stage's path training looks, [B, K], and the same of every token [B, L]."""
         share = noise.uniform(torch.arange(self.layout.steps, device=noise.seeds.device), TIME_STREAM)
-        return share, spread(share, self.layout.sizes)
+        return share, at_tokens(share, self.layout.sizes)
 
     def moments(self, tokens: Tensor) -> Moments:
         keys = sample_seeds(0, 0, len(tokens)).to(tokens.device)
