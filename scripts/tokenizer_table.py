@@ -96,10 +96,29 @@ LARGE: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 SECOND = ("cnn_vq", "fsq", "ifsq", "lfq", "bsq", "ibq", "kl", "var")  # of the table at 128 px
-# of --overfit, beside those: whole pictures, since there are few
+# Of --overfit, beside those: few steps must do, so that each has many pictures, products as cheap as the core has them,
+# and more bits a token; pixels weigh more, since colours come last.
+PHOTOS = [
+    *WINDOWS, *VIT, "tokenizer.channels=32", "tokenizer.multipliers=[1,2,2]", "batch_size=16",
+    "objective.pixel_weight=4",
+]  # fmt: skip
 OVERFITTED: dict[str, list[str]] = {
-    family: ["data.window=null", "batch_size=2"] for family in LARGE if any("window" in o for o in LARGE[family])
-}
+    "cnn_vq": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096"],
+    "fsq": [*PHOTOS, "tokenizer.quantizer.levels=[4,4,4,4,4,4]"],
+    "ifsq": [
+        *PHOTOS, "tokenizer.quantizer.levels=[5,5,5,5,5,5]", "tokenizer.quantizer.groups=[3,3]",
+        "tokenizer.z_channels=12", "tokenizer.decoder_z_channels=6",
+    ],
+    "kl": PHOTOS,
+    "lfq": [
+        *PHOTOS, "tokenizer.quantizer.bits=12", "tokenizer.quantizer.groups=[6,6]", "data.window=64", "batch_size=4",
+        "objective.pixel_weight=40",
+    ],
+    "bsq": [
+        *PHOTOS, "tokenizer.quantizer.bits=12", "data.window=64", "batch_size=4", "objective.pixel_weight=40",
+    ],
+    "ibq": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096", "objective.pixel_weight=60"],
+}  # fmt: skip
 OVERFIT_STEPS = (300, 600, 900, 1200, 1500)  # where a run is measured, until it reaches what is wanted
 FLOW = {"dar", "flextok"}  # decoders that draw: their copies are one draw with a fixed seed
 
