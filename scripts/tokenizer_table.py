@@ -99,7 +99,7 @@ SECOND = ("cnn_vq", "fsq", "ifsq", "lfq", "bsq", "ibq", "kl", "var")  # of the t
 # Of --overfit, beside those: few steps must do, so that each has many pictures, products as cheap as the core has them,
 # and more bits a token; pixels weigh more, since colours come last.
 PHOTOS = [
-    *WINDOWS, *VIT, "tokenizer.channels=32", "tokenizer.multipliers=[1,2,2]", "batch_size=16",
+    *WINDOWS, *VIT, "tokenizer.channels=32", "tokenizer.multipliers=[1,2,3]", "batch_size=16",
     "objective.pixel_weight=4",
 ]  # fmt: skip
 OVERFITTED: dict[str, list[str]] = {
