@@ -79,7 +79,7 @@ LARGE: dict[str, list[str]] = {
     "ibq": [*WINDOWS, "optimizer.lr=2e-3", "objective.pixel_weight=60"],
     "hita": FOUR,
     "var": [*FOUR, "tokenizer.quantizer.sides=[1,2,4,8,16,32]", "objective.pixel_weight=10"],
-    "flexvar": [*FOUR, "tokenizer.quantizer.sides=[1,2,4,8,16,32]"],
+    "flexvar": [*WINDOWS, "tokenizer.quantizer.sides=[1,2,4,8,16,32]"],
     "titok": [
         *WIDE, "tokenizer.tokens=128", "tokenizer.head.dim=192", "tokenizer.head.patch=16",
         "tokenizer.quantizer.vocab_size=4096", "batch_size=8",
@@ -95,7 +95,7 @@ LARGE: dict[str, list[str]] = {
         "tokenizer.flow_heads=8", "batch_size=4",
     ],
 }  # fmt: skip
-SECOND = ("cnn_vq", "fsq", "ifsq", "lfq", "bsq", "ibq", "kl", "var")  # of the table at 128 px
+SECOND = ("cnn_vq", "fsq", "ifsq", "lfq", "bsq", "ibq", "kl", "flexvar")  # of the table at 128 px
 # Of --overfit, beside those: few steps must do, so that each has many pictures, products as cheap as the core has them,
 # and more bits a token; pixels weigh more, since colours come last.
 PHOTOS = [

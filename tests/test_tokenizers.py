@@ -227,6 +227,17 @@ def test_only_families_of_one_token_a_cell_take_pictures_that_are_no_squares(nam
         model.encode(wide)
 
 
+def test_flexvar_sees_a_window_as_the_tokenizer_of_that_size_does():
+    """The smaller scales and the window's own, in place of the last."""
+    small, large = make("flexvar"), at_size("flexvar", 32)
+    large.load_state_dict(small.state_dict())
+    windows = torch.rand(2, 3, 16, 16) * 2 - 1
+    expected, found = small(windows), large(windows)
+    assert torch.equal(found.tokens, expected.tokens) and found.losses["scales"] > 0
+    torch.testing.assert_close(found.images, expected.images)
+    torch.testing.assert_close(found.losses, expected.losses)
+
+
 @pytest.mark.parametrize("name", ["var", "flexvar"])
 def test_weights_go_over_to_other_scales(name, tmp_path):
     """init_from= of the same network for larger images: no weight is new."""

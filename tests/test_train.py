@@ -417,6 +417,7 @@ def test_a_tokenizer_trains_on_windows_and_is_judged_on_whole_pictures(tmp_path,
         ((*PLAIN, "data.window=6"), "image_size=6 must be a multiple of the stride"),
         ((*LLAMAGEN, f"tokenizer_from={tokenizer_folder(tmp_path / 'tokenizer')}", "data.window=8"), "whole pictures"),
         (("data=fake", "data.image_size=32", "data.window=8", "tokenizer=var_small"), "whose tokens are cells"),
+        (("data=fake", "data.image_size=32", "data.window=6", "tokenizer=flexvar_small"), "multiples of the stride 4"),
     ):
         with pytest.raises(ValueError, match=words):
             run(*options, "steps=2", f"run_dir={tmp_path / 'wrong'}")

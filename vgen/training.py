@@ -237,12 +237,15 @@ def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
                 "change tokenizer.image_size or data.image_size"
             )
         if window := config.data.get("window"):
-            if module.grows == "no":
+            if module.grows == "no" and not module.layouts:
                 raise ValueError(
                     f"data.window={window}: a {type(module).__name__} has as many tokens for a part as for the whole "
                     "picture; windows are for families whose tokens are cells. Pass data.window=null"
                 )
-            spec_at(module, window)
+            if module.layouts:
+                module.check_images(torch.empty(1, 3, window, window, device="meta"))
+            else:
+                spec_at(module, window)
         objective = instantiate(fitted(config.objective, module.spec), trust=trust, _convert_="all")
         adversary = OmegaConf.to_container(config.discriminator_optimizer, resolve=True)
         return LitTokenizer(module, objective, recipe, discriminator_optimizer=adversary)

@@ -112,9 +112,12 @@ class FlexVARTokenizer(VARTokenizer):
         return F.interpolate(images, size=size, mode="bicubic")
 
     def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
+        """images: squares of any size that the stride divides; the last scale is their own side."""
         quantizer = self.quantizer
         sides = self.sides_at(progress) if self.training and self.draw_sides else quantizer.sides
-        found = quantizer(self.features(images), sides)
+        z = self.features(images)
+        sides = (*(side for side in sides if side < z.shape[1]), z.shape[1])  # of a window, those that are smaller
+        found = quantizer(z, sides)
         losses, ends = dict(found.loss), bounds(sides)
         smaller = [k for k, side in enumerate(sides) if side < sides[-1]]
         if self.scale_weight and smaller:
