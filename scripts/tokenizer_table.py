@@ -104,7 +104,7 @@ PHOTOS = [
 ]  # fmt: skip
 OVERFITTED: dict[str, list[str]] = {
     "cnn_vq": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096"],
-    "fsq": [*PHOTOS, "tokenizer.quantizer.levels=[4,4,4,4,4,4]"],
+    "fsq": [*PHOTOS, "tokenizer.quantizer.levels=[5,5,5,5,5,5]"],
     "ifsq": [
         *PHOTOS, "tokenizer.quantizer.levels=[5,5,5,5,5,5]", "tokenizer.quantizer.groups=[3,3]",
         "tokenizer.z_channels=12", "tokenizer.decoder_z_channels=6",
@@ -118,6 +118,10 @@ OVERFITTED: dict[str, list[str]] = {
         *PHOTOS, "tokenizer.quantizer.bits=12", "data.window=64", "batch_size=4", "objective.pixel_weight=40",
     ],
     "ibq": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096", "objective.pixel_weight=60"],
+    "flexvar": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096"],
+    "var": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096", "data.window=null", "batch_size=2"],
+    "hita": [*VIT, "tokenizer.multipliers=[1,2,4,6]", "batch_size=4"],  # 16 x 16 cells
+    "titok": ["tokenizer.tokens=64"],
 }  # fmt: skip
 OVERFIT_STEPS = (300, 600, 900, 1200, 1500)  # where a run is measured, until it reaches what is wanted
 FLOW = {"dar", "flextok"}  # decoders that draw: their copies are one draw with a fixed seed
