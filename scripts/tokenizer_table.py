@@ -102,6 +102,7 @@ PHOTOS = [
     *WINDOWS, *VIT, "tokenizer.channels=32", "tokenizer.multipliers=[1,2,3]", "batch_size=16",
     "optimizer.lr=4e-3", "objective.pixel_weight=4",
 ]  # fmt: skip
+SLOWER = ["batch_size=8", "optimizer.lr=7e-4", "schedule.warmup=0.1"]
 OVERFITTED: dict[str, list[str]] = {
     "cnn_vq": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096"],
     "fsq": [*PHOTOS, "tokenizer.quantizer.levels=[5,5,5,5,5,5]"],
@@ -122,8 +123,10 @@ OVERFITTED: dict[str, list[str]] = {
     "var": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096", "data.window=null", "batch_size=2"],
     "hita": [*VIT, "tokenizer.multipliers=[1,2,4,6]", "batch_size=4"],  # 16 x 16 cells
     "titok": ["tokenizer.tokens=64"],
-    "gigatok": ["tokenizer.auxiliary_until=0.1"],
-    "retok": ["tokenizer.network.auxiliary_until=0.1"],
+    # at a higher rate, or with fewer images, their latents soon say nothing
+    "gigatok": [*SLOWER, "tokenizer.auxiliary_until=0.0"],
+    "retok": [*SLOWER, "tokenizer.network.auxiliary_until=0.0"],
+    "restok": SLOWER,
 }  # fmt: skip
 OVERFIT_STEPS = (300, 600, 900, 1200, 1500)  # where a run is measured, until it reaches what is wanted
 FLOW = {"dar", "flextok"}  # decoders that draw: their copies are one draw with a fixed seed
