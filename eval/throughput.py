@@ -182,7 +182,7 @@ def counted(run: Callable[[], Any], module: nn.Module) -> tuple[float, float]:
 def training_cost(generator: Any, batch: Mapping[str, Tensor]) -> tuple[float, float]:
     """The same of a training step, in closed form where there is one, else counted. Of a batch on CUDA those of its
     first image on the CPU are: PyTorch's counter cannot see into FlexAttention, which is compiled, and fails on it."""
-    count, operations = len(batch["label"]), training_operations(generator)
+    count, operations = len(batch["label"]), training_operations(generator, batch["key"].cpu())
     if operations is not None:
         total = count * operations
     elif batch["label"].device.type == "cpu":

@@ -95,18 +95,19 @@ def test_weights_of_training_alone_are_not_read_by_sampling():
 
 
 def test_training_is_counted_as_in_mfu_and_on_the_cpu_where_there_is_no_closed_form(monkeypatch):
-    """VAR has one, and nothing is run for it, so that PyTorch's counter never meets a compiled kernel. MAR has none:
-    its step's products are those of what the batch shows, fewer than where shapes stay."""
+    """VAR has one, and MAR by what the samples show: nothing is run for them, so that PyTorch's counter never meets a
+    compiled kernel. MaskGIT has none."""
     batch = {"label": torch.tensor([0, 1, 2]), "key": sample_seeds(0, 0, 3)}
-    var, mar = make("var"), make("mar", dropout=0.0, attention_dropout=0.0)
+    var, mar, maskgit = make("var"), make("mar"), make("maskgit", dropout=0.0)
     with monkeypatch.context() as patch:
         patch.setattr("eval.throughput.counted", None)
         assert training_cost(var, batch) == (3 * training_operations(var), 3 * weight_bytes(var))
-    batch["tokens"] = tokens_of(mar, 3)
-    got, _ = training_cost(mar, batch)
-    assert got == counted(trainer(mar, lambda: batch), mar)[0] > 0
-    monkeypatch.setattr(mar, "shown", lambda kept: (0, mar.most_kept))
-    assert got < training_cost(mar, batch)[0] == 3 * training_cost(mar, {k: v[:1] for k, v in batch.items()})[0]
+        each = [training_operations(mar, key) for key in batch["key"].split(1)]
+        assert training_cost(mar, batch) == (pytest.approx(sum(each)), 3 * weight_bytes(mar)) and len(set(each)) > 1
+    batch["tokens"] = tokens_of(maskgit, 3)
+    got, _ = training_cost(maskgit, batch)
+    assert got == counted(trainer(maskgit, lambda: batch), maskgit)[0] > 0
+    assert got == 3 * training_cost(maskgit, {k: v[:1] for k, v in batch.items()})[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")

@@ -22,16 +22,18 @@ from vgen.generator import Canvas, require_ids
 from vgen.guidance import ClassifierFree, Constant, Guidance, Linear
 from vgen.heads import DrawRule
 from vgen.models.var import VAR, scales_of
+from vtok.acceleration import pairs, trunk_operations
 from vtok.layers.cache import KVCache
 from vtok.layers.packed import float32_linear
 from vtok.layers.trunk import Inputs
 from vtok.layout import SequenceLayout
-from vtok.noise import SampleNoise
+from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.independent import drawn_sides
 from vtok.tokenizer import TokenSpec
 
 TABLE = 32  # side of the position table
 SCALES_STREAM = 7301
+DRAWS = 256  # lists of scales, for a mean
 
 
 class FlexVAR(VAR):
@@ -151,6 +153,23 @@ class FlexVAR(VAR):
 
     def trained_length(self, key: Tensor, progress: float) -> int:
         return self.layout_of(self.draw_sides(key) if self.sample_scales else self.own_sides).length
+
+    @property
+    def drawn_operations(self) -> bool:
+        return self.sample_scales
+
+    @property
+    def operations_formula(self) -> str:
+        return super().operations_formula + (", a mean of drawn lists of scales" if self.sample_scales else "")
+
+    def operations(self, key: Tensor | None = None) -> float:
+        """Of the list of scales that the training step of these samples draws."""
+        if not self.sample_scales:
+            return super().operations()
+        keys = sample_seeds(0, 0, DRAWS).split(1) if key is None else [key]
+        layouts = [self.layout_of(self.draw_sides(drawn)) for drawn in keys]
+        length, seen = (sum(values) / len(layouts) for values in zip(*((x.length, pairs(x)) for x in layouts)))
+        return trunk_operations(self.trunk, length, seen, self.vectors) + self.head.operations(length)
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
