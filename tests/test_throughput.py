@@ -12,6 +12,7 @@ from test_generators import draw
 from torch import nn
 
 from eval import paths
+from eval.resident import CLEAR
 from eval.throughput import Job, counted, evaluate, table, trainer, training_cost, weight_bytes
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
@@ -19,6 +20,7 @@ from vgen.models.repa import LlamaGenREPA
 from vgen.models.var import VAR
 from vtok import counters
 from vtok.acceleration import training_operations
+from vtok.decoding import encode_images
 from vtok.layers.packed import packable
 from vtok.models.cnn import CNNTokenizer
 from vtok.noise import sample_seeds
@@ -152,6 +154,30 @@ def test_weights_that_a_pass_reads_leave_lookup_tables_out():
     model = nn.ModuleDict({"table": nn.Embedding(100, 8), "linear": nn.Linear(8, 6)})
     assert weight_bytes(model) == 4 * (8 * 6 + 6)
     assert weight_bytes(model.to(torch.bfloat16)) == 2 * (8 * 6 + 6)
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's /proc/self/clear_refs")
+def test_peak_memory_on_the_cpu_is_of_each_part(tmp_path, monkeypatch):
+    """Encoding that writes 96 MiB more has 96 MiB more; what comes after it does not keep the peak."""
+    monkeypatch.setattr("eval.throughput.matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)
+    size, markdown, run = 96 * 2**20, tmp_path / "t.md", encode_images
+    common = (f"out={tmp_path / 't.json'}", f"table={markdown}", "parts=[encode,decode]")
+    plain = evaluate(config(*common))
+    more = lambda *given, **options: (torch.ones(size // 4), run(*given, **options))[1]  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.throughput.encode_images", more)
+        found = evaluate(config(*common))
+    slack = 24 * 2**20
+    encode, decode = (b["peak_memory_bytes"] - a["peak_memory_bytes"] for a, b in zip(plain, found))
+    assert abs(encode - size) < slack and abs(decode) < slack
+    assert {row["peak_memory_of"] for row in plain} == {"resident, of the process"}
+    text = markdown.read_text()
+    assert "| peak memory, GiB |" in text and f"| {found[0]['peak_memory_bytes'] / 2**30:.2f} |" in text
+    monkeypatch.setattr("eval.resident.CLEAR", tmp_path / "forbidden" / "clear_refs")
+    (row,) = evaluate(config(f"out={tmp_path / 'u.json'}", f"table={markdown}", "parts=[decode]"))
+    assert (row["peak_memory_bytes"], row["peak_memory_of"]) == (None, "not measured")
+    assert "| not measured |" in markdown.read_text()
 
 
 def test_command_measures_every_part_and_keeps_earlier_rows(tmp_path, monkeypatch):
