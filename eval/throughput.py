@@ -459,8 +459,6 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"parts must be of {', '.join(PARTS)}; batches and repeats at least 1")
     device = resolve_device(config["device"])
     resolve_dtype(config["dtype"])  # or an error that names those there are
-    if config["threads"]:
-        torch.set_num_threads(int(config["threads"]))
     torch.manual_seed(int(config["seed"]))
     tokenizer = instantiate(config["tokenizer"], _convert_="all").to(device).eval().requires_grad_(False)
     channels_last(tokenizer)
