@@ -191,7 +191,8 @@ def training_cost(generator: Any, batch: Mapping[str, Tensor]) -> tuple[float, f
     elif batch["label"].device.type == "cpu":
         total, _ = counted(trainer(generator, lambda: batch), generator)
     else:
-        row, copied = {name: value[:1].cpu() for name, value in batch.items()}, copy.deepcopy(generator).cpu()
+        row = {name: value[:1].cpu() for name, value in batch.items() if isinstance(value, Tensor)}
+        copied = copy.deepcopy(generator).cpu()
         total = count * counted(trainer(copied, lambda: row), copied)[0]
     return total, 3.0 * weight_bytes(generator)
 
@@ -315,7 +316,7 @@ def jobs(
         found["sample"] = Job(lambda: draw(fast), cost, light, asked, facts=facts)
     if not LEARNING & set(config["parts"]):
         return found
-    given = {"tokens": tokens.clone(), "label": labels, "key": seeds}
+    given = {"tokens": tokens.clone(), "label": labels, "key": seeds, "host_key": seeds.cpu().numpy()}
     if "patches" in generator.reads_also:  # any will do: the teacher's own time is not in it
         given["patches"] = torch.randn(batch, generator.layout.length, generator.channels, device=device)
     return found | learning(config, tokenizer, generator, images, given)

@@ -303,6 +303,7 @@ def test_modules_without_blocks_cannot_be_compiled():
 def test_pairs_are_the_ones_in_the_mask(layout):
     ranks = layout.ranks()
     assert pairs(layout) == int(visible(ranks, ranks).sum())
+    assert torch.equal(layout.ranks(device=torch.device("cpu")), ranks), "made on the device, not copied there"
 
 
 def test_operations_in_closed_form():

@@ -234,7 +234,8 @@ class Generator(Configured, nn.Module):
         return trunk_operations(self.trunk, sum(layout.reads), pairs(layout), self.vectors) + head(layout.length)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
-        """Training loss of {"tokens" [B, L], "label" [B], "key" [B]}; "context" replaces the inputs, not the targets.
+        """Training loss of {"tokens" [B, L], "label" [B], "key" [B]}; "context" replaces the inputs, not the targets;
+        "host_key", an array, is "key" where the host need not wait for it.
 
         progress: share of training done, for families whose task changes. Returns "loss" (mean nats a token) and
         "nats" [B, L], detached.

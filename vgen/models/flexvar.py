@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -144,12 +145,12 @@ class FlexVAR(VAR):
     def arrange_batch(self, tokens: Tensor, batch: Mapping[str, Any], progress: float) -> Canvas:
         if not (self.training and self.sample_scales):
             return self.arrange(tokens)
-        return self.arrange(tokens, self.layout_of(self.draw_sides(batch["key"])))
+        return self.arrange(tokens, self.layout_of(self.draw_sides(batch.get("host_key", batch["key"]))))
 
-    def draw_sides(self, key: Tensor) -> tuple[int, ...]:
+    def draw_sides(self, key: Tensor | np.ndarray) -> tuple[int, ...]:
         """The list of one training step, some of the spec's sides, from the key of its first sample (a batch shares its
-        shapes)."""
-        return drawn_sides(SampleNoise(key), SCALES_STREAM, self.own_sides, self.known_sides)
+        shapes). Keys on a GPU, in place of those on the host, are waited for."""
+        return drawn_sides(int(key[0]), SCALES_STREAM, self.own_sides, self.known_sides)
 
     def trained_length(self, key: Tensor, progress: float) -> int:
         return self.layout_of(self.draw_sides(key) if self.sample_scales else self.own_sides).length
