@@ -10,7 +10,9 @@ finished entities are in it; weights that no operation takes, such as those of t
 counts as in MFU (vtok/acceleration.py) and reads its weights three times. Sampling does not include decoding. Training
 is forward and backward, the loss under autocast as in train.py, and a fused AdamW update; `mfu` is its share of the
 peak that the GPU's maker states. online is such a step on images, whose encoding is not among its operations: in
-float32 as in train.py, and on a GPU with encode_ahead beside the step before.
+float32 as in train.py, and on a GPU with encode_ahead beside the step before. Peak memory is what PyTorch allocates on
+the GPU, and on the CPU what is resident of the whole process while the part runs (eval/resident.py), with whatever
+other parts keep there; "not measured" where the system does not tell it.
 
 Every row holds the paths that were taken (vtok/counters.py), and a setting whose path was not is an error: a fallback
 is no measurement of it (eval/paths.py). prefixes is for training, cuda_graphs and quant are for sampling, compile for
@@ -41,6 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval import paths
 from eval.fid import CONFIGS
 from eval.protocol import library_versions
+from eval.resident import Resident
 from vtok import counters
 from vtok.acceleration import compile_blocks, light_weights, peak_rate, training_operations, utilisation
 from vtok.cli import entry
@@ -182,13 +185,14 @@ def counted(run: Callable[[], Any], module: nn.Module) -> tuple[float, float]:
 def training_cost(generator: Any, batch: Mapping[str, Tensor]) -> tuple[float, float]:
     """The same of a training step, in closed form where there is one, else counted. Of a batch on CUDA those of its
     first image on the CPU are: PyTorch's counter cannot see into FlexAttention, which is compiled, and fails on it."""
-    count, operations = len(batch["label"]), training_operations(generator)
+    count, operations = len(batch["label"]), training_operations(generator, batch["key"].cpu())
     if operations is not None:
         total = count * operations
     elif batch["label"].device.type == "cpu":
         total, _ = counted(trainer(generator, lambda: batch), generator)
     else:
-        row, copied = {name: value[:1].cpu() for name, value in batch.items()}, copy.deepcopy(generator).cpu()
+        row = {name: value[:1].cpu() for name, value in batch.items() if isinstance(value, Tensor)}
+        copied = copy.deepcopy(generator).cpu()
         total = count * counted(trainer(copied, lambda: row), copied)[0]
     return total, 3.0 * weight_bytes(generator)
 
@@ -217,7 +221,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                 counters.reset()  # only what is timed counts, with the run that warms it up
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
-                with paths.fused(device, dtype):
+                with paths.fused(device, dtype), Resident() as resident:
                     spent = seconds(job.run, device, int(config["repeats"]))
             taken = counters.read()
             job.asked.check(taken, f"{part} at batch {batch}")
@@ -237,7 +241,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                     "mfu": utilisation(batch / middle, operations / batch, peak, 1),
                     "matmul_operations_per_image": operations / batch,
                     "weight_bytes_read": bytes_read,
-                    "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+                    **peak_memory(device, resident),
                     "parameters": sum(t.numel() for t in stored(job.module)),
                     "paths": taken,
                 }
@@ -246,11 +250,21 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                 f"{part:7} batch {batch:4}  {rows[-1]['images_per_second']:9.2f} images/s  "
                 f"{rows[-1]['ms_per_image']:9.1f} ms/image  {rows[-1]['fraction']:6.1%} of the roofline"
                 f"{'' if rows[-1]['mfu'] is None else '  MFU ' + mfu(rows[-1])}\n"
+                f"        peak memory, GiB: {memory(rows[-1])}\n"
                 f"        paths: {', '.join(f'{path} {times}' for path, times in taken.items()) or 'none counted'}",
                 flush=True,
             )
     facts = {"matmul_rate": rate, "bandwidth": speed, "device": describe(device), "threads": torch.get_num_threads()}
     return [row | facts for row in rows]
+
+
+def peak_memory(device: torch.device, resident: Resident) -> dict[str, Any]:
+    """Bytes, or None, and of what they are."""
+    if device.type == "cuda":
+        peak, of = torch.cuda.max_memory_allocated(device), "allocated on the GPU"
+    else:
+        peak, of = resident.peak if device.type == "cpu" else None, "resident, of the process"
+    return {"peak_memory_bytes": peak, "peak_memory_of": "not measured" if peak is None else of}
 
 
 def jobs(
@@ -302,7 +316,7 @@ def jobs(
         found["sample"] = Job(lambda: draw(fast), cost, light, asked, facts=facts)
     if not LEARNING & set(config["parts"]):
         return found
-    given = {"tokens": tokens.clone(), "label": labels, "key": seeds}
+    given = {"tokens": tokens.clone(), "label": labels, "key": seeds, "host_key": seeds.cpu().numpy()}
     if "patches" in generator.reads_also:  # any will do: the teacher's own time is not in it
         given["patches"] = torch.randn(batch, generator.layout.length, generator.channels, device=device)
     return found | learning(config, tokenizer, generator, images, given)
@@ -386,12 +400,14 @@ def describe(device: torch.device) -> str:
 def table(rows: list[Mapping[str, Any]]) -> str:
     """Markdown of all rows."""
     names = ("tokenizer", "model", "part", "steps", "dtype", "batch", "images/s", "ms/image", "roofline ms", "of it")
-    lines = [f"| {' | '.join((*names, 'MFU', 'on'))} |", "|" + "---|" * (len(names) + 2)]
+    names += ("MFU", "peak memory, GiB", "on")
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row in rows:
         lines.append(
             f"| {row['tokenizer']} | {row['model'] or ''} | {row['part']} | {steps(row)} | {row['dtype']} "
             f"| {row['batch']} | {row['images_per_second']:.2f} | {row['ms_per_image']:.1f} "
-            f"| {row['roofline_ms_per_image']:.1f} | {row['fraction']:.0%} | {mfu(row)} | {row['device']} |"
+            f"| {row['roofline_ms_per_image']:.1f} | {row['fraction']:.0%} | {mfu(row)} | {memory(row)} "
+            f"| {row['device']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -403,6 +419,12 @@ def steps(row: Mapping[str, Any]) -> str:
 
 def mfu(row: Mapping[str, Any]) -> str:
     return "" if row.get("mfu") is None else f"{row['mfu']:.0%}"
+
+
+def memory(row: Mapping[str, Any]) -> str:
+    """Peak memory in GiB."""
+    peak = row.get("peak_memory_bytes")
+    return "not measured" if peak is None else f"{peak / 2**30:.2f}"
 
 
 def plot(path: str, rows: list[Mapping[str, Any]]) -> None:
@@ -438,8 +460,6 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"parts must be of {', '.join(PARTS)}; batches and repeats at least 1")
     device = resolve_device(config["device"])
     resolve_dtype(config["dtype"])  # or an error that names those there are
-    if config["threads"]:
-        torch.set_num_threads(int(config["threads"]))
     torch.manual_seed(int(config["seed"]))
     tokenizer = instantiate(config["tokenizer"], _convert_="all").to(device).eval().requires_grad_(False)
     channels_last(tokenizer)

@@ -251,8 +251,6 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     device, dtype, steps, both = resolve_device(config["device"]), resolve_dtype(config["dtype"]), config["steps"], None
     if config["clock"] == "cpu" and device.type != "cpu":
         raise ValueError(f"clock=cpu does not see what device={device} does: pass clock=wall")
-    if config["threads"]:
-        torch.set_num_threads(int(config["threads"]))
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # where an original's bare .cuda() goes
     size = config["size"] or SIZES.get(config["peer"], "tiny")

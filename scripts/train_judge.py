@@ -78,7 +78,6 @@ def main(config) -> None:
 
     if config.precision not in ("bf16", "fp32"):
         raise ValueError(f"precision={config.precision}: choose bf16 or fp32")
-    torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     began = time.perf_counter()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ class Arrivals(TorchDispatchMode):
 
 
 @contextmanager
-def fake_cuda(module: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Inside, parameters and buffers of the module, which is of no use afterwards, and the batch that it gives are
-    fake ones on CUDA."""
+def fake_cuda(module: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inside, parameters and buffers of the module, which is of no use afterwards, and the tensors of the batch that it
+    gives are fake ones on CUDA."""
     known: dict[int, Tensor] = {}  # shared parameters stay shared
 
     def fake(x: Tensor) -> Tensor:
@@ -46,4 +47,4 @@ def fake_cuda(module: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[dict[s
         for part in module.modules():
             for table in (part._parameters, part._buffers):
                 table.update({name: fake(x) for name, x in table.items() if x is not None})
-        yield {name: fake(x) for name, x in batch.items()}
+        yield {name: fake(x) if isinstance(x, Tensor) else x for name, x in batch.items()}

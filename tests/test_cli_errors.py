@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import lightning
 import pytest
 import torch
 from runs import LLAMAGEN, TOKENIZER, run, tokenizer_folder
+
+import eval.fid
+from vtok.lit import LitTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TOKENIZER
@@ -40,6 +44,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "schedule": ((*T, "schedule.kind=square"), ("schedule.kind", "cosine")),
     "unknown key of the schedule": ((*T, "+schedule.warm=3"), ("schedule", "warm")),
     "ema": ((*T, "ema=1.5"), ("ema",)),
+    "no threads": ((*T, "threads=0"), ("threads=0", "at least 1, or null")),
+    "half a thread": ((*T, "threads=1.5"), ("threads=1.5", "whole number")),
+    "a word for threads": ((*T, "threads=all"), ("threads=all", "whole number")),
     "clip": ((*T, "clip=0"), ("clip",)),
     "on_nan": ((*T, "on_nan=maybe"), ("on_nan", "skip")),
     "precision": ((*T, "precision=16-mixed"), ("precision=16-mixed", "bf16-mixed")),
@@ -203,6 +210,48 @@ def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
         text=True,
         check=False,
     )
+
+
+def threads_of_openmp() -> int:
+    """As the library that starts them says, in this thread."""
+    return int(re.search(r"omp_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())[1])
+
+
+@pytest.fixture
+def own_threads(monkeypatch):
+    """Those of the tests come back afterwards."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", str(before))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("asked", [3, None])
+@pytest.mark.parametrize("command", ["train", "sample", "fid"])
+def test_threads_are_as_many_as_asked_for(command, asked, tmp_path, monkeypatch, own_threads):
+    """In a training step, and where the others' work begins; without the key they stay."""
+    found, losses = [], LitTokenizer.losses
+    note = lambda *_: found.append((threads_of_openmp(), os.environ["OMP_NUM_THREADS"]))  # noqa: E731
+    monkeypatch.setattr(LitTokenizer, "losses", lambda *given: (note(), losses(*given))[1])
+    monkeypatch.setattr("vgen.sampling.sample", note)
+    monkeypatch.setattr("eval.fid.evaluate", note)
+    keys = {"train": (*T, "steps=1", "save=false", "picture_every=null", "run_dir=run")}
+    keys |= {"sample": ("from=nowhere",), "fid": ("from=nowhere", "reference=nowhere")}
+    monkeypatch.setattr(sys, "argv", [command, *keys[command], *([f"threads={asked}"] if asked else [])])
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(2)
+    if command == "fid":
+        eval.fid.main()
+    else:
+        runpy.run_path(str(ROOT / f"{command}.py"), run_name="__main__")
+    before = os.environ["OMP_NUM_THREADS"] if asked is None else None
+    assert found == [(asked or 2, before or str(asked))]
+
+
+def test_every_command_that_chooses_a_device_has_threads():
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        keys = [line.partition(":")[0] for line in path.read_text().splitlines()]
+        assert "device" not in keys or "threads" in keys, path.name
 
 
 @pytest.mark.parametrize("name", ["unknown key", "missing checkpoint"])

@@ -34,6 +34,7 @@ from vgen.models.var import VAR
 from vtok.checkpoint import load_module, save_folder
 from vtok.config import Families, describe, instantiate
 from vtok.data.codes import OnlineTokens
+from vtok.data.module import keep_keys
 from vtok.layers.attention import padded
 from vtok.layout import SequenceLayout
 from vtok.noise import sample_seeds
@@ -222,7 +223,9 @@ def test_flexvar_arranges_any_list_and_reads_only_the_map_before():
     batch = {"tokens": tokens, "label": torch.tensor([0, 1]), "key": KEYS[:2]}
     model.sample_scales = True
     drawn = model.layout_of(model.draw_sides(KEYS[:2]))
-    assert model.train().loss(batch)["nats"].shape == (2, drawn.length)
+    out = model.train().loss(batch)
+    assert out["nats"].shape == (2, drawn.length)
+    assert torch.equal(out["nats"], model.loss(keep_keys(batch))["nats"]), "the host's keys draw the same list"
     unseen = SequenceLayout.scales((1, 2, 7))  # a resolution of no training step
     assert model.eval()(model.blank(2, unseen), cond).shape == (2, 54, 16)
 

@@ -10,7 +10,7 @@ from tokenizers import gigatok, images, make, retok
 from torch import nn
 
 from vtok.config import instantiate
-from vtok.layers.nested import keep_counts
+from vtok.layers.nested import keep_counts, keep_sums
 from vtok.layers.qformer import PositionedAttention, QFormerDecoder, QFormerEncoder, QFormerLayer, pooled, pyramid
 from vtok.models.retok import KEEP, ReToK
 from vtok.noise import SampleNoise
@@ -222,7 +222,7 @@ def test_training_keeps_what_the_keys_say():
     model = make("retok")
     network, length = model.network, 14
     z = model.quantizer(network.vectors(network.grid(images()))).z
-    counts = keep_counts("uniform", SampleNoise(KEYS), length, stream=KEEP)
+    counts = keep_counts(keep_sums("uniform", length), SampleNoise(KEYS), stream=KEEP)
     recon = model.train()(images(), key=KEYS, progress=0.75)
     for i, count in enumerate(counts.tolist()):
         torch.testing.assert_close(network.pixels(z[i : i + 1, :count])[0], recon.images[i], rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtok.layers.nested import keep_counts, keep_probabilities, kept, replace_dropped
+from vtok.layers.nested import keep_counts, keep_probabilities, keep_sums, kept, replace_dropped
 from vtok.layers.vit import PatchEmbed, patchify, unpatchify
 from vtok.noise import SampleNoise, noise_of
 
@@ -33,13 +33,28 @@ def test_probabilities_by_their_definition():
 @pytest.mark.parametrize("distribution", ("uniform", "power_of_two", "uniform_power_of_two", {2: 1, 7: 3}))
 def test_draws_follow_it_and_their_keys(distribution):
     noise = SampleNoise(torch.arange(20_000))
-    counts = keep_counts(distribution, noise, 8, stream=5)
+    sums = keep_sums(distribution, 8)
+    counts = keep_counts(sums, noise, stream=5)
     assert counts.dtype == torch.int64
     shares = torch.bincount(counts, minlength=9)[1:] / 20_000
     assert float((shares - keep_probabilities(distribution, 8)).abs().max()) < 0.015  # four standard deviations
-    alone = keep_counts(distribution, noise.rows(slice(123, 125)), 8, stream=5)
+    alone = keep_counts(sums, noise.rows(slice(123, 125)), stream=5)
     assert torch.equal(alone, counts[123:125])
-    assert not torch.equal(counts, keep_counts(distribution, noise, 8, stream=6))
+    assert not torch.equal(counts, keep_counts(sums, noise, stream=6))
+
+
+@pytest.mark.parametrize("distribution", ("all", "uniform", {3: 1, 7: 1e-9}, {2: 1, 7: 0}, {1: 1, 2: 2}))
+@pytest.mark.parametrize("length", (7, 10, 480))
+def test_sums_in_float32_decide_as_exact_ones_do(distribution, length):
+    """For every float32 number near a sum, and 0 and 1."""
+    table, sums = keep_probabilities(distribution, length), keep_sums(distribution, length)
+    exact = table.cumsum(0)
+    near = [exact.float()]
+    near += [near[0].nextafter(torch.tensor(end)) for end in (0.0, 2.0)]
+    uniform = torch.cat([*near, torch.tensor([2.0**-41, 1.0])]).clamp(2.0**-41, 1)
+    want = 1 + (exact < uniform[:, None].double()).sum(1).clamp(max=int(table.nonzero().max()))
+    assert torch.equal(1 + (sums < uniform[:, None]).sum(1), want)
+    assert table[want - 1].min() > 0, "what has no weight is never kept"
 
 
 def test_what_is_kept():

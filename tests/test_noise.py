@@ -6,7 +6,7 @@ import torch
 
 from vgen.guidance import Progress
 from vgen.heads import DrawRule, draw_ids, survivors
-from vtok.noise import SampleNoise, key, keys, mix, sample_seeds
+from vtok.noise import SampleNoise, host_uniforms, key, keys, mix, sample_seeds
 
 PROGRESS = Progress(0, 1)
 
@@ -29,6 +29,13 @@ def test_published_splitmix64_sequence():
     states = [(1234567 + k * golden) % (1 << 64) for k in (1, 2)]
     signed = [s - (1 << 64) if s >> 63 else s for s in states]
     assert [v % (1 << 64) for v in mix(torch.tensor(signed)).tolist()] == [6457827717110365317, 3203168211198807973]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**62, key(3, 1)])
+def test_numbers_of_the_host_are_those_of_the_sample(seed):
+    for stream in (0, 70, 7301):
+        found = SampleNoise(torch.tensor([seed])).uniform(torch.arange(64), stream)[0]
+        assert host_uniforms(seed, 64, stream) == found.tolist()
 
 
 def test_many_keys_are_those_of_each():

@@ -12,6 +12,7 @@ from test_generators import draw
 from torch import nn
 
 from eval import paths
+from eval.resident import CLEAR
 from eval.throughput import Job, counted, evaluate, table, trainer, training_cost, weight_bytes
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
@@ -19,6 +20,7 @@ from vgen.models.repa import LlamaGenREPA
 from vgen.models.var import VAR
 from vtok import counters
 from vtok.acceleration import training_operations
+from vtok.decoding import encode_images
 from vtok.layers.packed import packable
 from vtok.models.cnn import CNNTokenizer
 from vtok.noise import sample_seeds
@@ -95,18 +97,19 @@ def test_weights_of_training_alone_are_not_read_by_sampling():
 
 
 def test_training_is_counted_as_in_mfu_and_on_the_cpu_where_there_is_no_closed_form(monkeypatch):
-    """VAR has one, and nothing is run for it, so that PyTorch's counter never meets a compiled kernel. MAR has none:
-    its step's products are those of what the batch shows, fewer than where shapes stay."""
+    """VAR has one, and MAR by what the samples show: nothing is run for them, so that PyTorch's counter never meets a
+    compiled kernel. MaskGIT has none."""
     batch = {"label": torch.tensor([0, 1, 2]), "key": sample_seeds(0, 0, 3)}
-    var, mar = make("var"), make("mar", dropout=0.0, attention_dropout=0.0)
+    var, mar, maskgit = make("var"), make("mar"), make("maskgit", dropout=0.0)
     with monkeypatch.context() as patch:
         patch.setattr("eval.throughput.counted", None)
         assert training_cost(var, batch) == (3 * training_operations(var), 3 * weight_bytes(var))
-    batch["tokens"] = tokens_of(mar, 3)
-    got, _ = training_cost(mar, batch)
-    assert got == counted(trainer(mar, lambda: batch), mar)[0] > 0
-    monkeypatch.setattr(mar, "shown", lambda kept: (0, mar.most_kept))
-    assert got < training_cost(mar, batch)[0] == 3 * training_cost(mar, {k: v[:1] for k, v in batch.items()})[0]
+        each = [training_operations(mar, key) for key in batch["key"].split(1)]
+        assert training_cost(mar, batch) == (pytest.approx(sum(each)), 3 * weight_bytes(mar)) and len(set(each)) > 1
+    batch["tokens"] = tokens_of(maskgit, 3)
+    got, _ = training_cost(maskgit, batch)
+    assert got == counted(trainer(maskgit, lambda: batch), maskgit)[0] > 0
+    assert got == 3 * training_cost(maskgit, {k: v[:1] for k, v in batch.items()})[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a CUDA device")
@@ -151,6 +154,30 @@ def test_weights_that_a_pass_reads_leave_lookup_tables_out():
     model = nn.ModuleDict({"table": nn.Embedding(100, 8), "linear": nn.Linear(8, 6)})
     assert weight_bytes(model) == 4 * (8 * 6 + 6)
     assert weight_bytes(model.to(torch.bfloat16)) == 2 * (8 * 6 + 6)
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's /proc/self/clear_refs")
+def test_peak_memory_on_the_cpu_is_of_each_part(tmp_path, monkeypatch):
+    """Encoding that writes 96 MiB more has 96 MiB more; what comes after it does not keep the peak."""
+    monkeypatch.setattr("eval.throughput.matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)
+    size, markdown, run = 96 * 2**20, tmp_path / "t.md", encode_images
+    common = (f"out={tmp_path / 't.json'}", f"table={markdown}", "parts=[encode,decode]")
+    plain = evaluate(config(*common))
+    more = lambda *given, **options: (torch.ones(size // 4), run(*given, **options))[1]  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.throughput.encode_images", more)
+        found = evaluate(config(*common))
+    slack = 24 * 2**20
+    encode, decode = (b["peak_memory_bytes"] - a["peak_memory_bytes"] for a, b in zip(plain, found))
+    assert abs(encode - size) < slack and abs(decode) < slack
+    assert {row["peak_memory_of"] for row in plain} == {"resident, of the process"}
+    text = markdown.read_text()
+    assert "| peak memory, GiB |" in text and f"| {found[0]['peak_memory_bytes'] / 2**30:.2f} |" in text
+    monkeypatch.setattr("eval.resident.CLEAR", tmp_path / "forbidden" / "clear_refs")
+    (row,) = evaluate(config(f"out={tmp_path / 'u.json'}", f"table={markdown}", "parts=[decode]"))
+    assert (row["peak_memory_bytes"], row["peak_memory_of"]) == (None, "not measured")
+    assert "| not measured |" in markdown.read_text()
 
 
 def test_command_measures_every_part_and_keeps_earlier_rows(tmp_path, monkeypatch):

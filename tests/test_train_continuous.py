@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -9,6 +11,7 @@ from runs import CONFIGS, GENERATOR, everything, losses, run, tokenizer_folder
 
 from vgen.guidance import guidance
 from vgen.models import FAMILIES
+from vgen.models.mar import MAR as MARModel
 from vgen.pipeline import Pipeline
 from vgen.training import build_data
 from vtok.checkpoint import load_folder, load_module, save_folder
@@ -54,7 +57,17 @@ def cached(folder, out, dtype):
 
 
 @pytest.mark.parametrize("source", ["online", "float16", "bfloat16"])
-def test_the_validated_loss_by_hand(tmp_path, folder, source, capsys):
+def test_the_validated_loss_by_hand(tmp_path, folder, source, capsys, monkeypatch):
+    """And the MFU of its training, where a peak is known: of what these very samples show and hide."""
+    monkeypatch.setattr("vtok.callbacks.peak_rate", lambda device: 1e12)
+    counted, loss = [], MARModel.loss
+
+    def watched(model, batch, **options):
+        if model.training:
+            counted.append(model.operations(batch["key"]))
+        return loss(model, batch, **options)
+
+    monkeypatch.setattr(MARModel, "loss", watched)
     if source == "online":
         settings = (*MAR, f"tokenizer_from={folder}")
     else:
@@ -62,7 +75,12 @@ def test_the_validated_loss_by_hand(tmp_path, folder, source, capsys):
         settings = (*keep, *cached(folder, tmp_path / "codes", source))
     out = tmp_path / "run"
     value = run(*settings, "steps=4", f"run_dir={out}")
-    assert "vocabulary continuous, 4 channels an image" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "vocabulary continuous, 4 channels an image" in said and "decoder parameters x (buffer + tokens)" in said
+    with open(out / "metrics.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["speed/mfu"]]
+    work = [float(r["speed/mfu"]) * 1e12 / float(r["speed/images_per_second"]) for r in rows]
+    assert len(set(counted)) > 1 and work == pytest.approx(counted, rel=1e-4), "a line and a batch a step"
     row, batch = losses(out)[-1], batches(*settings)
     assert batch["tokens"].shape[1:] == (16, 4) and batch["tokens"].dtype == torch.float32
     for weights, suffix in (("ema", ""), ("raw", "_raw")):

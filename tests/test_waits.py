@@ -1,26 +1,33 @@
 """Training on CUDA never waits for the device: seen on the CPU, with fake tensors and with watched backward passes."""
 
+from typing import Any
+
 import pytest
 import tokenizers
 import torch
 from fake_cuda import Arrivals, fake_cuda
-from generators import FAMILIES, also_read, make, tokens_of
+from generators import FAMILIES, also_read, make, map_spec, tokens_of
 from tape import Watch
 from test_generators import LABELS
 from torch import nn
 
 from vgen.corruption import Corruption
 from vgen.generator import Generator
+from vtok.data.module import keep_keys
 from vtok.layers.trunk import Trunk
 from vtok.noise import sample_seeds
 
 OPTIONS = {"rar": {"anneal": (0.0, 1.0)}, "var": {"progressive_until": 0.9, "drop_path": 0.1}}
+OPTIONS["flexvar"] = {"sample_scales": True, "spec": map_spec((1, 2, 3, 4, 5)), "sides": (1, 3, 5)}
 OPTIONS |= {name: {"dropout": 0.1, "attention_dropout": 0.1} for name in ("xar_cell", "flowar", "ecar", "mar")}
 
 
-def trained(name: str) -> tuple[Generator, dict[str, torch.Tensor]]:
+def trained(name: str) -> tuple[Generator, dict[str, Any]]:
     model = make(name, **OPTIONS.get(name, {})).train()
-    batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": sample_seeds(0, 0, 3)}
+    tokens = tokens_of(model, 3)
+    if name == "flexvar":  # of all scales that the spec knows
+        tokens = torch.zeros(3, model.spec.layout.length, dtype=torch.int64)
+    batch = keep_keys({"tokens": tokens, "label": LABELS, "key": sample_seeds(0, 0, 3)})
     return model, batch | also_read(model, 3)
 
 
@@ -41,15 +48,15 @@ def test_a_training_step_never_waits_for_the_device(name, monkeypatch):
         assert loss.is_cuda and loss.requires_grad
 
 
-DRAWN = {"detailflow", "flextok", "flextok_vae"}  # shapes and groups of rows follow what is drawn for the samples
-NESTED = {"restok", "retok"}  # training draws from a table of the host how many tokens are kept; eval keeps all
+DRAWN = {"detailflow"}  # shapes and groups of rows follow what is drawn for the samples
+TOKENIZERS = tokenizers.FAMILIES | {"flexvar_drawn": lambda: tokenizers.flexvar(draw_sides=True)}
 
 
-@pytest.mark.parametrize("name", sorted(set(tokenizers.FAMILIES) - DRAWN))
+@pytest.mark.parametrize("name", sorted(set(TOKENIZERS) - DRAWN))
 def test_a_tokenizers_forward_pass_never_waits_for_the_device(name, monkeypatch):
     monkeypatch.setattr(Trunk, "prefixes", True)
-    model, batch = tokenizers.make(name), {"images": tokenizers.images(2), "key": sample_seeds(0, 0, 2)}
-    model.train(name not in NESTED)
+    monkeypatch.setattr(tokenizers, "FAMILIES", TOKENIZERS)
+    model, batch = tokenizers.make(name).train(), {"images": tokenizers.images(2), "key": sample_seeds(0, 0, 2)}
     with fake_cuda(model, batch) as batch:
         model(batch["images"], key=batch["key"])
         with Arrivals():

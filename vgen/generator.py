@@ -18,6 +18,7 @@ from vgen.conditioning import ClassConditioner, Cond
 from vgen.gaussian import Moments
 from vgen.guidance import Guidance, Progress
 from vgen.heads import CategoricalHead, DrawRule
+from vtok.acceleration import pairs, trunk_operations
 from vtok.config import Configured
 from vtok.layers.cache import KVCache
 from vtok.layers.trunk import Inputs, Trunk
@@ -59,7 +60,7 @@ class Generator(Configured, nn.Module):
     spec: the tokens it was built for; num_classes: 0 = unconditional; label_drop: share of training samples whose class
     is hidden; layout: its own order; caches: whether earlier steps stay as they are, so that their keys and values can
     be kept, in a cache of cache_kind; reads_also: which of "patches" (of a teacher) and "corrupted" (corrections) its
-    loss takes from a batch.
+    loss takes from a batch; drawn_operations: whether `operations` depend on the samples.
     """
 
     caches: bool = True
@@ -68,6 +69,10 @@ class Generator(Configured, nn.Module):
     closed: bool = True  # whether log_prob is a likelihood of the ids: no, where steps choose what they decide
     reads_also: tuple[str, ...] = ()
     cache_kind: type[KVCache] = KVCache
+    drawn_operations: bool = False
+    operations_formula: str = (
+        "6 matmul parameters x positions + 6 modulation parameters x vectors + 12 width x depth x pairs"
+    )
     spec: TokenSpec
     num_classes: int
     label_drop: float
@@ -218,8 +223,19 @@ class Generator(Configured, nn.Module):
         """Tokens of an image in the training step of the samples key int64 [B] at this share of training."""
         return self.layout.length
 
+    def operations(self, key: Tensor | None = None) -> float | None:
+        """Operations of a training step an image (vtok/acceleration.py), as `operations_formula` says: where they are
+        drawn those of the samples key int64 [B], which lies on the host, or without it on average. None where a family
+        has no closed form: without a cache, or with a head that does not tell its own."""
+        head = getattr(self.head, "operations", None)
+        if head is None or not self.caches:
+            return None
+        layout = self.layout
+        return trunk_operations(self.trunk, sum(layout.reads), pairs(layout), self.vectors) + head(layout.length)
+
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
-        """Training loss of {"tokens" [B, L], "label" [B], "key" [B]}; "context" replaces the inputs, not the targets.
+        """Training loss of {"tokens" [B, L], "label" [B], "key" [B]}; "context" replaces the inputs, not the targets;
+        "host_key", an array, is "key" where the host need not wait for it.
 
         progress: share of training done, for families whose task changes. Returns "loss" (mean nats a token) and
         "nats" [B, L], detached.

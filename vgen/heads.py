@@ -103,6 +103,10 @@ class CategoricalHead(nn.Module):
         """A tuple with one entry a factor: float32 [.., V] of h [.., D]."""
         return (float32_linear(self.linear, h),)
 
+    def operations(self, tokens: int) -> float:
+        """Operations of a training step of that many tokens (vtok/acceleration.py)."""
+        return 6.0 * self.linear.weight.numel() * tokens
+
     def loss(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         """Cross-entropy in nats, float32 [B, n], of h [B, n, D] and ids [B, n]."""
         return linear_cross_entropy(h, self.linear.weight, self.linear.bias, target)

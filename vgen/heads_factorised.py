@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vgen.cross_entropy import linear_cross_entropy
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule, draw_ids
+from vtok.acceleration import trunk_operations
 from vtok.config import build, imported
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.models import FAMILIES
@@ -132,6 +133,14 @@ class FactorisedHead(nn.Module):
             raise ValueError("sub-codes depend on each other here (depth > 0): pass ids")
         states = self._states(h, split(ids, self.factors)[..., :-1]).unbind(-2)
         return tuple(self._scores(state, f) for f, state in enumerate(states))
+
+    def operations(self, tokens: int) -> float:
+        """Operations of a training step of that many tokens (vtok/acceleration.py): a token passes the rows of every
+        sub-code once, and the transformer over them F times."""
+        count, rows = len(self.factors), 6.0 * self.linear.weight.numel() * tokens
+        if self.trunk is None:
+            return rows
+        return rows + trunk_operations(self.trunk, tokens * count, tokens * count * (count + 1) / 2)
 
     def loss(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         """Cross-entropy of whole tokens in nats, the sum over sub-codes, float32 [B, n]."""

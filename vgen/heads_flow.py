@@ -20,6 +20,10 @@ class VelocityHead(nn.Module):
         """Velocity float32 [.., C] of h [.., D]."""
         return float32_linear(self.linear, h)
 
+    def operations(self, tokens: int) -> float:
+        """Operations of a training step of that many tokens (vtok/acceleration.py)."""
+        return 6.0 * self.linear.weight.numel() * tokens
+
     def loss(self, h: Tensor, velocity: Tensor, sizes: Sequence[int]) -> Tensor:
         """Squared error, mean over channels, float32 [B, n], of h [B, n, D] and velocities [B, n, C]."""
         return (self(h) - velocity).square().mean(-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch import nn
+from torch import Tensor, nn
 
 from vgen.callbacks import Samples
 from vgen.corruption import Corruption
@@ -383,7 +384,7 @@ def build_trainer(config: DictConfig, folder: Path, lit: Lit, trust: tuple[str, 
             stop=stop,
             every=config.log_every,
             bar=config.bar,
-            operations=training_operations(lit.module),
+            operations=_work(lit),
         ),
         DataWatch(timeout=config.get("data_timeout")),  # before all that may take long while a batch is there
     ]
@@ -524,10 +525,13 @@ def summary(config: DictConfig, lit: Lit, data: Any, trainer: L.Trainer, batch: 
 def _operations(lit: Lit) -> str | None:
     """How many operations the progress line's MFU counts, and as what."""
     count = training_operations(lit.module)
-    if count is None:
-        return None
-    terms = "6 matmul parameters x positions + 6 modulation parameters x vectors + 12 width x depth x pairs"
-    return f"{count / 1e9:.3g} GFLOP an image and step = {terms}"
+    return None if count is None else f"{count / 1e9:.3g} GFLOP an image and step = {lit.module.operations_formula}"
+
+
+def _work(lit: Lit) -> float | Callable[[Tensor], float] | None:
+    """Operations of a training step an image, as a function of the samples' keys where they are drawn."""
+    drawn = getattr(lit.module, "drawn_operations", False)
+    return lit.module.operations if drawn else training_operations(lit.module)
 
 
 def _size(count: int) -> str:

@@ -4,7 +4,8 @@ blocks, recomputed activations, light weights, memory that is used again; and ho
 Model FLOPs utilisation (MFU, Chowdhery et al., PaLM, arXiv 2204.02311, appendix B): operations that the model needs,
 6 a matmul parameter and token (2 forward, 4 backward) plus 12 D a block and pair of positions that see each other
 (scores and values, forward and backward), over what the device could do. Projections of condition vectors count once a
-vector: one an image, one a step (xAR) or one a position (RAR). Recomputation does not count as work.
+vector: one an image, one a step (xAR) or one a position (RAR). Recomputation does not count as work, nor do positions
+that only fill a shape up. What each family counts is its `Generator.operations`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtok.layers.block import Block
 from vtok.layers.packed import can_pack, pack_linears
@@ -155,23 +156,23 @@ def modulation_parameters(trunk: Trunk) -> int:
     return sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
 
 
-def training_operations(module: nn.Module) -> float | None:
-    """Operations of a training step an image, of a generator with one trunk, one vocabulary and a sequence; or None.
-    FlexVAR, which draws its scales, has as many as each step's list gives it: None.
+def linear_parameters(module: nn.Module) -> int:
+    """Weights of all linear layers inside."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
-    6 (matmul parameters x positions read + modulation parameters x vectors + head parameters x tokens)
-    + 12 D depth x pairs that see each other.
-    """
-    trunk, head = getattr(module, "trunk", None), getattr(module, "head", None)
-    linear = getattr(head, "linear", None)
-    if not isinstance(trunk, Trunk) or not isinstance(linear, nn.Linear) or not getattr(module, "caches", False):
-        return None
-    if getattr(module, "sample_scales", False):
-        return None
-    layout = module.layout
-    dense = matmul_parameters(trunk) * sum(layout.reads) + linear.weight.numel() * layout.length
-    dense += modulation_parameters(trunk) * module.vectors
-    return 6.0 * dense + 12.0 * trunk.dim * len(trunk.blocks) * pairs(layout)
+
+def trunk_operations(trunk: Trunk, positions: float, seen: float, vectors: float = 0) -> float:
+    """Operations of a trunk in training: 6 (matmul parameters x positions + modulation parameters x vectors)
+    + 12 D depth x `seen`, the pairs that see each other."""
+    dense = matmul_parameters(trunk) * positions + modulation_parameters(trunk) * vectors
+    return 6.0 * dense + 12.0 * trunk.dim * len(trunk.blocks) * seen
+
+
+def training_operations(module: nn.Module, key: Tensor | None = None) -> float | None:
+    """Operations of a training step an image (`Generator.operations`): where they are drawn those of the samples key
+    int64 [B], or without it on average. None where there is no closed form, as for tokenizers."""
+    count = getattr(module, "operations", None)
+    return None if count is None else count(key)
 
 
 def peak_rate(device: torch.device) -> float | None:

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import lightning as L
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vtok import rng
 from vtok.acceleration import peak_rate, utilisation
@@ -146,11 +148,18 @@ class Progress(L.Callback):
     """Images a second, time left and the share of time spent waiting for data: a bar on a terminal, else plain lines.
 
     batch_size: global. every: steps between two lines and two records for the loggers. Validation, pictures and
-    saving do not count as training time. operations: an image and step, for the MFU (vtok/acceleration.py).
+    saving do not count as training time. operations: an image and step, for the MFU (vtok/acceleration.py), where they
+    are drawn as a function of the keys int64 [B] on the host (batch["host_key"]); of this process's own images.
     """
 
     def __init__(
-        self, *, batch_size: int, stop: int, every: int = 20, bar: bool | None = None, operations: float | None = None
+        self,
+        *,
+        batch_size: int,
+        stop: int,
+        every: int = 20,
+        bar: bool | None = None,
+        operations: float | Callable[[Tensor], float] | None = None,
     ) -> None:
         self.batch_size, self.stop, self.every, self.operations = batch_size, stop, every, operations
         self.wants_bar = bar
@@ -163,6 +172,7 @@ class Progress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since, self._waited, self._steps, self._pause = time.monotonic(), 0.0, 0, 0.0
         self._ended: float | None = None
+        self._peak, self._work = peak_rate(pl_module.device), []
         shows = sys.stderr.isatty() if self.wants_bar is None else self.wants_bar
         if shows and trainer.is_global_zero:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -197,6 +207,9 @@ class Progress(L.Callback):
     ) -> None:
         self._ended = time.monotonic()
         self._pause += pl_module.began - self._began
+        if self._peak is not None and self.operations is not None:
+            drawn = callable(self.operations)
+            self._work.append(self.operations(torch.from_numpy(batch["host_key"])) if drawn else self.operations)
         if not pl_module.between_steps:
             return
         self._steps += 1
@@ -209,7 +222,8 @@ class Progress(L.Callback):
         speed = self._steps * self.batch_size / seconds
         waits = self._waited / seconds
         left = (self.stop - step) * self.batch_size / speed
-        mfu = utilisation(speed, self.operations, peak_rate(pl_module.device), trainer.world_size)
+        work = sum(self._work) / len(self._work) if self._work else None
+        mfu = utilisation(speed, work, self._peak, trainer.world_size)
         found = {"speed/images_per_second": speed, "speed/data_wait": waits, "speed/memory_gib": _memory()}
         pl_module.record(found if mfu is None else found | {"speed/mfu": mfu})
         loss = pl_module.latest.get("train/loss", float("nan"))
@@ -221,7 +235,7 @@ class Progress(L.Callback):
             self._say(trainer, f"step {step}/{self.stop}  {text}  ETA {_clock(left)}")
         if waits > 0.05 and self._steps >= 100 and step == self.stop:
             self._say(trainer, f"note: {waits:.0%} of the time went into waiting for data; raise data.workers")
-        self._since, self._waited, self._steps, self._pause = self._ended, 0.0, 0, 0.0
+        self._since, self._waited, self._steps, self._pause, self._work = self._ended, 0.0, 0, 0.0, []
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()

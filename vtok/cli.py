@@ -29,6 +29,7 @@ def entry(config_name: str, configs: Path) -> Callable[[Callable[[Any], Any]], C
             try:
                 if isinstance(trust := config.get("trust", []), str) or not isinstance(trust, Sequence):
                     raise ValueError(f"trust={trust} must be a list of modules: trust=[my.module]")
+                set_threads(config.get("threads"))
                 return task(config)
             except Exception as error:
                 if not _mistake(error):
@@ -53,6 +54,19 @@ def entry(config_name: str, configs: Path) -> Callable[[Callable[[Any], Any]], C
         return main
 
     return decorate
+
+
+def set_threads(threads: int | None) -> None:
+    """How many CPU threads this process and those that it starts compute with; None leaves PyTorch's choice, which
+    OMP_NUM_THREADS decides. ValueError unless it is a whole number above 0."""
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads={threads} must be a whole number of at least 1, or null for PyTorch's choice")
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # without it Lightning chooses anew for several processes
+    torch.set_num_threads(threads)
 
 
 def _root(error: BaseException) -> BaseException:

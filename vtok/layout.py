@@ -150,9 +150,9 @@ class SequenceLayout:
         a, b = self.read(start, self.steps if stop is None else stop)
         if device is None:
             return torch.tensor(self._ranks[a:b])
-        if device not in self._placed:  # copied to the device once: a copy in a sampling step would wait for it
+        if device not in self._placed:  # once, and made there: a copy would wait for the device (FlexVAR draws layouts)
             with torch.inference_mode(False):
-                self._placed[device] = torch.tensor(self._ranks, device=device)
+                self._placed[device] = ranks_of(self.pattern(), len(self._ranks), device)
         return self._placed[device][a:b]
 
     def __getstate__(self) -> dict:
@@ -204,6 +204,14 @@ class SequenceLayout:
 def visible(query: Tensor, key: Tensor) -> Tensor:
     """The one mask rule: bool [.., q, k], true where rank(query) >= rank(key). Ranks are [q] or [R, q]."""
     return query.unsqueeze(-1) >= key.unsqueeze(-2)
+
+
+def ranks_of(pattern: Pattern, length: int, device: torch.device) -> Tensor:
+    """Ranks int64 [length] of positions of a pattern, but "ranks", made on the device: nothing is copied there."""
+    place = torch.arange(length, device=device)
+    if isinstance(pattern, tuple):
+        return sum(((place >= end).long() for end in pattern[:-1]), torch.zeros_like(place))
+    return place if pattern == "causal" else torch.zeros_like(place)
 
 
 def _named(name: str, numbers: list[int]) -> SequenceLayout:

@@ -54,14 +54,24 @@ def keys(*numbers: int | np.ndarray) -> np.ndarray:
     h = np.zeros(1, np.uint64)  # no scalar: arrays wrap without a warning
     for number in numbers:
         number = number.astype(np.uint64) if isinstance(number, np.ndarray) else np.uint64(int(number) & _MASK64)
-        h = h + number
-        h += np.uint64(_GOLDEN)
-        h ^= h >> np.uint64(30)
-        h *= np.uint64(_MIX1)
-        h ^= h >> np.uint64(27)
-        h *= np.uint64(_MIX2)
-        h ^= h >> np.uint64(31)
+        h = _mixed(h + number + np.uint64(_GOLDEN))
     return (h >> np.uint64(1)).astype(np.int64)
+
+
+def _mixed(h: np.ndarray) -> np.ndarray:
+    """`mix` of uint64."""
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(_MIX1)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(_MIX2)
+    return h ^ (h >> np.uint64(31))
+
+
+def host_uniforms(key: int, count: int, stream: int) -> list[float]:
+    """The numbers that SampleNoise gives the sample of this key at positions 0..count-1, without a tensor, for what
+    decides shapes: on a GPU the host would wait for them."""
+    root = _mixed(np.array([(key + _STREAM * (stream + 1)) & _MASK64], np.uint64))
+    word = _mixed(root + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+    unit = ((word >> np.uint64(24)).astype(np.float64) + 0.5) * 2.0**-40
+    return unit.astype(np.float32).tolist()
 
 
 def sample_seeds(seed: int, start: int, stop: int) -> Tensor:

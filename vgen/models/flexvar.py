@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,16 +23,18 @@ from vgen.generator import Canvas, require_ids
 from vgen.guidance import ClassifierFree, Constant, Guidance, Linear
 from vgen.heads import DrawRule
 from vgen.models.var import VAR, scales_of
+from vtok.acceleration import pairs, trunk_operations
 from vtok.layers.cache import KVCache
 from vtok.layers.packed import float32_linear
 from vtok.layers.trunk import Inputs
 from vtok.layout import SequenceLayout
-from vtok.noise import SampleNoise
+from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.independent import drawn_sides
 from vtok.tokenizer import TokenSpec
 
 TABLE = 32  # side of the position table
 SCALES_STREAM = 7301
+DRAWS = 256  # lists of scales, for a mean
 
 
 class FlexVAR(VAR):
@@ -142,15 +145,32 @@ class FlexVAR(VAR):
     def arrange_batch(self, tokens: Tensor, batch: Mapping[str, Any], progress: float) -> Canvas:
         if not (self.training and self.sample_scales):
             return self.arrange(tokens)
-        return self.arrange(tokens, self.layout_of(self.draw_sides(batch["key"])))
+        return self.arrange(tokens, self.layout_of(self.draw_sides(batch.get("host_key", batch["key"]))))
 
-    def draw_sides(self, key: Tensor) -> tuple[int, ...]:
+    def draw_sides(self, key: Tensor | np.ndarray) -> tuple[int, ...]:
         """The list of one training step, some of the spec's sides, from the key of its first sample (a batch shares its
-        shapes)."""
-        return drawn_sides(SampleNoise(key), SCALES_STREAM, self.own_sides, self.known_sides)
+        shapes). Keys on a GPU, in place of those on the host, are waited for."""
+        return drawn_sides(int(key[0]), SCALES_STREAM, self.own_sides, self.known_sides)
 
     def trained_length(self, key: Tensor, progress: float) -> int:
         return self.layout_of(self.draw_sides(key) if self.sample_scales else self.own_sides).length
+
+    @property
+    def drawn_operations(self) -> bool:
+        return self.sample_scales
+
+    @property
+    def operations_formula(self) -> str:
+        return super().operations_formula + (", a mean of drawn lists of scales" if self.sample_scales else "")
+
+    def operations(self, key: Tensor | None = None) -> float:
+        """Of the list of scales that the training step of these samples draws."""
+        if not self.sample_scales:
+            return super().operations()
+        keys = sample_seeds(0, 0, DRAWS).split(1) if key is None else [key]
+        layouts = [self.layout_of(self.draw_sides(drawn)) for drawn in keys]
+        length, seen = (sum(values) / len(layouts) for values in zip(*((x.length, pairs(x)) for x in layouts)))
+        return trunk_operations(self.trunk, length, seen, self.vectors) + self.head.operations(length)
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 

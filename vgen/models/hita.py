@@ -59,6 +59,11 @@ class PartHead(nn.Module):
                 place, row = place + count, row + size
         return (torch.cat(pieces, dim=-2),)
 
+    def operations(self, tokens: int) -> float:
+        """Operations of a training step of the whole sequence (vtok/acceleration.py): a token passes its own part's."""
+        assert tokens == self.length, f"{tokens} tokens, the parts have {self.length}"
+        return 6.0 * self.linear.in_features * sum(count * size for count, size in self.parts)
+
     def loss(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         """Cross-entropy in nats, float32 [B, L], of the whole sequence h [B, L, D] and ids [B, L]."""
         counts, vocab_sizes = zip(*self.parts)

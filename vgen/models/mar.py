@@ -26,13 +26,15 @@ from vgen.heads_continuous import Network
 from vgen.heads_diffusion import DiffusionHead
 from vgen.heads_token_flow import FlowHead
 from vgen.masking import masked_layout, random_order, ratio_uniform
+from vtok.acceleration import linear_parameters, trunk_operations
 from vtok.layers.cache import KVCache
 from vtok.layers.trunk import Trunk, check_edits
 from vtok.layers.vit import together
-from vtok.noise import SampleNoise
+from vtok.noise import SampleNoise, sample_seeds
 from vtok.tokenizer import TokenSpec
 
 Edit = Callable[[Tensor], Tensor]
+DRAWS = 1000  # samples, for a mean
 RATIO_MEAN, RATIO_STD = 1.0, 0.25  # of the normal whose part in [mask_ratio, 1] is the share hidden in training
 
 
@@ -48,6 +50,11 @@ class MAR(Generator):
     """
 
     caches = False
+    drawn_operations = True
+    operations_formula = (
+        "6 (encoder parameters x (buffer + shown) + decoder parameters x (buffer + tokens) + head parameters x repeats "
+        "x hidden) + 12 width x depth x pairs, on average"
+    )
     head: DiffusionHead | FlowHead
 
     def __init__(
@@ -224,6 +231,19 @@ class MAR(Generator):
     def most_kept(self) -> int:
         """The most tokens that training leaves to be seen."""
         return self.layout.length - math.ceil(self.layout.length * self.mask_ratio)
+
+    def operations(self, key: Tensor | None = None) -> float:
+        """The encoder reads the tokens that a sample shows, the decoder all, and the head those it hides, `repeats`
+        times each; padding is no work."""
+        key = sample_seeds(0, 0, DRAWS) if key is None else key
+        length, encoder, decoder = self.layout.length, self.trunk["encoder"], self.trunk["decoder"]
+        hidden = self.hidden_count(SampleNoise(key)).double()
+        shown, all_places = length - hidden, self.buffer + length
+        read = self.buffer + shown
+        embedded = self.embedding.weight.numel() * shown + self.decoder_embedding.weight.numel() * read
+        drawn = 6.0 * (embedded + linear_parameters(self.head) * self.head.repeats * hidden)
+        drawn += trunk_operations(encoder, read, read * read)
+        return float(drawn.mean()) + trunk_operations(decoder, all_places, all_places * all_places)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """Head loss averaged over the hidden tokens of each sample. "nats" [B, 1] is it a sample (not nats here)."""

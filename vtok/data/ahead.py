@@ -10,6 +10,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from vtok import counters
+from vtok.data.module import keep_keys
 
 Batch = Mapping[str, Tensor]
 
@@ -34,7 +35,7 @@ class Ahead:
         waiting: tuple[Batch, torch.cuda.Event | None] | None = None
         for batch in self.loader:
             with torch.cuda.stream(side):
-                made = self.encode(move_data_to_device(batch, self.device))
+                made = self.encode(move_data_to_device(keep_keys(batch), self.device))
                 done = None if side is None else side.record_event()
             counters.count("tokens.in_turn" if side is None else "tokens.ahead")
             if waiting is not None:

@@ -184,11 +184,19 @@ def float_images(batch: Any) -> Any:
     return {**batch, "image": to_float(images)}
 
 
+def keep_keys(batch: Any) -> Any:
+    """The batch with "host_key" beside "key": the same int64 [B] as an array, which stays on the host, so that what is
+    drawn from it there does not wait for the device."""
+    if not isinstance(batch, Mapping) or "key" not in batch or "host_key" in batch:
+        return batch
+    return {**batch, "host_key": batch["key"].numpy()}
+
+
 class StepData(LightningDataModule):
     """Loaders over a training and a held-out dataset that are indexed by (epoch, index) and give dicts.
 
     Images travel from the loader's workers to the device as uint8 [B, H, W, 3], and become float there, so a step gets
-    float [B, 3, H, W] in [-1, 1]. A dataset may also give them so.
+    float [B, 3, H, W] in [-1, 1]. A dataset may also give them so. The samples' keys are there twice, see `keep_keys`.
     """
 
     def __init__(self, *, batch_size: int, accumulate: int = 1, workers: int = 0, seed: int = 0) -> None:
@@ -248,7 +256,7 @@ class StepData(LightningDataModule):
         return self._loader(dataset, EvaluationBatches(size=len(dataset), batch_size=micro, rank=rank, world=world))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        batch = float_images(super().transfer_batch_to_device(batch, device, dataloader_idx))
+        batch = float_images(super().transfer_batch_to_device(keep_keys(batch), device, dataloader_idx))
         # to float64 under precision=64-true, which came before, when the images were no floats
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
 

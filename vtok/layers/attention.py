@@ -20,6 +20,7 @@ from vtok.counters import count
 from vtok.layers.cache import KVCache
 from vtok.layers.dropout import dropout as drop
 from vtok.layers.rope import rotate
+from vtok.layout import ranks_of
 
 # bool [.., q, k], "causal", ends of blocks (see vtok.layout.Pattern), a BlockMask, or None: every key is seen
 Mask = Tensor | Literal["causal"] | tuple[int, ...] | Any | None
@@ -109,8 +110,7 @@ def block_mask(rank: Tensor) -> Any:
 def block_mask_of(ends: tuple[int, ...], device: torch.device) -> Any:
     """`block_mask` of blocks that end at these places (see vtok.layout.Pattern), on that device: built once."""
     with torch.inference_mode(False):  # a mask kept from inference could not be trained with
-        rank = torch.bucketize(torch.arange(ends[-1]), torch.tensor(ends), right=True)
-        return block_mask(rank.to(device))
+        return block_mask(ranks_of(ends, ends[-1], device))
 
 
 class Attention(nn.Module):

@@ -25,6 +25,15 @@ def keep_probabilities(distribution: Distribution, length: int) -> Tensor:
     "uniform_power_of_two": a uniform number, rounded up to the next of these. A mapping gives {count: weight}; weights
     need not sum to one. Raises ValueError for an unknown name and for counts or weights out of range.
     """
+    weights = _weights(distribution, length)
+    table = torch.zeros(length, dtype=torch.float64)
+    for count, weight in weights.items():
+        table[count - 1] = weight
+    return table / table.sum()
+
+
+def _weights(distribution: Distribution, length: int) -> dict[int, float]:
+    """Number of kept tokens -> weight, not normalised."""
     powers = sorted({min(2**i, length) for i in range(length.bit_length() + 1)})
     if isinstance(distribution, Mapping) or hasattr(distribution, "items"):
         weights = {int(count): float(weight) for count, weight in distribution.items()}
@@ -44,19 +53,29 @@ def keep_probabilities(distribution: Distribution, length: int) -> Tensor:
         raise ValueError(
             f"nested={distribution!r}: choose all, uniform, power_of_two, uniform_power_of_two or {{count: weight}}"
         )
-    table = torch.zeros(length, dtype=torch.float64)
-    for count, weight in weights.items():
-        table[count - 1] = weight
-    return table / table.sum()
+    return weights
 
 
-def keep_counts(distribution: Distribution, noise: SampleNoise, length: int, *, stream: int = 0) -> Tensor:
-    """How many of `length` tokens each sample keeps, int64 [B], drawn from `distribution` by inversion."""
-    table = keep_probabilities(distribution, length).to(noise.seeds.device)
-    uniform = noise.uniform(torch.zeros(1, dtype=torch.int64, device=table.device), stream).double()
-    below = (table.cumsum(0) < uniform).sum(1)
+def keep_sums(distribution: Distribution, length: int) -> Tensor:
+    """float32 [length]: probability of keeping at most 1, 2, .., length tokens, for `keep_counts`. A buffer of the
+    module that draws: a table made in every step would be copied to the device, which waits.
+
+    Rounded down, so that a float32 number is above it where it is above the exact one. ValueError as in
+    `keep_probabilities`.
+    """
+    exact = keep_probabilities(distribution, length).cumsum(0)
+    sums = exact.float()
+    sums = torch.where(sums.double() > exact, torch.nextafter(sums, torch.zeros_like(sums)), sums)
     # rounding may leave the last sum below 1: the largest count of the support, not `length`, is the last one
-    return 1 + below.clamp(max=int(table.nonzero().max()))
+    last = max(count for count, weight in _weights(distribution, length).items() if weight > 0)
+    sums[last - 1 :] = 2.0
+    return sums
+
+
+def keep_counts(sums: Tensor, noise: SampleNoise, *, stream: int = 0) -> Tensor:
+    """How many tokens each sample keeps, int64 [B], by inversion of the distribution of `keep_sums`, on its device."""
+    uniform = noise.uniform(torch.zeros(1, dtype=torch.int64, device=sums.device), stream)
+    return 1 + (sums < uniform).sum(1)
 
 
 def check_keep(keep: int | Tensor | None, tokens: int) -> int | Tensor | None:

@@ -24,7 +24,7 @@ from vtok.config import describe
 from vtok.layers.cnn import from_map, to_map
 from vtok.layers.dit import ModulatedNorm, repa_head
 from vtok.layers.flex import flex_trunk, sincos
-from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_probabilities, replace_dropped
+from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_sums, replace_dropped
 from vtok.layers.resolution import resize_table
 from vtok.layers.time import TimeEmbedding
 from vtok.layers.trunk import Inputs
@@ -99,7 +99,7 @@ class FlexTokTokenizer(Tokenizer):
             raise ValueError(
                 f"registers are ids: choose FSQ or another discrete quantizer, not {type(quantizer).__name__}"
             )
-        keep_probabilities(nested, tokens)  # raises for a wrong one
+        self.register_buffer("keep_sums", keep_sums(nested, tokens), persistent=False)
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
         self.channels = 3 if vae is None else vae.spec.parts[0].channels
         self.tokens, self.patch, self.nested, self.null_drop = tokens, patch, nested, null_drop
@@ -242,7 +242,7 @@ class FlexTokTokenizer(Tokenizer):
         found = self.quantizer(self.read(latents))
         counts = null = None
         if self.training:
-            counts = keep_counts(self.nested, noise, self.tokens, stream=KEEP)
+            counts = keep_counts(self.keep_sums, noise, stream=KEEP)
             null = noise.uniform(one, DROP).squeeze(1) < self.null_drop
         mean, deviation = self.time_normal
         t = flow.logit_normal(mean + deviation * noise.normal(one, 1, TIME).flatten())

@@ -131,9 +131,9 @@ class FlexVARTokenizer(VARTokenizer):
 
     def sides_at(self, progress: float) -> tuple[int, ...]:
         """The list of scales of the training step that begins when this share of training is done."""
-        noise = SampleNoise(torch.tensor([key_of(round(progress * 2**48))]))
+        key = key_of(round(progress * 2**48))
         own, known = self.quantizer.sides, range(1, self.quantizer.side + 1)
-        return drawn_sides(noise, SIDES, own, known, keep_last=True)
+        return drawn_sides(key, SIDES, own, known, keep_last=True)
 
 
 def scale_sides(layout: SequenceLayout) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from vtok.config import describe
 from vtok.layers.cnn import to_map
 from vtok.layers.cnn_maskgit import MaskGITDecoder, MaskGITEncoder
-from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_probabilities, replace_dropped
+from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_sums, replace_dropped
 from vtok.layers.rope import rope_2d
 from vtok.layers.trunk import Trunk
 from vtok.layers.vit import NARROW, cell_means, initialise, table, together
@@ -98,7 +98,7 @@ class ResTok(Tokenizer):
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.stride = self.cnn_encoder.stride
         self.spec = self.spec_for(image_size)
-        keep_probabilities(nested, tokens)  # raises where it does not fit
+        self.register_buffer("keep_sums", keep_sums(nested, tokens), persistent=False)
 
     @torch.no_grad()
     def start_short(self, encoder: bool, decoder: bool) -> None:
@@ -162,7 +162,7 @@ class ResTok(Tokenizer):
         found = self.quantize(z, key)
         if not self.training:
             return Reconstruction(self.pixels(found.z, size=size), found.ids, found.loss, found.stats)
-        keep = keep_counts(self.nested, noise_of(key, images), self.tokens, stream=STREAM)
+        keep = keep_counts(self.keep_sums, noise_of(key, images), stream=STREAM)
         z = replace_dropped(found.z, keep, self.fill)
         h, features = self.decoder(z, self._side(size)), {}
         if self.semantic:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_probabilities, kept
+from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_sums, kept
 from vtok.models.gigatok import GigaTok
 from vtok.noise import SampleNoise, noise_of
 from vtok.tokenizer import Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec, without_first_stage
@@ -56,7 +56,7 @@ class ReToK(Tokenizer):
                 module.requires_grad_(False)
         self.alignment_power, self.alignment_decay = alignment_power, alignment_decay
         self.length = network.tokens + network.redundant
-        keep_probabilities(nested, self.length)  # raises where it does not fit
+        self.register_buffer("keep_sums", keep_sums(nested, self.length), persistent=False)
         self.stride, self.spec = network.stride, network.spec
 
     @property
@@ -103,7 +103,7 @@ class ReToK(Tokenizer):
             counts = torch.full((len(images),), network.tokens, device=images.device)
             z, seen = found.z[:, : network.tokens], None
         else:
-            counts = keep_counts(self.nested, noise_of(key, images), self.length, stream=KEEP)
+            counts = keep_counts(self.keep_sums, noise_of(key, images), stream=KEEP)
             z, seen = found.z, kept(counts, self.length)
         recon = network.reconstruct(images, grid, found, z, seen, progress)
         if "alignment" in recon.features:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.layers.cnn import from_map, to_map
-from vtok.noise import SampleNoise
+from vtok.noise import host_uniforms
 from vtok.precision import full
 from vtok.quantize.residual import bounds, check_sides
 from vtok.quantize.vq import VQ
@@ -106,17 +106,16 @@ class IndependentVQ(VQ):
 
 
 def drawn_sides(
-    noise: SampleNoise, stream: int, own: Sequence[int], known: Sequence[int], *, keep_last: bool = False
+    key: int, stream: int, own: Sequence[int], known: Sequence[int], *, keep_last: bool = False
 ) -> tuple[int, ...]:
-    """The list of scales of one training step, some of `known`, drawn by the first sample of `noise`.
+    """The list of scales of one training step, some of `known`, drawn by the key of a sample.
 
     Section 3.3 and the trainer of FlexVAR's generator, with 16 and 680 replaced by the largest side and the tokens of
     the fixed list `own`: in 5 % that list; else the first two sides, 5 up to 10/16 of the largest, 2 above it, and the
     largest. Up to four inner ones are dropped (10, 5, 2, 1 %), then one of the last four while it is too long: the
     largest may be among these, unless keep_last.
     """
-    place = torch.arange(64, device=noise.seeds.device)
-    draws = iter(noise.rows(slice(0, 1)).uniform(place, stream)[0].clamp(max=1 - 1e-7).tolist())
+    draws = (min(number, 1 - 2**-23) for number in host_uniforms(key, 64, stream))
     largest, budget = known[-1], sum(side * side for side in own)
     chosen = list(own)
     if next(draws) >= 0.05:
