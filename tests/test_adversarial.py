@@ -217,6 +217,14 @@ def test_when_it_acts():
     assert [s for s in range(20) if module.learns(s)] == [10, 13, 16, 19]
     assert [module.strength(s) for s in (9, 10, 11, 12, 13, 14)] == [0, 0.125, 0.25, 0.375, 0.5, 0.5]
     assert gan(weight=0.5).strength(10) == 0.5
+    turns = gan(alternate=True)
+    assert [s for s in range(18) if turns.learns(s)] == [11, 13, 15, 17]
+    objective = TokenizerObjective(perceptual_weight=0, gan=turns)
+    assert [s for s in range(18) if not objective.tokenizer_learns(s)] == [11, 13, 15, 17]
+    assert all(TokenizerObjective(perceptual_weight=0, gan=gan()).tokenizer_learns(s) for s in range(18))
+    for other in ({"every": 2}, {"first": "discriminator"}):
+        with pytest.raises(ValueError, match=r"gan\.alternate"):
+            gan(alternate=True, **other)
 
 
 def test_two_losses_for_two_players():

@@ -42,6 +42,9 @@ def test_published_recipes(name):
     gan = instantiate(config.objective.gan, _convert_="all")
     assert (gan.weight, gan.start, gan.adaptive, gan.lecam_weight) == wanted
     assert (gan.adaptive_eps, gan.adaptive_max) == LIMITS.get(name, (1e-4, 1e4))
+    assert (gan.alternate, gan.clip) == ((True, False) if name == "ifsq" else (False, True))
+    if name == "ifsq":  # train_ddp.py: current_step % 2 == 1 and current_step >= disc_start
+        assert sum(gan.learns(step) for step in range(config.steps)) == 475_450 == config.steps - 525_450
     assert gan.loss == "hinge" and gan.fooling == ("non_saturating" if drops else "hinge")
     with torch.device("meta"):
         tokenizer = instantiate(config.tokenizer, _convert_="all")

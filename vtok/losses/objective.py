@@ -35,7 +35,8 @@ class TokenizerObjective(nn.Module):
     family by name (1 where not named; 0 drops one). own_strict: a name that the family does not have is a mistake.
     terms: plug-ins by name, null drops one. gan: the GAN.
 
-    The training loop calls `generator_loss` at every step, and `discriminator_loss` where `discriminator_learns(step)`.
+    The training loop calls `generator_loss` where `tokenizer_learns(step)`, which is at every step unless the GAN
+    alternates, and `discriminator_loss` where `discriminator_learns(step)`.
     """
 
     def __init__(
@@ -76,6 +77,10 @@ class TokenizerObjective(nn.Module):
     def discriminator_learns(self, step: int) -> bool:
         """Whether the discriminator is updated in optimizer step `step`."""
         return self.gan is not None and self.gan.learns(step)
+
+    def tokenizer_learns(self, step: int) -> bool:
+        """Whether the tokenizer is updated in optimizer step `step`."""
+        return self.gan is None or not (self.gan.alternate and self.gan.learns(step))
 
     def reconstruct(
         self, tokenizer: Tokenizer, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0
