@@ -345,13 +345,13 @@ class LitTokenizer(Lit):
             return *self._of_the_discriminator(batch, progress), None
         recon = self.objective.reconstruct(self.module, images, key=batch["key"], progress=progress)
         last_layer = self.module.last_layer if self.discriminator is not None else None
-        real = recon.real(images)
-        before = self._discriminator_first(batch, real, recon.images.detach()) if self._leads(step) else {}
+        real, fakes = recon.real(images), None if recon.images is None else recon.images.detach()
+        before = self._discriminator_first(batch, real, fakes) if self._leads(step) else {}
         loss, logs = self.objective.generator_loss(
             recon, images, last_layer, step, progress=progress, key=batch["key"], tokenizer=self.module
         )
         stats = {k: v for k, v in recon.stats.items() if v.dim() == 0}
-        return loss, {**logs, **before, **stats, "loss": loss.detach()}, (real, recon.images.detach())
+        return loss, {**logs, **before, **stats, "loss": loss.detach()}, (real, fakes)
 
     def _of_the_discriminator(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Its loss and logs in a step of its own. The tokenizer rests in eval mode, so that no statistics move."""
