@@ -42,10 +42,11 @@ class GAN(nn.Module):
     first: which of the two is updated first in a step (IBQ: "discriminator"). alternate: from `start` on a step updates
     either of them, the discriminator where its number, counted from 0, is odd (iFSQ). clip: whether the discriminator's
     gradient is clipped as the tokenizer's is. adaptive: multiply the weight by the ratio of the gradient norms at the
-    decoder's last layer; adaptive_eps: added to its denominator; adaptive_max: its largest value. augment: of all that
-    the discriminator sees. lecam_weight: LeCam regulariser (0.999), of lecam_of. own_schedule: the discriminator's rate
-    counts its steps from `start` on, with a warm-up of its own, as in 1d-tokenizer; else it is the tokenizer's at the
-    time. consistency_weight: squared difference of the logits under `augment` and under `strong`.
+    decoder's last layer; adaptive_eps: added to its denominator; adaptive_max: its largest value, for
+    losses that are means (a paper's for sums over an image is divided by 3 H W). augment: of all that the discriminator
+    sees. lecam_weight: LeCam regulariser (0.999), of lecam_of. own_schedule: the discriminator's rate counts its steps
+    from `start` on, with a warm-up of its own, as in 1d-tokenizer; else it is the tokenizer's at the time.
+    consistency_weight: squared difference of the logits under `augment` and under `strong`.
     """
 
     def __init__(
