@@ -146,29 +146,36 @@ def noise(count: int = 4) -> SampleNoise:
     return SampleNoise(torch.arange(count) * 1_000_003 + 7)
 
 
-def test_translation_and_cutout_by_loops():
+UNIT = pytest.mark.parametrize("unit", [False, True])  # ResTok's, on pixels in [0, 1]
+
+
+@UNIT
+def test_translation_and_cutout_by_loops(unit):
     images = ramp(6, 16)
     drawn = noise(6).uniform(torch.arange(14))
-    moved = DiffAug(color=False, cutout=0.0)(images, noise(6))
-    holed = DiffAug(color=False, translation=0.0, cutout=0.25)(images, noise(6))
+    moved = DiffAug(color=False, cutout=0.0, unit=unit)(images, noise(6))
+    holed = DiffAug(color=False, translation=0.0, cutout=0.25, unit=unit)(images, noise(6))
+    fill, near = torch.full((3,), -1.0 if unit else 0.0), {"rtol": 0, "atol": 1e-6 if unit else 0}
     for b in range(6):
         down, right = (int(drawn[b, i] * 5) - 2 for i in (6, 7))  # round(16 / 8) = 2 in either direction
         top, left = (int(drawn[b, i] * 17) - 2 for i in (8, 9))
         for y in range(16):
             for x in range(16):
                 inside = 0 <= y + down < 16 and 0 <= x + right < 16
-                want = images[b, :, y + down, x + right] if inside else torch.zeros(3)
-                assert torch.equal(moved[b, :, y, x], want)
+                want = images[b, :, y + down, x + right] if inside else fill
+                assert torch.allclose(moved[b, :, y, x], want, **near)
                 hole = top <= y < top + 4 and left <= x < left + 4
-                assert torch.equal(holed[b, :, y, x], torch.zeros(3) if hole else images[b, :, y, x])
+                assert torch.allclose(holed[b, :, y, x], fill if hole else images[b, :, y, x], **near)
 
 
-def test_colour_is_the_formula():
+@UNIT
+def test_colour_is_the_formula(unit):
     images = ramp(3, 8)
-    found = DiffAug(translation=0.0, cutout=0.0)(images, noise(3))
+    found = DiffAug(translation=0.0, cutout=0.0, unit=unit)(images, noise(3))
+    found = (found + 1) / 2 if unit else found
     drawn = noise(3).uniform(torch.arange(14))
     for b in range(3):
-        x = images[b] + (drawn[b, 3] - 0.5)
+        x = ((images[b] + 1) / 2 if unit else images[b]) + (drawn[b, 3] - 0.5)
         x = (x - x.mean(0)) * 2 * drawn[b, 4] + x.mean(0)
         x = (x - x.mean()) * (drawn[b, 5] + 0.5) + x.mean()
         torch.testing.assert_close(found[b], x)
@@ -217,6 +224,14 @@ def test_when_it_acts():
     assert [s for s in range(20) if module.learns(s)] == [10, 13, 16, 19]
     assert [module.strength(s) for s in (9, 10, 11, 12, 13, 14)] == [0, 0.125, 0.25, 0.375, 0.5, 0.5]
     assert gan(weight=0.5).strength(10) == 0.5
+    turns = gan(alternate=True)
+    assert [s for s in range(18) if turns.learns(s)] == [11, 13, 15, 17]
+    objective = TokenizerObjective(perceptual_weight=0, gan=turns)
+    assert [s for s in range(18) if not objective.tokenizer_learns(s)] == [11, 13, 15, 17]
+    assert all(TokenizerObjective(perceptual_weight=0, gan=gan()).tokenizer_learns(s) for s in range(18))
+    for other in ({"every": 2}, {"first": "discriminator"}):
+        with pytest.raises(ValueError, match=r"gan\.alternate"):
+            gan(alternate=True, **other)
 
 
 def test_two_losses_for_two_players():

@@ -10,11 +10,13 @@ from hydra import compose, initialize_config_dir
 
 from vtok import optim
 from vtok.config import instantiate
+from vtok.losses.adversarial import adaptive_weight
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 IMAGES = 1_281_167
 # epochs, batch, parameters, epochs of the drops, pixel loss, (weight, start, adaptive, LeCam) of the GAN
-LIMITS = {"ifsq": (1e-6, 1e6)}  # of the adaptive weight; VQGAN's are 1e-4 and 1e4
+# of the adaptive weight; VQGAN's are 1e-4 and 1e4, latent diffusion's those for a sum over an image
+LIMITS = {"ifsq": (1e-6, 1e6), "kl16": (1e-4, pytest.approx(1e4 / (3 * 256 * 256), rel=1e-5))}
 RECIPES = {
     "kl16": (50, 256, 66_456_019, (), "l1", (0.5, 50_001, True, 0.0)),
     "flexvar": (40, 128, 72_049_827, (), "l2", (0.5, 20_000, False, 0.0)),
@@ -42,6 +44,9 @@ def test_published_recipes(name):
     gan = instantiate(config.objective.gan, _convert_="all")
     assert (gan.weight, gan.start, gan.adaptive, gan.lecam_weight) == wanted
     assert (gan.adaptive_eps, gan.adaptive_max) == LIMITS.get(name, (1e-4, 1e4))
+    assert (gan.alternate, gan.clip) == ((True, False) if name == "ifsq" else (False, True))
+    if name == "ifsq":  # train_ddp.py: current_step % 2 == 1 and current_step >= disc_start
+        assert sum(gan.learns(step) for step in range(config.steps)) == 475_450 == config.steps - 525_450
     assert gan.loss == "hinge" and gan.fooling == ("non_saturating" if drops else "hinge")
     with torch.device("meta"):
         tokenizer = instantiate(config.tokenizer, _convert_="all")
@@ -49,6 +54,24 @@ def test_published_recipes(name):
     assert tokenizer.spec.image_size == config.data.image_size == 256
     assert tokenizer.spec.layout.length == (680 if name == "flexvar" else 256)
     assert getattr(tokenizer, "draw_sides", False) == (name == "flexvar")
+
+
+@pytest.mark.parametrize("strength", [1.0, 100.0])
+def test_the_adaptive_weight_of_kl16_is_latent_diffusions(strength):
+    """contperceptual.py: losses summed over an image, the weight within [0, 1e4]; its whole loss is 196,608 times ours.
+    Beside a weak gradient of the discriminator the limit is met, beside a strong one it is not."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=["experiment=kl16_imagenet256"]).objective.gan
+    torch.manual_seed(0)
+    images, layer, size = torch.rand(2, 3, 256, 256), torch.rand(3, requires_grad=True), 3 * 256 * 256
+    made = images * layer.view(1, 3, 1, 1)
+    summed, fooled = (images - made).abs().sum() / 2, -strength * made.mean()
+    wanted, pushed = (torch.autograd.grad(v, layer, retain_graph=True)[0] for v in (summed, fooled))
+    theirs = torch.clamp(torch.norm(wanted) / (torch.norm(pushed) + 1e-4), 0.0, 1e4)
+    limits = {"eps": config.adaptive_eps, "most": config.adaptive_max}
+    ours = adaptive_weight((images - made).abs().mean(), fooled, layer, **limits)
+    assert (float(theirs) == 1e4) == (strength == 1.0)
+    torch.testing.assert_close(ours, theirs / size, rtol=1e-4, atol=0)
 
 
 def header(path: str) -> str:

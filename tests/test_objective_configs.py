@@ -86,6 +86,8 @@ def test_the_dino_discriminator_gets_its_views():
         ):
             for augment in (gan["augment"], gan["strong"]):
                 assert augment is None or (augment["size"], augment["crop"]) == (224, 0.5), name
+                # the one whose loop hands it images in [0, 1]: losses.py of Kwai-Kolors/ResTok
+                assert augment is None or augment.get("unit", False) == (name == "restok"), name
             assert gan["augment"] is not None
 
 

@@ -11,9 +11,10 @@ import torch
 from drawn import dino_state
 from forks import torchrun
 from PIL import Image
-from runs import TOKENIZER, everything, losses, run, run_all, state
+from runs import TOKENIZER, digest, everything, losses, run, run_all, state
 
 from vtok.collapse import POINTS, CodeUse, curve
+from vtok.lit import Lit
 from vtok.losses.dino import FILE
 from vtok.losses.objective import TokenizerObjective
 
@@ -129,6 +130,44 @@ def test_it_learns_in_every_second_step(tmp_path):
     assert ["train/adversarial" in row for row in rows] == [False, False, True, True, True, True]
 
 
+def test_by_turns_one_network_learns_in_a_step_and_a_resume_is_exact(tmp_path, monkeypatch):
+    """From step 2 on the discriminator in odd steps. The other network keeps every number: weights, the average, the
+    codebook's statistics, which train mode moves, and the moments of its optimizer. Both kinds of rows are written."""
+    parts = {"module": "module.", "ema": "ema.", "discriminator": "objective.gan.discriminator."}
+    seen: list[dict[str, str]] = []
+    original = Lit._update
+
+    def noted(self):
+        original(self)
+        kept = self.state_dict()
+        seen.append({n: digest({k: v for k, v in kept.items() if k.startswith(p)}) for n, p in parts.items()})
+
+    monkeypatch.setattr(Lit, "_update", noted)
+    base = (*TOKENIZER, "objective.gan.alternate=true", "objective.gan.adaptive=false", "steps=8", "log_every=4")
+    run(*base, f"run_dir={tmp_path / 'a'}")
+    moved = {n: [s for s in range(1, 8) if seen[s][n] != seen[s - 1][n]] for n in parts}
+    assert moved == {"module": [1, 2, 4, 6], "ema": [1, 2, 4, 6], "discriminator": [2, 3, 4, 5, 6, 7]}
+    counted = [{float(v["step"]) for v in o["state"].values()} for o in state(tmp_path / "a")["optimizer_states"]]
+    assert counted == [{5.0}, {3.0}]  # the discriminator changes in even steps too: batch norms that see the fakes
+    rows = [(row["step"], "train/loss" in row, "train/discriminator" in row) for row in losses(tmp_path / "a")]
+    trained = [row for row in rows if row[1] or row[2]]
+    assert trained == [("1", True, False), *((s, s in "37", s in "48") for s in "3478")]
+    run(*base, f"run_dir={tmp_path / 'b'}", "stop_after=3")
+    run(*base, f"run_dir={tmp_path / 'b'}", "resume=last")
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+    assert losses(tmp_path / "a")[-1] == losses(tmp_path / "b")[-1]
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_whether_the_discriminator_is_clipped(tmp_path, clip):
+    """Its first moments after one update are half of the gradient (betas 0.5): of norm 1e-3, or of the logged one."""
+    run(*TOKENIZER, "steps=3", "clip=1e-3", f"objective.gan.clip={clip}", f"run_dir={tmp_path}")
+    moments = [v["exp_avg"].flatten() for v in state(tmp_path)["optimizer_states"][1]["state"].values()]
+    found = float(next(r["train/discriminator_grad_norm"] for r in losses(tmp_path)[::-1] if "train/loss" in r))
+    assert found > 2e-3  # the logged norm is the one before clipping
+    assert float(2 * torch.cat(moments).norm()) == pytest.approx(1e-3 if clip else found, rel=1e-4)
+
+
 def test_two_processes_train_as_one_does(tmp_path):
     """Adaptive weight, LeCam, augmentation and the prior's draws: nothing depends on how a batch is cut.
 
@@ -141,22 +180,24 @@ def test_two_processes_train_as_one_does(tmp_path):
         "~objective.gan.discriminator",
         f"+objective.gan.discriminator={critic}",
         "objective.gan.start=1",
-        "objective.gan.first=discriminator",
         "objective.gan.lecam_weight=0.1",
         f"objective.gan.augment={DIFF_AUG}",
         f"+objective.terms.prior={PRIOR.replace('}', ', dropout: 0.0}')}",
         "steps=4",
         "val_every=2",
     )
-    run(*base, "trainer=cpu", f"run_dir={tmp_path / 'one'}")
+    orders = {"first": "discriminator", "alternate": "true"}
     two = ("trainer=ddp_sim", "trainer.strategy.start_method=popen")  # torchrun has started the processes
-    done = torchrun(run_all, [(*base, *two, f"run_dir={tmp_path / 'two'}")])
+    jobs = [(*base, f"objective.gan.{k}={v}", f"run_dir={tmp_path / 'two' / k}") for k, v in orders.items()]
+    done = torchrun(run_all, [(*job, *two) for job in jobs])
     assert done.returncode == 0, done.stderr[-2000:]
-    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert set(one) == set(two)
-        for name in one:
-            # 1e-4: float32 sums in another order, through four optimizer steps
-            assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-4, abs=1e-6), name
+    for order, value in orders.items():
+        run(*base, f"objective.gan.{order}={value}", "trainer=cpu", f"run_dir={tmp_path / 'one' / order}")
+        for one, two in zip(losses(tmp_path / "one" / order), losses(tmp_path / "two" / order), strict=True):
+            assert set(one) == set(two)
+            for name in one:
+                # 1e-4: float32 sums in another order, through four optimizer steps
+                assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-4, abs=1e-6), (order, name)
 
 
 # --- the figure of code use ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from runs import TOKENIZER, digest, run
 from test_objective_runs import OPTIONS
 from tokenizers import images, make, titok_proxy
+from torch.utils.flop_counter import FlopCounterMode
 
 from vtok import rng
 from vtok.acceleration import compile_blocks
@@ -103,6 +105,51 @@ def test_losses_of_images_without_a_gradient_are_refused(family, options):
         objective.rehearse(tokenizer.train(), images(2), steps=10**6)
     TokenizerObjective(pixel_weight=0.0, perceptual_weight=0.0).rehearse(tokenizer, images(2), steps=10**6)
     TokenizerObjective(perceptual_weight=0.0).rehearse(make("flextok"), images(2), steps=1)  # pixels: a gradient
+
+
+class OfImages(torch.nn.Module):
+    """A term that reads images."""
+
+    of_images = True
+
+    def forward(self, recon, images, **rest):
+        return {"seen": recon.images.mean()}
+
+
+@pytest.mark.parametrize("family", ("flextok_vae", "titok_proxy"))
+def test_images_without_a_gradient_are_made_in_eval_mode_alone(family):
+    """A training pass takes the products of one in eval mode without the decoder's. The objective's loss, logs and
+    gradients are those with images of weight 0; what would read images is refused in the loop too."""
+    tokenizer = make(family) if family == "flextok_vae" else titok_proxy(stage="proxy").eval()
+    work = {}
+    for name in ("eval", "train"):
+        with FlopCounterMode(display=False) as counter:
+            recon = tokenizer.train(name == "train")(images(2), key=torch.tensor([3, 4]))
+        work[name] = counter.get_total_flops()
+        assert (recon.images is None) == (name == "train")
+    with FlopCounterMode(display=False) as counter:
+        if family == "flextok_vae":
+            tokenizer.images(torch.zeros(2, tokenizer.channels, *(side // 4 for side in images(2).shape[2:])))
+        else:
+            tokenizer.head.render(recon.features["proxy_logits"], tokenizer.side)
+    assert work["eval"] - work["train"] == counter.get_total_flops() > 0
+
+    objective = TokenizerObjective(pixel_weight=0.0, perceptual_weight=0.0)
+    found = []
+    for shown in (None, images(2)):
+        recon = tokenizer(images(2), key=torch.tensor([3, 4]))
+        loss, logs = objective.generator_loss(replace(recon, images=shown), images(2), None, 0)
+        for value in recon.features.values():
+            loss = loss + value.square().mean()
+        tokenizer.zero_grad()
+        loss.backward()
+        found.append(digest([logs, *(p.grad for p in tokenizer.parameters() if p.grad is not None)]))
+    assert found[0] == found[1]
+    objective = TokenizerObjective(pixel_weight=0.0, perceptual_weight=0.0, terms={"seen": OfImages()})
+    with pytest.raises(ValueError, match=r"nothing learns from objective\.terms\.seen:.*to null"):
+        objective.rehearse(tokenizer, images(2), steps=9)
+    with pytest.raises(ValueError, match=r"nothing learns from objective\.terms\.seen:.*to null"):
+        objective.generator_loss(tokenizer(images(2)), images(2), None, 5)
 
 
 @pytest.mark.parametrize("layers, side", ((1, 6), (3, 24), (4, 48)))

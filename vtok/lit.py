@@ -5,7 +5,8 @@ Optimization is manual because a GAN has two optimizers. Lightning counts every 
 updates of the trained module, and everything (data order, learning rate, saving) is a function of it. Gradient
 accumulation, clipping, averaging and the guard against non-finite numbers live in one place, `Lit.training_step`.
 Order of a GAN step as in LlamaGen (arXiv 2406.06525): the tokenizer first, then the discriminator on the same images;
-or the other way round, where the objective says so.
+or, where the objective says so, the other way round, or by turns. A step in which the discriminator alone learns counts
+too: the tokenizer's optimizer steps without gradients, which changes nothing.
 """
 
 from __future__ import annotations
@@ -80,6 +81,14 @@ class Lit(L.LightningModule):
         """Metrics without the prefix val/, from means over the images and summed histograms."""
         return means
 
+    def learns(self, step: int) -> bool:
+        """Whether `module` is updated in optimizer step `step`; its averaged copy stays where it is elsewhere."""
+        return True
+
+    def recorded(self, step: int) -> bool:
+        """Whether the losses of optimizer step `step` are recorded."""
+        return step == 0 or (step + 1) % self.recipe.log_every == 0
+
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Lit:
@@ -153,33 +162,35 @@ class Lit(L.LightningModule):
         wrapped = self.optimizers()
         wrapped = wrapped[0] if isinstance(wrapped, list) else wrapped
         norms = self._norms()
-        self._guard(step, torch.stack([*norms.values(), self._sums["loss"]]).isfinite().all())
+        watched = [*norms.values(), *(v for k, v in self._sums.items() if k == "loss")]
+        self._guard(step, torch.stack(watched).isfinite().all())
         set_rate(wrapped.optimizer, self.recipe.optimizer["lr"] * factor)
         if self.recipe.final_weight_decay is not None:
             set_decay(wrapped.optimizer, self.recipe.decay(step))
         wrapped.step()
         wrapped.zero_grad(set_to_none=True)
         others = self._update_others(step, norms)
-        if self.ema is not None:
+        if self.ema is not None and self.learns(step):
             average(self.ema, self.module, step + 1, self.recipe.ema)
         sums, self._sums = self._sums, {}
-        if (step + 1) % self.recipe.log_every == 0 or step == 0:
+        if self.recorded(step):
             self.check_finite()
-            lr = torch.tensor(self.recipe.optimizer["lr"] * factor)
-            found = sums | others | {"grad_norm": norms["grad_norm"], "lr": lr}
+            found = sums | others
+            if self.learns(step):
+                found |= {"grad_norm": norms["grad_norm"], "lr": torch.tensor(self.recipe.optimizer["lr"] * factor)}
             self.record({f"train/{k}": v for k, v in found.items()}, reduce=True)
 
     def _norms(self) -> dict[str, Tensor]:
         """Clip the gradients of everything that is about to be stepped, each network's apart; their norms by name."""
-        return {"grad_norm": self._clip([self.module])}
+        return {"grad_norm": self._clip([self.module], self.recipe.clip)}
 
     def _update_others(self, step: int, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Step further optimizers in optimizer step `step`; returns logs."""
         return {}
 
-    def _clip(self, modules: list[nn.Module]) -> Tensor:
+    def _clip(self, modules: list[nn.Module], most: float | None) -> Tensor:
         parameters = [p for m in modules for p in m.parameters() if p.grad is not None]
-        return whole(nn.utils.clip_grad_norm_(parameters, self.recipe.clip or float("inf")))
+        return whole(nn.utils.clip_grad_norm_(parameters, most or float("inf")))
 
     def _guard(self, step: int, finite: Tensor) -> None:
         """Stop, or drop the gradient. On a GPU the answer is awaited only every `log_every` steps and before saving."""
@@ -320,18 +331,38 @@ class LitTokenizer(Lit):
             optimizers.append(make_optimizer([self.discriminator], **self.discriminator_rates))
         return optimizers
 
+    def learns(self, step: int) -> bool:
+        return self.objective.tokenizer_learns(step)
+
+    def recorded(self, step: int) -> bool:
+        """Before a recorded step of the discriminator alone, that of the tokenizer too."""
+        return super().recorded(step) or (super().recorded(step + 1) and not self.learns(step + 1))
+
     def losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Any]:
         images, step = batch["image"], self.global_step
         progress = step / self.recipe.steps
+        if not self.learns(step):
+            return *self._of_the_discriminator(batch, progress), None
         recon = self.objective.reconstruct(self.module, images, key=batch["key"], progress=progress)
         last_layer = self.module.last_layer if self.discriminator is not None else None
-        real = recon.real(images)
-        before = self._discriminator_first(batch, real, recon.images.detach()) if self._leads(step) else {}
+        real, fakes = recon.real(images), None if recon.images is None else recon.images.detach()
+        before = self._discriminator_first(batch, real, fakes) if self._leads(step) else {}
         loss, logs = self.objective.generator_loss(
             recon, images, last_layer, step, progress=progress, key=batch["key"], tokenizer=self.module
         )
         stats = {k: v for k, v in recon.stats.items() if v.dim() == 0}
-        return loss, {**logs, **before, **stats, "loss": loss.detach()}, (real, recon.images.detach())
+        return loss, {**logs, **before, **stats, "loss": loss.detach()}, (real, fakes)
+
+    def _of_the_discriminator(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Its loss and logs in a step of its own. The tokenizer rests in eval mode, so that no statistics move."""
+        was_training = self.module.training
+        self.module.eval()
+        with torch.no_grad():
+            recon = self.module(batch["image"], key=batch["key"], progress=progress)
+        self.module.train(was_training)
+        return self.objective.discriminator_loss(
+            recon.real(batch["image"]), recon.images, self.global_step, key=batch["key"]
+        )
 
     def _leads(self, step: int) -> bool:
         return self.objective.discriminator_learns(step) and self.objective.gan.first == "discriminator"
@@ -340,7 +371,7 @@ class LitTokenizer(Lit):
         """Update the discriminator before it judges: the order of IBQ (arXiv 2412.02692)."""
         loss, logs = self.objective.discriminator_loss(real, fakes, self.global_step, key=batch["key"])
         self.manual_backward(loss)
-        norm = self._clip([self.discriminator])
+        norm = self._clip_discriminator()
         if self.recipe.on_nan != "skip":
             self._note(self.global_step, norm.isfinite())
         elif not bool(norm.isfinite()):
@@ -358,19 +389,23 @@ class LitTokenizer(Lit):
         return {"discriminator_grad_norm": norm}
 
     def after_backward(self, batch: Mapping[str, Tensor], rest: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        if not self.objective.discriminator_learns(self.global_step) or self._leads(self.global_step):
+        step = self.global_step
+        if not self.objective.discriminator_learns(step) or self._leads(step) or not self.learns(step):
             return {}
         loss, logs = self.objective.discriminator_loss(*rest, self.global_step, key=batch["key"])
         self.manual_backward(loss / self.recipe.accumulate)
         return logs
 
     def _norms(self) -> dict[str, Tensor]:
-        found = super()._norms()
-        if len(self.objective.terms):
-            found["terms_grad_norm"] = self._clip([self.objective.terms])  # apart: their rate is another one
+        found = super()._norms() if self.learns(self.global_step) else {}
+        if found and len(self.objective.terms):
+            found["terms_grad_norm"] = self._clip([self.objective.terms], self.recipe.clip)  # apart: another rate
         if self._judge_waits():
-            found["discriminator_grad_norm"] = self._clip([self.discriminator])
+            found["discriminator_grad_norm"] = self._clip_discriminator()
         return found
+
+    def _clip_discriminator(self) -> Tensor:
+        return self._clip([self.discriminator], self.recipe.clip if self.objective.gan.clip else None)
 
     def _judge_waits(self) -> bool:
         """Whether the discriminator has a gradient to step with; the moving global step does not tell."""

@@ -127,13 +127,14 @@ class Quantized:
 
 @dataclass
 class Reconstruction:
-    """images [B, 3, H, W] in about [-1, 1]; tokens; losses of the family itself, weighted; stats for logs.
+    """images [B, 3, H, W] in about [-1, 1], None in a training pass that could give them no gradient; tokens; losses of
+    the family itself, weighted; stats for logs.
 
     features: hidden states by name, for objectives that align them with a pretrained network. targets: what `images`
     should be, row by row, where that is not the input: degraded images, or several decodings of one image, [n B, ..].
     """
 
-    images: Tensor
+    images: Tensor | None
     tokens: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)

@@ -21,14 +21,16 @@ DRAWS = 14  # positions of the noise that one call uses
 class DiffAug(nn.Module):
     """Images [B, C, H, W] in [-1, 1] to augmented ones, with gradients; zeros are what is shifted in or cut out.
 
-    prob: of each of the three per image. color: on or off. translation, cutout: shares of the side, 0 = off. size: side
-    of the result, None = as it is; crop: share of the images that are cropped to `size` rather than resized.
+    prob: of each of the three per image. unit: act on the pixels in [0, 1] (ResTok), so that brightness moves twice as
+    far and black is shifted in and cut out. color: on or off. translation, cutout: shares of the side, 0 = off. size:
+    side of the result, None = as it is; crop: share of the images that are cropped to `size` rather than resized.
     """
 
     def __init__(
         self,
         *,
         prob: float = 1.0,
+        unit: bool = False,
         color: bool = True,
         translation: float = 0.125,
         cutout: float = 0.2,
@@ -42,11 +44,13 @@ class DiffAug(nn.Module):
         if crop and size is None:
             raise ValueError(f"crop={crop} needs size, the side to crop to")
         self.prob, self.color, self.translation, self.cutout = prob, color, translation, cutout
+        self.unit = unit
         self.size, self.crop = size, crop
 
     def forward(self, images: Tensor, noise: SampleNoise, stream: int = 0) -> Tensor:
         """noise: of the B samples; stream: another number draws another augmentation."""
         x = full(images)  # colours and means: not in half precision
+        x = x * 0.5 + 0.5 if self.unit else x
         u = noise.uniform(torch.arange(DRAWS, device=x.device), stream)
         apply = u[:, :3] <= self.prob
         if self.color:
@@ -55,6 +59,7 @@ class DiffAug(nn.Module):
             x = torch.where(apply[:, 1, None, None, None], self._translate(x, u[:, 6:8]), x)
         if self.cutout:
             x = torch.where(apply[:, 2, None, None, None], self._cut(x, u[:, 8:10]), x)
+        x = x * 2 - 1 if self.unit else x
         return x if self.size is None else self._view(x, u[:, 10:13])
 
     def _color(self, x: Tensor, u: Tensor) -> Tensor:

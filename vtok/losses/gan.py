@@ -39,12 +39,14 @@ class GAN(nn.Module):
     weight: of the tokenizer's adversarial loss. loss: of the discriminator, "hinge" or "non_saturating" (= "softplus");
     generator_loss: of the tokenizer, None = the same. start: first optimizer step with a GAN; ramp: steps over which
     the tokenizer's weight rises to `weight` from there. every: the discriminator learns in every so many steps.
-    first: which of the two is updated first in a step (IBQ: "discriminator"). adaptive: multiply the weight by the
-    ratio of the gradient norms at the decoder's last layer; adaptive_eps: added to its denominator; adaptive_max: its
-    largest value. augment: of all that the discriminator sees. lecam_weight: LeCam regulariser (0.999), of lecam_of.
-    own_schedule: the discriminator's rate counts its steps from `start` on, with a warm-up of its own, as in
-    1d-tokenizer; else it is the tokenizer's at the time. consistency_weight: squared difference of the logits under
-    `augment` and under `strong`.
+    first: which of the two is updated first in a step (IBQ: "discriminator"). alternate: from `start` on a step updates
+    either of them, the discriminator where its number, counted from 0, is odd (iFSQ). clip: whether the discriminator's
+    gradient is clipped as the tokenizer's is. adaptive: multiply the weight by the ratio of the gradient norms at the
+    decoder's last layer; adaptive_eps: added to its denominator; adaptive_max: its largest value, for
+    losses that are means (a paper's for sums over an image is divided by 3 H W). augment: of all that the discriminator
+    sees. lecam_weight: LeCam regulariser (0.999), of lecam_of. own_schedule: the discriminator's rate counts its steps
+    from `start` on, with a warm-up of its own, as in 1d-tokenizer; else it is the tokenizer's at the time.
+    consistency_weight: squared difference of the logits under `augment` and under `strong`.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class GAN(nn.Module):
         ramp: int = 0,
         every: int = 1,
         first: Literal["generator", "discriminator"] = "generator",
+        alternate: bool = False,
+        clip: bool = True,
         adaptive: bool = False,
         adaptive_eps: float = 1e-4,
         adaptive_max: float = 1e4,
@@ -81,11 +85,14 @@ class GAN(nn.Module):
             raise ValueError(f"gan.adaptive_eps={adaptive_eps} and gan.adaptive_max={adaptive_max} must be positive")
         if every < 1:
             raise ValueError(f"gan.every={every}: the discriminator learns in every so many steps, at least 1")
+        if alternate and (every > 1 or first != "generator"):
+            raise ValueError(f"gan.alternate=true excludes gan.every={every}, gan.first={first}: set 1 and generator")
         if bool(consistency_weight) != (strong is not None):
             raise ValueError(f"gan.consistency_weight={consistency_weight} and gan.strong go together: give both")
         self.discriminator = discriminator
         self.weight, self.loss, self.fooling = weight, loss, generator_loss or loss
         self.start, self.ramp, self.every, self.first, self.adaptive = start, ramp, every, first, adaptive
+        self.alternate, self.clip = alternate, clip
         self.adaptive_eps, self.adaptive_max = adaptive_eps, adaptive_max
         self.augment, self.strong = augment, strong
         self.lecam_weight, self.consistency_weight = lecam_weight, consistency_weight
@@ -98,7 +105,7 @@ class GAN(nn.Module):
 
     def learns(self, step: int) -> bool:
         """Whether the discriminator is updated in optimizer step `step`."""
-        return self.active(step) and (step - self.start) % self.every == 0
+        return self.active(step) and (step % 2 == 1 if self.alternate else (step - self.start) % self.every == 0)
 
     def strength(self, step: int) -> float:
         """Weight of the tokenizer's adversarial loss, without the adaptive factor."""

@@ -32,6 +32,7 @@ class LogitDistance(nn.Module):
     """
 
     lr_scale = 1.0
+    of_images = True
 
     def __init__(
         self, *, weight: float = 0.1, model: str = "convnext_small", weights_path: str | Path | None = None

@@ -3,7 +3,8 @@
 total = w_p * pixel + w_l * LPIPS + sum(own losses) + sum(terms) + GAN. A term is any module
 `term(recon, images, *, step, progress, key, tokenizer) -> {name: weighted scalar loss}`: semantic alignment, an
 autoregressive prior, logits of a classifier (vtok/losses). Its parameters, if it has any, are trained beside the
-tokenizer, at `term.lr_scale` times its learning rate; one with `needs_codes` finds them in recon.features["codes"].
+tokenizer, at `term.lr_scale` times its learning rate; one with `needs_codes` finds them in recon.features["codes"]; one
+with `of_images` reads recon.images, which not every tokenizer has in training.
 Nothing is remembered between calls except parameters and buffers.
 """
 
@@ -35,7 +36,8 @@ class TokenizerObjective(nn.Module):
     family by name (1 where not named; 0 drops one). own_strict: a name that the family does not have is a mistake.
     terms: plug-ins by name, null drops one. gan: the GAN.
 
-    The training loop calls `generator_loss` at every step, and `discriminator_loss` where `discriminator_learns(step)`.
+    The training loop calls `generator_loss` where `tokenizer_learns(step)`, which is at every step unless the GAN
+    alternates, and `discriminator_loss` where `discriminator_learns(step)`.
     """
 
     def __init__(
@@ -76,6 +78,10 @@ class TokenizerObjective(nn.Module):
     def discriminator_learns(self, step: int) -> bool:
         """Whether the discriminator is updated in optimizer step `step`."""
         return self.gan is not None and self.gan.learns(step)
+
+    def tokenizer_learns(self, step: int) -> bool:
+        """Whether the tokenizer is updated in optimizer step `step`."""
+        return self.gan is None or not (self.gan.alternate and self.gan.learns(step))
 
     def reconstruct(
         self, tokenizer: Tokenizer, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0
@@ -145,12 +151,8 @@ class TokenizerObjective(nn.Module):
         try:
             with rng.untouched(), torch.compiler.set_stance("force_eager"):
                 recon = self.reconstruct(tokenizer, images, key=key)
-                if not recon.images.requires_grad and (blind := self._losses_of_images(gan)):
-                    raise ValueError(
-                        f"the images of this {type(tokenizer).__name__} carry no gradient (those of stage=proxy and of "
-                        f"a FlexTok with a VAE are made without), so nothing learns from {', '.join(blind)}: set "
-                        f"{'it' if len(blind) == 1 else 'each'} to 0 (gan: to null)"
-                    )
+                if recon.images is None or not recon.images.requires_grad:
+                    self._refuse_losses_of_images(gan)
                 reconstruction, *_ = self._without_gan(recon, images, 0, 0.0, key, tokenizer)
                 if gan is not None:
                     rows = _keys(key, recon.images)
@@ -162,9 +164,16 @@ class TokenizerObjective(nn.Module):
                     if name in before:
                         buffer.data.copy_(before[name])
 
-    def _losses_of_images(self, gan: GAN | None) -> list[str]:
+    def _refuse_losses_of_images(self, gan: GAN | None) -> None:
+        """Raise ValueError if there are losses of images, for a tokenizer whose images have no gradient."""
         weights = {"pixel_weight": self.pixel_weight, "perceptual_weight": self.perceptual_weight, "gan": gan}
-        return [f"objective.{name}" for name, value in weights.items() if value]
+        weights |= {f"terms.{name}": getattr(term, "of_images", False) for name, term in self.terms.items()}
+        if blind := [f"objective.{name}" for name, value in weights.items() if value]:
+            raise ValueError(
+                "the images of this tokenizer carry no gradient (stage=proxy and a FlexTok with a VAE make none in "
+                f"training), so nothing learns from {', '.join(blind)}: set {'it' if len(blind) == 1 else 'each'} to 0 "
+                "(gan and terms: to null)"
+            )
 
     @torch.no_grad()
     def validation(
@@ -189,8 +198,12 @@ class TokenizerObjective(nn.Module):
         tokenizer: Tokenizer | None,
     ) -> tuple[Tensor, Tensor, Logs]:
         """Pixels and LPIPS, the sum of all, and all of them detached by name."""
-        fake, real = full(recon.images), full(recon.real(images))
-        reconstruction = self.pixel_weight * pixel_loss(fake, real, self.pixel)
+        if recon.images is None:
+            self._refuse_losses_of_images(self.gan if self.gan_active(step) else None)
+            reconstruction = torch.zeros((), device=images.device)
+        else:
+            fake, real = full(recon.images), full(recon.real(images))
+            reconstruction = self.pixel_weight * pixel_loss(fake, real, self.pixel)
         losses = {"pixel": reconstruction}
         if self.perceptual is not None:
             rise = min(1.0, step / self.perceptual_warmup) if self.perceptual_warmup else 1.0

@@ -54,7 +54,7 @@ class FlexTokTokenizer(Tokenizer):
     FSQ's range; from the paper's start they all say the same and a short training never tells them apart.
 
     Reconstruction.losses["flow"] is the squared error of the velocity; Reconstruction.images the one-step estimate,
-    through the VAE's decoder without gradients where there is one.
+    which a training pass with a VAE leaves out: no gradient comes through its decoder.
     """
 
     prefixes = True
@@ -251,7 +251,8 @@ class FlexTokTokenizer(Tokenizer):
         x = flow.interpolate(data, start, t)
         velocity, tapped = self.velocity(x, t, self.condition(found.z, counts, null))
         loss = (velocity - (start - data)).square().mean()
-        estimate = self.images(flow.data_of(x, velocity, t))
+        rendered = self.vae is None or not self.training
+        estimate = self.images(flow.data_of(x, velocity, t)) if rendered else None
         features = {} if tapped is None else {"repa": tapped}
         return Reconstruction(estimate, found.ids, found.loss | {"flow": loss}, found.stats, features)
 

@@ -12,7 +12,6 @@ their weights depend on: the latents [N, D] are read as [D, N] without a transpo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -104,8 +103,8 @@ class TiTok(Tokenizer):
     encoder, where it is not the head's; images then come out head.patch / patch times as large.
 
     stage: "joint" trains everything; "proxy" freezes the codes and the CNN of a ProxyHead and learns from the
-    cross-entropy of `features["proxy_logits"]` with the teacher's codes (vtok.losses.proxy); "decoder" freezes the
-    encoder, the latents and the quantizer.
+    cross-entropy of `features["proxy_logits"]` with the teacher's codes (vtok.losses.proxy), without making
+    images; "decoder" freezes the encoder, the latents and the quantizer.
     """
 
     def __init__(
@@ -192,8 +191,8 @@ class TiTok(Tokenizer):
         h, features = self.decoder(found.z, text), {}
         if isinstance(self.head, ProxyHead):
             h = features["proxy_logits"] = self.head.logits(h)
-        with torch.no_grad() if self.stage == "proxy" else nullcontext():  # its images are only to be looked at
-            recon = self.head.render(h, self.side) * 2 - 1
+        blind = self.stage == "proxy" and self.training  # nothing learns from its images
+        recon = None if blind else self.head.render(h, self.side) * 2 - 1
         return Reconstruction(recon, found.ids, found.loss, found.stats, features)
 
     @property
