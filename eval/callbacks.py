@@ -22,7 +22,7 @@ from eval.moments import Statistics, frechet_distance
 from eval.references import DATA_SPLITS, reference_statistics
 from eval.sources import Images, from_data, from_run
 from vtok import rng
-from vtok.noise import sample_seeds
+from vtok.noise import SampleNoise, sample_seeds
 
 BATCH = 64
 
@@ -149,9 +149,8 @@ class ReconstructionDistance(Distances):
 
 
 def reconstructed(originals: Images, tokenizer: Any, device: torch.device, trainer: L.Trainer) -> Images:
-    """`originals` through the tokenizer."""
+    """`originals` through the tokenizer, with the draws of eval.reconstruction."""
     from vtok.data.transforms import to_uint8
-    from vtok.noise import SampleNoise
 
     def span(size: int, first: int, last: int):
         place = first
@@ -159,7 +158,7 @@ def reconstructed(originals: Images, tokenizer: Any, device: torch.device, train
             x = (batch.to(device).permute(0, 3, 1, 2).float() / 127.5) - 1
             noise = SampleNoise(sample_seeds(0, place, place + len(batch)).to(device))
             with trainer.precision_plugin.forward_context():
-                made = tokenizer.decode(tokenizer.encode(x, noise=noise))
+                made = tokenizer.decode(tokenizer.encode(x, noise=noise), noise=noise)
             place += len(batch)
             yield to_uint8(made.float()).cpu()
 

@@ -4,6 +4,9 @@
 
 PSNR, SSIM and LPIPS on 8-bit images, rFID (or rFD[name]) between reconstructions and the same originals, codebook usage
 and perplexity over the whole set, bits per pixel, and the share of tokens that survive encode(decode(tokens)).
+
+A tokenizer that draws (a KL bottleneck its latents, D-AR and FlexTok the noise that decoding starts from) draws once an
+image, keyed by the image's place among those measured, as val/rfd and the pictures of training do.
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ from eval.sources import from_data
 from vtok.checkpoint import write_atomic, write_json
 from vtok.cli import entry
 from vtok.decoding import encode_images, light_tokenizer
+from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.statistics import COUNTED
 
 GRID = 64  # pairs in the picture
+NOTHING = "nothing"  # what a tokenizer draws that has the same tokens and copies every time
 
 
 @dataclass
@@ -58,10 +63,11 @@ def run_through(
     keep: int,
     device: torch.device,
     perceptual: Any | None = None,
+    seed: int = 0,
 ) -> Pass:
     """Encode and decode every image once. keep: how many pairs to hold on to, evenly spaced over the set.
 
-    perceptual: LPIPS of two batches in [-1, 1], if it is to be measured.
+    perceptual: LPIPS of two batches in [-1, 1], if it is to be measured. seed: of tokenizers that draw.
     """
     from vtok.data.transforms import to_uint8
 
@@ -74,8 +80,9 @@ def run_through(
     with progress_bar("reconstructing", images.count) as advance:
         for batch in images.batches(batch_size):
             x = (batch.to(device).permute(0, 3, 1, 2).float() / 127.5) - 1
-            tokens = encode_images(tokenizer, x)
-            decoded = tokenizer.decode(tokens)
+            noise = SampleNoise(sample_seeds(seed, seen, seen + len(batch)).to(device))
+            tokens = encode_images(tokenizer, x, noise=noise)
+            decoded = tokenizer.decode(tokens, noise=noise)
             copies = to_uint8(decoded).cpu()
             done.errors.add(batch, copies)
             if parts:
@@ -85,7 +92,8 @@ def run_through(
                         ids = tokens[:, start : start + part.count].reshape(-1).cpu()
                         count += torch.bincount(ids, minlength=part.vocab_size)
                     start += part.count
-                done.survived += int((encode_images(tokenizer, decoded.clamp(-1, 1)) == tokens).sum())
+                again = encode_images(tokenizer, decoded.clamp(-1, 1), noise=noise)
+                done.survived += int((again == tokens).sum())
                 done.tokens += tokens.numel()
             if perceptual is not None:
                 shown = (
@@ -130,7 +138,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     lpips = perceptual_distance(config.get("lpips"), config.get("lpips_path"))
     done = run_through(
         tokenizer, images, extractor, batch_size=int(config["batch_size"]), keep=keep, device=device,
-        perceptual=lpips.to(device) if lpips else None,
+        perceptual=lpips.to(device) if lpips else None, seed=int(config["seed"]),
     )  # fmt: skip
     metrics = done.errors.result() | token_figures(tokenizer.spec, done)
     if lpips:
@@ -140,6 +148,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
         "source": images.name,
         "tokenizer": f"{config['from']} (sha256 {checkpoint_hash(config['from'])})",
         "weights": config["weights"],
+        "drawn": drawn(tokenizer, int(config["seed"])),
         "ssim": "Gaussian window 11 x 11, sigma 1.5, range 1",
         "rounding": "nearest",
     }
@@ -191,15 +200,22 @@ def token_figures(spec: Any, done: Pass) -> dict[str, float | int]:
     }
 
 
+def drawn(tokenizer: Any, seed: int) -> str:
+    """What a tokenizer draws for every image, as results say it."""
+    draws = {"latents of the posterior": tokenizer.encoder_draws, "the decoder's noise": tokenizer.decoder_draws}
+    what = " and ".join(name for name, yes in draws.items() if yes)
+    return f"{what}, once an image, keyed by seed {seed} and its place" if what else NOTHING
+
+
 def _protocol(config: Mapping[str, Any], images: Any, extractor: Extractor, reference: Any, identity: dict) -> Protocol:
     return Protocol(
         name="reconstruction",
         images=images.count,
         source=identity["tokenizer"],
         labels="given",
-        seed=None,
+        seed=None if identity["drawn"] == NOTHING else int(config["seed"]),
         guidance=None,
-        rule=None,
+        rule=None if identity["drawn"] == NOTHING else identity["drawn"],
         weights=config["weights"],
         rounding="nearest",
         resize=extractor.resize,

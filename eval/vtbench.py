@@ -109,13 +109,13 @@ def measure_task(
     pixels, detail, perceptual = PixelErrors(), Detail(), 0.0
     rates = {"": ErrorRates(), "_originals": ErrorRates()}
     with progress_bar(task, len(names)) as advance:
-        for name in names:
+        for n, name in enumerate(names):
             picture = read_image(folder / name, upright=config["upright"])
             shown = np.asarray(fitted(picture, tokenizer.spec.image_size, config["fit"]))
             if min(shown.shape[:2]) < WINDOW:
                 size = f"{shown.shape[1]} x {shown.shape[0]}"
                 raise ValueError(f"{folder / name} is {size}, SSIM needs {WINDOW} x {WINDOW}: remove it, or fit=crop")
-            decoded, _, _ = reconstruct(tokenizer, to_float(shown), batch=int(config["batch_size"]))
+            decoded, _, _ = reconstruct(tokenizer, to_float(shown), batch=int(config["batch_size"]), seed=n)
             original, copy = torch.from_numpy(shown.copy())[None], to_bytes(decoded, config["rounding"])[None]
             pixels.add(original, copy)
             detail.add(original, copy)

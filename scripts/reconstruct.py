@@ -50,10 +50,12 @@ def main(config: Any) -> None:
     from vtok.data.codes import frozen
     from vtok.data.extract import claim
     from vtok.data.files import BadImage, list_images, read_image
+    from vtok.data.shards import id_of
     from vtok.data.tasks import task_from_environment
     from vtok.data.tiles import check_whole, reconstruct
     from vtok.data.transforms import to_float, to_uint8
     from vtok.decoding import light_tokenizer
+    from vtok.noise import key
 
     task, tasks = task_from_environment(config.task_id, config.num_tasks, os.environ)
     source, out = Path(config["in"]), Path(config.out)
@@ -94,10 +96,12 @@ def main(config: Any) -> None:
     recipe = {"tokenizer": identity, "keep": config.keep, "seed": config.seed}
     if config.whole:
         recipe["whole"] = True
+    if tokenizer.encoder_draws or tokenizer.decoder_draws:  # earlier versions drew the same for every picture
+        recipe["noise"] = "keyed by name"
     recipe = claim(out, recipe, what="copies")  # as the folder has it: a later version goes on with the same hash
     light_tokenizer(tokenizer, torch.float32)  # its hash is taken
     recipe_hash = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-    how = dict(batch=config.batch_size, keep=config.keep, seed=int(config.seed), whole=bool(config.whole))
+    how = dict(batch=config.batch_size, keep=config.keep, whole=bool(config.whole))
     errors, bad, done, earlier = PixelErrors(), [], 0, 0
 
     def measure(original: np.ndarray, copy: np.ndarray) -> None:
@@ -123,7 +127,7 @@ def main(config: Any) -> None:
                 advance(1)
                 continue
             image = to_float(original)
-            copy, tokens, tiling = reconstruct(tokenizer, image, **how)
+            copy, tokens, tiling = reconstruct(tokenizer, image, seed=key(int(config.seed), id_of(name)), **how)
             pixels = to_uint8(copy)
             shape = [tiling.height, tiling.width, tiling.side, tiling.rows, tiling.columns]
             arrays = {"tokens": tokens.numpy(), "height_width_side_rows_columns": np.array(shape)}

@@ -218,6 +218,7 @@ def prefix_psnr(tokenizer: Any, images: Any, lengths: Sequence[int]) -> dict[str
 
     from eval.pixels import PixelErrors
     from vtok.data.transforms import to_uint8
+    from vtok.noise import SampleNoise, sample_seeds
 
     found = {}
     for k in lengths:
@@ -225,7 +226,8 @@ def prefix_psnr(tokenizer: Any, images: Any, lengths: Sequence[int]) -> dict[str
         with torch.inference_mode():
             for batch in images.batches(100):
                 ids = tokenizer.encode(batch.permute(0, 3, 1, 2).float() / 127.5 - 1)
-                own.add(batch, to_uint8(tokenizer.decode(ids, keep=k)))
+                noise = SampleNoise(sample_seeds(0, own.count, own.count + len(batch)))
+                own.add(batch, to_uint8(tokenizer.decode(ids, keep=k, noise=noise)))
                 if hasattr(tokenizer, "side_of"):
                     full.add(batch, to_uint8(tokenizer.pixels(tokenizer.embed(ids[:, :k]))))
         found[str(k)] = max(error.result()["psnr_mean"] for error in (own, full) if error.count)

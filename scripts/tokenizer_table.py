@@ -129,7 +129,7 @@ OVERFITTED: dict[str, list[str]] = {
     "restok": SLOWER,
 }  # fmt: skip
 OVERFIT_STEPS = (300, 600, 900, 1200, 1500)  # where a run is measured, until it reaches what is wanted
-FLOW = {"dar", "flextok"}  # decoders that draw: their copies are one draw with a fixed seed
+FLOW = {"dar", "flextok"}  # decoders that draw
 
 
 def main() -> None:
@@ -213,6 +213,7 @@ def row(kind: str, family: str, folder: Path, budget: float) -> None:
             "steps": steps,
             "probe_steps": PROBE_STEPS,
             "images": metrics["images"],
+            "drawn": metrics["drawn"],
             **metrics["metrics"],
             "loss": losses[-1],
             "psnr_curve": curve,
@@ -323,8 +324,8 @@ def page(found: list[Mapping[str, Any]], studies: list[Mapping[str, Any]]) -> st
         "",
         "Families small, trained from scratch on the same images for the same time on one CPU core, with no",
         "perceptual loss and no GAN: squared pixels and the family's own losses. So the rows compare architectures and",
-        "quantizers at a tiny budget, and say little about the published models. Families that end in a flow draw one",
-        "sample with a fixed seed. Time ends a row, other jobs ran on the machine, and processors differ (each row's",
+        "quantizers at a tiny budget, and say little about the published models. kl and families that end in a flow",
+        "draw once an image. Time ends a row, other jobs ran on the machine, and processors differ (each row's",
         "JSON names its own; without AVX-512 a core has about a third of the speed): compare the steps too, and take",
         "images a second as a lower bound. Usage and perplexity of tokens with two vocabularies are those of the first",
         "/ of the second. Written by `python scripts/tokenizer_table.py` from docs/tables/tokenizers.",
@@ -341,6 +342,8 @@ def page(found: list[Mapping[str, Any]], studies: list[Mapping[str, Any]]) -> st
             low = [m["family"] for m in members if m["psnr_mean"] < wanted(m["family"])]
             low = [family for family in low if family != "block_mean"]
         lines += ["", f"Below what is wanted: {', '.join(low) or 'none'}."]
+        if old := [m["family"] for m in ranked if m["family"] in ("kl", *FLOW) and "drawn" not in m]:
+            lines += [f"Measured on posteriors' means (kl) or one draw for all images: {', '.join(old)}."]
         there = {row["family"] for row in members}
         missing = [family for family in (SECOND if kind == "imagenet" else FAMILIES) if family not in there]
         lines += [f"Not measured yet: {', '.join(missing)}."] if missing else []

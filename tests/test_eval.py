@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from types import SimpleNamespace
@@ -655,11 +656,11 @@ class Quadrants(torch.nn.Module):
         parts=(SimpleNamespace(count=4, vocab_size=4),),
     )  # fmt: skip
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, *, noise: object = None) -> Tensor:
         level = torch.nn.functional.avg_pool2d(images.mean(1), 8)
         return ((level + 1) * 2).floor().clamp(0, 3).long().flatten(1)
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, *, noise: object = None) -> Tensor:
         level = (tokens.view(-1, 1, 2, 2).float() + 0.5) / 2 - 1
         return level.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
 
@@ -684,6 +685,89 @@ def test_reconstruction_figures_by_hand() -> None:
     np.testing.assert_array_equal(copies, painted[[0, 4, 8]])
     off = -10 * math.log10((1 / 255) ** 2 / 4)  # five images are off by one level in a quarter
     assert done.errors.result()["psnr_mean"] == pytest.approx((4 * 100 + 5 * off) / 9)
+
+
+@pytest.mark.parametrize("name", ["cnn_kl", "dar", "flextok", "flextok_vae"])
+def test_an_image_is_drawn_by_its_place_whatever_the_batch(name) -> None:
+    """As alone, with the noise of its place: in eval.reconstruction, and in val/rfd on one process or two."""
+    from tokenizers import make
+
+    from eval.callbacks import reconstructed
+    from eval.reconstruction import drawn, run_through
+    from vtok.data.transforms import to_uint8
+    from vtok.noise import SampleNoise, sample_seeds
+
+    tokenizer, cpu = make(name), torch.device("cpu")
+    one = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8))
+    shown = one.repeat(3, 1, 1, 1)[:8]  # each picture again, three places on
+    alone = []
+    for i, picture in enumerate(shown):
+        noise = SampleNoise(sample_seeds(0, i, i + 1))
+        x = picture.permute(2, 0, 1)[None].float() / 127.5 - 1
+        alone.append(to_uint8(tokenizer.decode(tokenizer.encode(x, noise=noise), noise=noise)))
+    alone = torch.cat(alone).int()
+    assert not torch.equal(alone[0], alone[3]), "one picture twice is drawn twice"
+
+    def near(copies: Tensor) -> bool:
+        return int((copies.int() - alone).abs().max()) <= 1  # rounding of batches to 8 bits
+
+    def span(size: int, first: int, last: int):
+        yield from shown[first:last].split(size)
+
+    images = Images("x", 8, lambda size: span(size, 0, 8), None, "direct", span)
+    figures = []
+    for size in (3, 5):
+        done = run_through(tokenizer, images, None, batch_size=size, keep=8, device=cpu)
+        assert near(torch.cat([copies for _, copies in done.pairs]))
+        figures.append([*done.errors.result().values(), done.survived])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext))
+    copies = reconstructed(images, tokenizer, cpu, trainer)
+    assert near(torch.cat(list(copies.batches(3))))
+    assert near(torch.cat([batch for a, b in ((0, 5), (5, 8)) for batch in copies.part(4, a, b)]))
+    parts = drawn(tokenizer, 7).split(", once an image, keyed by seed 7 and its place")[0].split(" and ")
+    latents, start = "latents of the posterior", "the decoder's noise"
+    wanted = {"cnn_kl": [latents], "flextok_vae": [latents, start]}.get(name, [start])
+    assert parts == wanted and drawn(make("cnn_vq"), 7) == "nothing"
+
+
+def test_a_result_says_what_was_drawn(tmp_path) -> None:
+    from test_zoo import config_of
+    from tokenizers import make
+
+    from eval.reconstruction import evaluate as reconstruction
+    from vtok.checkpoint import save_folder
+    from vtok.data.fake import Fake
+
+    data, found = Fake(image_size=16, train_images=4, val_images=6, batch_size=4), {}
+    for name in ("cnn_kl", "cnn_vq"):
+        save_folder(make(name), tmp_path / name, kind="tokenizer")
+        words = {"from": str(tmp_path / name), "extractor": "cifar", "lpips": False, "device": "cpu", "seed": 5}
+        found[name] = reconstruction(config_of("eval_reconstruction", **words), data)
+    protocols = {name: Protocol.from_json(result["protocol"]) for name, result in found.items()}
+    said = "latents of the posterior, once an image, keyed by seed 5 and its place"
+    assert found["cnn_kl"]["drawn"] == protocols["cnn_kl"].rule == said and protocols["cnn_kl"].seed == 5
+    assert found["cnn_vq"]["drawn"] == "nothing" and protocols["cnn_vq"].rule is protocols["cnn_vq"].seed is None
+
+
+def test_pictures_of_training_show_what_is_measured() -> None:
+    """Four of 16 held-out images: the copies that eval.reconstruction makes of these among all."""
+    from tokenizers import make
+
+    from eval.reconstruction import run_through
+    from vtok.callbacks import Reconstructions
+    from vtok.data.fake import Fake
+
+    data, tokenizer = Fake(image_size=16, train_images=4, val_images=16, batch_size=4), make("dar")
+    trainer = SimpleNamespace(datamodule=data, precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext))
+    module = SimpleNamespace(device=torch.device("cpu"), variants=lambda: {"": tokenizer})
+    sheet = Reconstructions("nowhere", every=1, count=4).draw(trainer, module)
+    done = run_through(tokenizer, from_data(data, "val"), None, batch_size=5, keep=16, device=module.device)
+    originals, copies = (torch.cat(side)[[0, 5, 10, 15]].numpy().astype(int) for side in zip(*done.pairs))
+    for row, want in enumerate((originals, copies)):
+        for column in range(4):
+            y, x = 2 + 18 * row, 2 + 18 * column  # gaps of two pixels
+            assert np.abs(sheet[y : y + 16, x : x + 16].astype(int) - want[column]).max() <= 1
 
 
 def test_huge_vocabularies_are_not_counted() -> None:

@@ -17,7 +17,7 @@ from tokenizers import FAMILIES, SIZE, images, make
 from torch import nn
 
 from vtok import counters
-from vtok.checkpoint import write_atomic
+from vtok.checkpoint import save_folder, write_atomic
 from vtok.data.tiles import Tiling, reconstruct
 from vtok.decoding import light_tokenizer
 from vtok.layers.packed import packable
@@ -185,6 +185,30 @@ def test_a_copy_is_done_for_these_pixels_and_this_recipe_only(tmp_path, monkeypa
     assert go(tokenizer=other) == (2, 0) and go(out="fresh", tokenizer=other) == (2, 0)
     for name in ("a.png", "a.npz", "b.png", "b.npz"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_a_picture_is_drawn_by_its_name(tmp_path, monkeypatch, capsys):
+    """Whatever else is in the folder, and otherwise than the same pixels under another name."""
+    save_folder(make("dar"), tmp_path / "dar", kind="tokenizer")
+    for folder, names in (("two", "ab"), ("one", "b")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            draw(tmp_path / folder / f"{name}.png", 0, 16, 24)
+
+    def go(folder: str) -> dict[str, bytes]:
+        words = [f"from={tmp_path / 'dar'}", f"in={tmp_path / folder}", f"out={tmp_path / f'{folder}_copies'}"]
+        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words, "device=cpu"])
+        reconstruct_command()
+        return {path.stem: path.read_bytes() for path in (tmp_path / f"{folder}_copies").glob("*.png")}
+
+    two, one = go("two"), go("one")
+    assert one["b"] == two["b"] != two["a"]
+    recipe = json.loads((tmp_path / "one_copies" / "recipe.json").read_text())
+    del recipe["noise"]
+    (tmp_path / "one_copies" / "recipe.json").write_text(json.dumps(recipe))  # of a version that drew all alike
+    with pytest.raises(SystemExit):
+        go("one")
+    assert "copies with noise=None, asked for keyed by name; choose another out=" in capsys.readouterr().err
 
 
 def test_copies_belong_to_a_tokenizer_as_it_is_set_up(tmp_path, monkeypatch, capsys):

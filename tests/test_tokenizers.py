@@ -37,6 +37,16 @@ def test_tokens_meet_their_spec_and_decode_to_images(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_family_says_what_it_draws(name):
+    model, other = make(name), SampleNoise(KEYS + 1)
+    tokens = model.encode(images(), noise=noise())
+    assert model.encoder_draws == (not torch.equal(tokens, model.encode(images(), noise=other)))
+    assert model.decoder_draws == (
+        not torch.equal(model.decode(tokens, noise=noise()), model.decode(tokens, noise=other))
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_patterns_say_what_the_ranks_say(name, monkeypatch):
     """As for the generators. Families of convolutions alone have no pass to look at."""
     model = make(name).train()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tokenizers import make
 from torch import Tensor, nn
 
 from eval import ocr, vtbench
@@ -202,6 +203,17 @@ def test_pictures_are_turned_unless_told(tmp_path, monkeypatch) -> None:
         pair = np.asarray(Image.open(tmp_path / str(upright) / "pictures" / "a.png"))
         np.testing.assert_array_equal(pair, np.concatenate([shown, shown], axis=1))
         assert found["upright"] is upright
+
+
+def test_a_picture_is_drawn_by_its_place(tmp_path, monkeypatch) -> None:
+    """One picture under two names is drawn twice."""
+    place, save = tmp_path / "pictures", tmp_path / "pairs"
+    place.mkdir()
+    for name in "ab":
+        Image.new("RGB", (16, 16), (90, 120, 150)).save(place / f"{name}.png")
+    measure(monkeypatch, make("dar"), tmp_path / "v.json", pictures=str(place), save=str(save))
+    first, second = ((save / "pictures" / f"{name}.png").read_bytes() for name in "ab")
+    assert first != second
 
 
 def test_a_darker_copy_has_the_psnr_of_its_darkness(tmp_path, monkeypatch) -> None:

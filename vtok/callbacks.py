@@ -26,6 +26,7 @@ from vtok import rng
 from vtok.acceleration import peak_rate, utilisation
 from vtok.checkpoint import write_atomic
 from vtok.data.transforms import to_uint8
+from vtok.noise import SampleNoise, keys
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
@@ -131,8 +132,9 @@ class Reconstructions(Pictures):
         images = {"image": torch.stack([dataset[(0, int(i))]["image"] for i in places])}
         images = trainer.datamodule.transfer_batch_to_device(images, pl_module.device, 0)["image"]
         module = pl_module.variants()[""].eval()
+        noise = SampleNoise(torch.from_numpy(keys(0, places))).to(pl_module.device)  # as eval.reconstruction draws
         with trainer.precision_plugin.forward_context():
-            made = module.decode(module.encode(images))
+            made = module.decode(module.encode(images, noise=noise), noise=noise)
         originals, reconstructions = (to_uint8(part).cpu().numpy() for part in (images, made))
         columns = min(8, len(places))
         rows = []

@@ -226,6 +226,7 @@ class Tokenizer(Configured, nn.Module):
     # whether a larger image has more tokens: no, squares only, or any H x W, one token for each cell of the stride
     grows: Literal["no", "squares", "any"] = "no"
     layouts: bool = False  # whether decode(layout=) works: any list of scales
+    decoder_draws: bool = False  # whether decode(noise=) changes images
 
     def spec_for(self, size: int) -> TokenSpec:
         """Specification of the tokens of size x size images; ValueError where the family cannot take them."""
@@ -319,6 +320,11 @@ class Tokenizer(Configured, nn.Module):
             f"leave data.image_size={own}, or train a tokenizer with data.image_size={size}; scripts/reconstruct.py "
             "cuts larger images into tiles"
         )
+
+    @property
+    def encoder_draws(self) -> bool:
+        """Whether encode(noise=) changes tokens: a bottleneck draws, the family's or that of a frozen VAE inside."""
+        return any(isinstance(part, Quantizer) and part.draws for part in self.modules())
 
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless images are float [B, 3, H, W] with sides that the stride divides; both sides alike

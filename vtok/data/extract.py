@@ -32,7 +32,7 @@ from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.decoding import encode_images, light_tokenizer
 from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key
-from vtok.tokenizer import Quantizer, Tokenizer, TokenSpec
+from vtok.tokenizer import Tokenizer, TokenSpec
 
 # count: crops per image; centre: which one is the plain centre crop; wide: side before cropping over image side
 CROPS: dict[str, dict] = {
@@ -84,7 +84,7 @@ def extract(
     files = {split: sizes_hash(part[0]) for split, part in sources.items()}
     if None not in files.values():
         recipe["files"] = files
-    if any(isinstance(part, Quantizer) and part.draws for part in tokenizer.modules()):  # also of a VAE inside
+    if tokenizer.encoder_draws:
         recipe["seed"] = data.seed
     claimed = claim(out, common | recipe)
     common = {name: claimed[name] for name in common}  # both manifests say the same, whichever version finishes them

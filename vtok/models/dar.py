@@ -50,6 +50,7 @@ class DARTokenizer(Tokenizer):
     """
 
     prefixes = True
+    decoder_draws = True
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class FlexTokTokenizer(Tokenizer):
     """
 
     prefixes = True
+    decoder_draws = True
 
     def __init__(
         self,
