@@ -431,6 +431,43 @@ def test_damaged_and_unfinished_shards_are_made_again(tmp_path):
     assert sum("finished earlier" in line for line in said) == 7 - 4 + 2
 
 
+@pytest.mark.parametrize("options", [{"scan": "none", "workers": 1}, {"cache": True}])
+def test_a_row_of_a_substitute_has_its_id(tmp_path, options):
+    """And the manifest counts these rows, also when tasks or a restart finish the split."""
+    photos = tmp_path / "photos"
+    (photos / "train").mkdir(parents=True)
+    (photos / "val").mkdir()
+    for i in range(6):
+        Image.effect_noise((16, 16), 10 + 20 * i).convert("RGB").save(photos / "train" / f"{i}.png")
+    Image.new("RGB", (16, 16)).save(photos / "val" / "0.png")
+    for i in (2, 3, 5):
+        (photos / "train" / f"{i}.png").write_bytes(b"no picture")
+    said = []
+
+    def go(out: str, **more) -> dict[str, bytes]:
+        folder = ImageFolder(
+            folder=str(photos / "train"), val_folder=str(photos / "val"), image_size=16, batch_size=2, num_classes=0,
+            on_bad_image="skip", cache_dir=str(tmp_path / "cache"), **options,
+        )  # fmt: skip
+        write(tmp_path / out, source=folder, shard_size=4, crops="flip", say=said.append, **more)
+        return content(tmp_path / out)
+
+    whole = go("whole")
+    stands = [0, 1, 4, 4, 4, 0]
+    assert np.load(tmp_path / "whole" / "train" / "ids.npy").tolist() == [id_of(f"{i}.png") for i in stands]
+    manifests = [json.loads((tmp_path / "whole" / split / "manifest.json").read_text()) for split in ("train", "val")]
+    assert [m["substitutes"] for m in manifests] == [3, 0]
+    assert [note.get("substitutes") for note in manifests[0]["shards"]] == [2, 1]
+    shards = open_split(tmp_path / "whole" / "train")
+    assert torch.equal(shards.row(2, 0), shards.row(4, 0)) and not torch.equal(shards.row(1, 0), shards.row(4, 0))
+    assert sum("unreadable; their rows hold the next" in line for line in said) == 2
+    for task in (0, 1):
+        parts = go("parts", task=(task, 2))
+    assert parts == whole
+    (tmp_path / "parts" / "train" / "manifest.json").unlink()
+    assert go("parts") == whole
+
+
 def test_tasks_share_the_shards(tmp_path):
     write(tmp_path / "one", shard_size=3)
     done = [write(tmp_path / "three", shard_size=3, task=(t, 3)) for t in (2, 0, 1)]

@@ -28,6 +28,7 @@ from vtok.data.fake import Fake
 from vtok.data.files import BadImage, Names, list_images, read_image
 from vtok.data.imagefolder import ImageFolder, file_source, find, read_class_file, split_by_hash
 from vtok.data.module import EvaluationBatches, StepBatches, float_images
+from vtok.data.sources import Limited, name_given
 from vtok.data.transforms import (
     Draws,
     ImageTransform,
@@ -613,8 +614,10 @@ def test_skipping_counts_names_and_substitutes(tmp_path, caplog, cache):
     for source in (data.sources.train, data.sources.val):
         names = [source.name(i) for i in range(len(source))]
         for i, name in enumerate(names):
+            source[i]
             if name == "ant/2.png":
                 name = names[(i + 1) % len(names)]
+            assert name_given(source, i) == name_given(Limited(source, len(names)), i) == name
             expected = center_crop(Image.open(plain[name]), 16) if cache else Image.open(plain[name])
             assert np.array_equal(np.asarray(source[i][0]), np.asarray(expected))
             assert source[i][1] == ["ant", "dog"].index(name.split("/")[0])

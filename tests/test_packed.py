@@ -15,7 +15,7 @@ from PIL import Image
 from vtok.data.files import BadImage, EncodedImages, Names
 from vtok.data.module import WINDOW, StepBatches, block_order
 from vtok.data.packed import Parquet, Tars
-from vtok.data.sources import Limited
+from vtok.data.sources import Limited, name_given
 
 COUNT = 22
 
@@ -132,6 +132,7 @@ def test_damaged_images_name_their_place_or_are_skipped(tars, caplog):
     for _ in range(2):  # named when it is met first
         image, label = source[12]
         assert np.asarray(image)[0, 0, 0] == 130 and label == 13 % 3
+        assert name_given(source, 12) == source.name(13) and name_given(source, 13) == source.name(13)
     assert [r.getMessage() for r in caplog.records] == [
         f"skipped unreadable image 1.tar/a/0012.png ({tars / 'train'}): 1 so far"
     ]

@@ -27,7 +27,7 @@ from vtok.config import completed, describe, differences, imported
 from vtok.data.codes import spec_at
 from vtok.data.module import ImageData
 from vtok.data.shards import Crops, dtype_of, finished, id_of, pack, write_manifest, write_shard
-from vtok.data.sources import Source, sizes_hash
+from vtok.data.sources import Source, name_given, sizes_hash
 from vtok.data.transforms import center_crop, mirror, ten_crop, to_float, to_rgb
 from vtok.decoding import encode_images, light_tokenizer
 from vtok.models import FAMILIES
@@ -106,8 +106,11 @@ def extract(
                 say(f"{title}: finished earlier")
                 continue
             dataset = Subset(CropDataset(source, data.image_size, cut["name"], data.seed), rows)
-            codes, labels = _encode(dataset, tokenizer, spec, batch, data.workers, device, common["dtype"], title, say)
-            write_shard(folder, index, codes, labels, np.array([id_of(source.name(i)) for i in rows], np.int64))
+            made = _encode(dataset, tokenizer, spec, batch, data.workers, device, common["dtype"], title, say)
+            substitutes = int((made[2] != [id_of(source.name(i)) for i in rows]).sum())
+            if substitutes:
+                say(f"{title}: {substitutes} unreadable; their rows hold the next image, with its label and id")
+            write_shard(folder, index, *made, substitutes=substitutes)
         sizes = [min(shard_size, len(source) - i * shard_size) for i in range(count)]
         notes = [finished(folder, i, n, verify=False) for i, n in enumerate(sizes)]
         if all(notes):
@@ -119,7 +122,8 @@ def extract(
 
 
 class CropDataset(Dataset):
-    """All crops of image i as {"image" uint8 [crops, S, S, 3], "label", "key"}."""
+    """All crops of image i as {"image" uint8 [crops, S, S, 3], "label", "key", "id"}; label and id of the substitute
+    where the image cannot be read and is skipped."""
 
     def __init__(self, source: Source, size: int, crops: Crops, seed: int) -> None:
         self.source, self.size, self.crops, self.seed = source, size, crops, seed
@@ -137,7 +141,8 @@ class CropDataset(Dataset):
             images = [centre, mirror(centre)][: CROPS[self.crops]["count"]]
         keys = [key(self.seed, 0, index, crop) for crop in range(len(images))]
         stacked = np.stack([np.asarray(i) for i in images])
-        return {"image": torch.from_numpy(stacked), "label": label, "key": torch.tensor(keys)}
+        name = name_given(self.source, index)
+        return {"image": torch.from_numpy(stacked), "label": label, "key": torch.tensor(keys), "id": id_of(name)}
 
 
 @torch.no_grad()
@@ -151,10 +156,10 @@ def _encode(
     dtype: str,
     title: str,
     say: Callable[[str], None],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [n, crops, L(, C)] as stored, labels [n]."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes [n, crops, L(, C)] as stored, labels and ids int64 [n]."""
     loader = DataLoader(dataset, batch_size=batch, num_workers=workers, generator=torch.Generator())
-    codes, labels, start, last = [], [], time.monotonic(), time.monotonic()
+    codes, labels, ids, start, last = [], [], [], time.monotonic(), time.monotonic()
     for item in loader:
         images = to_float(item["image"].to(device))
         rows, crops = images.shape[:2]
@@ -163,13 +168,14 @@ def _encode(
         spec.check(tokens)
         codes.append(pack(tokens.unflatten(0, (rows, crops)), dtype))
         labels.append(item["label"].numpy())
+        ids.append(item["id"].numpy())
         done, now = sum(map(len, labels)), time.monotonic()
         if now - last > 10 or done == len(dataset):
             last, rate = now, done / max(now - start, 1e-9)
             say(
                 f"{title}: {done}/{len(dataset)} images, {rate:.0f} images/s, {(len(dataset) - done) / rate:.0f} s left"
             )
-    return np.concatenate(codes), np.concatenate(labels)
+    return np.concatenate(codes), np.concatenate(labels), np.concatenate(ids)
 
 
 def claim(out: Path, recipe: dict, *, what: str = "codes") -> dict:

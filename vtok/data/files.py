@@ -174,9 +174,7 @@ class EncodedImages:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        for candidate in ((index + i) % len(self) for i in range(len(self))):
-            if candidate in self.bad:
-                continue
+        for candidate in self._from(index):
             try:
                 return self.read(candidate), int(self.labels[candidate])
             except BadImage as error:
@@ -188,6 +186,17 @@ class EncodedImages:
                     counted = (self.name(candidate), self.folder, len(self.bad))
                     log.warning("skipped unreadable image %s (%s): %d so far", *counted)
         raise ValueError(f"none of the {len(self)} images in {self.folder} can be read; change data.folder")
+
+    def _from(self, index: int) -> Iterator[int]:
+        """`index` and those after it, round to the start, without those that are known to be unreadable."""
+        return (i % len(self) for i in range(index, index + len(self)) if i % len(self) not in self.bad)
+
+    def stand_in(self, index: int) -> int:
+        """Of which image self[index] has just been: its own, or the next readable one's."""
+        return next(self._from(index))
+
+    def given(self, index: int) -> str:
+        return self.name(self.stand_in(index))
 
 
 class FileSource(EncodedImages):
@@ -255,9 +264,10 @@ def cached(source: FileSource, size: int, cache_dir: Path) -> ArraySource:
     """
     stem = f"images-{size}-{source.fingerprint()[:24]}"
     images, labels = cache_dir / f"{stem}.npy", cache_dir / f"{stem}-labels.npy"
+    skips = source.on_bad_image == "skip"
 
     def there() -> bool:
-        return _complete(images, (len(source), size, size, 3)) and labels.is_file()
+        return _complete(images, (len(source), size, size, 3)) and _complete(labels, (2 + skips, len(source)))
 
     if not there():
         with one_at_a_time(cache_dir / f"{stem}.lock"):
@@ -268,7 +278,8 @@ def cached(source: FileSource, size: int, cache_dir: Path) -> ArraySource:
                         part.unlink(missing_ok=True)
                 _decode(source, size, images, labels)
     table = np.load(labels, allow_pickle=False)
-    return ArraySource(Mapped(images), table[0], source.names, native=bool(table[1].all()), files=source)
+    options = {"native": bool(table[1].all()), "files": source, "stand_ins": table[2] if skips else None}
+    return ArraySource(Mapped(images), table[0], source.names, **options)
 
 
 @contextmanager
@@ -296,16 +307,20 @@ def _reserve(path: Path) -> None:
 
 
 def _decode(source: FileSource, size: int, images: Path, labels: Path) -> None:
-    """Labels are written too (a skipped image takes its substitute's), with a row that tells untouched images."""
+    """Labels are written too (a skipped image takes its substitute's), with a row that tells untouched images, and
+    under on_bad_image=skip one with the indices of the images that were taken."""
     parts = [path.with_name(f"{path.name}.tmp.{os.getpid()}") for path in (images, labels)]
-    table = np.zeros((2, len(source)), np.int64)
+    skips = source.on_bad_image == "skip"
+    table = np.zeros((2 + skips, len(source)), np.int64)
     try:
         array = np.lib.format.open_memmap(parts[0], mode="w+", dtype=np.uint8, shape=(len(source), size, size, 3))
         _reserve(parts[0])
 
         def keep(index: int) -> None:
             image, label = source[index]
-            table[:, index] = label, image.size == (size, size)
+            table[:2, index] = label, image.size == (size, size)
+            if skips:
+                table[2, index] = source.stand_in(index)
             array[index] = np.asarray(center_crop(image, size))
 
         with ThreadPoolExecutor(THREADS) as pool:

@@ -7,7 +7,8 @@ of `train/` and `val/`:
                          tokens [n, crops, L, C] float16, or bfloat16 stored as uint16
     labels.npy           int32 [N]; ids.npy int64 [N], the hash of the name of each row's source image
     manifest.json        tokenizer description and SHA-256 of its weights, token spec, crop recipe, image size, rows,
-                         bytes and CRC-32 of every shard, class names, versions
+                         bytes and CRC-32 of every shard, class names, versions; substitutes: how many rows are of the
+                         next readable image, whose label and id they have (data.on_bad_image=skip)
     parts/               one note per finished shard, from which a killed extraction goes on
 
 Every file is written beside its target and renamed. Reading checks each shard's size against the manifest and its .npy
@@ -93,12 +94,15 @@ def shard_name(index: int) -> str:
     return f"codes-{index:05d}.npy"
 
 
-def write_shard(folder: Path, index: int, codes: np.ndarray, labels: np.ndarray, ids: np.ndarray) -> None:
-    """One shard, then its note; the note is what makes it finished."""
+def write_shard(
+    folder: Path, index: int, codes: np.ndarray, labels: np.ndarray, ids: np.ndarray, *, substitutes: int = 0
+) -> None:
+    """One shard, then its note; the note is what makes it finished. substitutes: how many rows, see above."""
     path = folder / shard_name(index)
     save_array(path, codes)
     save_array(folder / "parts" / f"{index:05d}.npy", np.stack([labels.astype(np.int64), ids]))
     note = {"file": path.name, "rows": len(codes), "bytes": path.stat().st_size, "crc32": crc32(path)}
+    note |= {"substitutes": substitutes} if substitutes else {}
     write_json(folder / "parts" / f"{index:05d}.json", note)
 
 
@@ -120,7 +124,8 @@ def write_manifest(folder: Path, notes: list[dict], **fields: Any) -> None:
     labels, ids = np.concatenate(tables, axis=1)
     save_array(folder / "labels.npy", labels.astype(np.int32))
     save_array(folder / "ids.npy", ids)
-    write_json(folder / "manifest.json", {"format": FORMAT, "rows": len(labels), **fields, "shards": notes})
+    counts = {"rows": len(labels), "substitutes": sum(note.get("substitutes", 0) for note in notes)}
+    write_json(folder / "manifest.json", {"format": FORMAT, **counts, **fields, "shards": notes})
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ THREADS = min(8, os.cpu_count() or 1)  # that open or look at files
 
 class Source(Protocol):
     """native: whether images come as stored, so that a wider crop than the training one can still be taken. Sources of
-    files also have `file_size(index)`, the bytes of an image's file."""
+    files also have `file_size(index)`, the bytes of an image's file; those that skip images that cannot be read have
+    `given(index)`, see `name_given`."""
 
     native: bool
 
@@ -69,9 +70,12 @@ class ArraySource:
         *,
         native: bool = True,
         files: Source | None = None,
+        stand_ins: np.ndarray | None = None,
     ) -> None:
-        """names: one name per image, or a prefix to which the index is added. files: what the images were read from."""
+        """names: one name per image, or a prefix to which the index is added. files: what the images were read from.
+        stand_ins int [N]: whose image stands at each place, where some could not be read; None: its own."""
         self.images, self.labels, self.names, self.native, self.files = images, labels, names, native, files
+        self.stand_ins = stand_ins
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,6 +86,9 @@ class ArraySource:
 
     def name(self, index: int) -> str:
         return f"{self.names}/{index}" if isinstance(self.names, str) else self.names[index]
+
+    def given(self, index: int) -> str:
+        return self.name(index if self.stand_ins is None else int(self.stand_ins[index]))
 
 
 class Limited:
@@ -104,6 +111,9 @@ class Limited:
     def name(self, index: int) -> str:
         return self.source.name(self._index(index))
 
+    def given(self, index: int) -> str:
+        return name_given(self.source, self._index(index))
+
     @property
     def blocks(self) -> tuple[int, ...] | None:
         """How many of them lie in each block of the source that holds any; None where it has no blocks."""
@@ -112,6 +122,11 @@ class Limited:
         chosen = np.arange(self.count) * len(self.source) // self.count
         counts = np.bincount(np.searchsorted(np.cumsum(blocks), chosen, side="right"))
         return tuple(counts[counts > 0].tolist())
+
+
+def name_given(source: Source, index: int) -> str:
+    """Name of the image that `source[index]` has just given: a substitute's, where its own could not be read."""
+    return source.given(index) if hasattr(source, "given") else source.name(index)
 
 
 def sizes_hash(source: Source) -> str | None:
