@@ -3,7 +3,7 @@
 PSNR of a set is two different numbers: `psnr_mean` averages the decibels of the images, `psnr_set` takes one mean
 squared error over all pixels (2 dB apart on the same pictures). SSIM: Wang et al. 2004, "Image quality assessment: from
 error visibility to structural similarity", equation 13, with an 11 x 11 Gaussian window of sigma 1.5, K1 0.01, K2 0.03
-and range 1; windows that leave the image are left out.
+and range 1; windows that leave the image are left out, and so are images with a side below 11 pixels.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ WINDOW, SIGMA = 11, 1.5
 
 
 class PixelErrors:
-    """Streaming PSNR and SSIM of pairs of uint8 images [B, H, W, 3]."""
+    """Streaming PSNR and SSIM (similarity=False: PSNR only) of pairs of uint8 images [B, H, W, 3]."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, *, similarity: bool = True) -> None:
+        self.wanted = similarity
+        self.count = self.windowed = 0  # images; those that SSIM's window fits
         self.decibels = self.squares = self.similarity = 0.0
 
     def add(self, originals: Tensor, copies: Tensor) -> None:
@@ -34,16 +35,18 @@ class PixelErrors:
         self.count += len(errors)
         self.decibels += float((-10 * errors.clamp(min=1e-10).log10()).sum())  # 100 dB for equal images
         self.squares += float(errors.sum())
-        self.similarity += float(ssim(a, b).sum())
+        if self.wanted and min(a.shape[2:]) >= WINDOW:
+            self.windowed += len(errors)
+            self.similarity += float(ssim(a, b).sum())
 
     def result(self) -> dict[str, float]:
-        """psnr_mean, psnr_set, ssim_gauss11 of images on [0, 1]."""
+        """psnr_mean, psnr_set, ssim_gauss11 of images on [0, 1]; the last of those counted in `windowed`, and left out
+        where there are none."""
         mean = max(self.squares / self.count, 1e-10)
-        return {
-            "psnr_mean": self.decibels / self.count,
-            "psnr_set": -10 * math.log10(mean),
-            "ssim_gauss11": self.similarity / self.count,
-        }
+        found = {"psnr_mean": self.decibels / self.count, "psnr_set": -10 * math.log10(mean)}
+        if self.windowed:
+            found["ssim_gauss11"] = self.similarity / self.windowed
+        return found
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.statistics import COUNTED
 
 GRID = 64  # pairs in the picture
+SSIM = "Gaussian window 11 x 11, sigma 1.5, range 1"
 NOTHING = "nothing"  # what a tokenizer draws that has the same tokens and copies every time
 
 
@@ -149,7 +150,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
         "tokenizer": f"{config['from']} (sha256 {checkpoint_hash(config['from'])})",
         "weights": config["weights"],
         "drawn": drawn(tokenizer, int(config["seed"])),
-        "ssim": "Gaussian window 11 x 11, sigma 1.5, range 1",
+        "ssim": SSIM if done.errors.windowed else f"none: its window does not fit {tokenizer.spec.image_size} px",
         "rounding": "nearest",
     }
     if extractor is not None:

@@ -66,7 +66,7 @@ def main(config: Any) -> None:
                 to_uint8(reconstruct(tokenizer, image, keep=keep, seed=int(config.seed) + n)[0])
                 for n, image in enumerate(images)
             ]
-            errors = PixelErrors()
+            errors = PixelErrors(similarity=False)
             errors.add(torch.from_numpy(originals), torch.stack(copies))
             rows.append(torch.stack(copies).numpy())
             name = title if keep is None else f"{title} {keep}/{tokenizer.spec.layout.length}"

@@ -222,7 +222,7 @@ def prefix_psnr(tokenizer: Any, images: Any, lengths: Sequence[int]) -> dict[str
 
     found = {}
     for k in lengths:
-        own, full = PixelErrors(), PixelErrors()
+        own, full = (PixelErrors(similarity=False) for _ in range(2))
         with torch.inference_mode():
             for batch in images.batches(100):
                 ids = tokenizer.encode(batch.permute(0, 3, 1, 2).float() / 127.5 - 1)

@@ -483,6 +483,22 @@ def test_equal_images() -> None:
         ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20))
 
 
+def test_images_below_the_window_have_no_ssim() -> None:
+    """PSNR is of all images; SSIM of those that have it, if any and if wanted."""
+    small, large = (torch.from_numpy(pictures(2, side)) for side in (8, 16))
+    errors, plain = PixelErrors(), PixelErrors(similarity=False)
+    for images in (small, large):
+        for one in (errors, plain):
+            one.add(images, images ^ 1)  # one grey level off everywhere
+        assert ("ssim_gauss11" in errors.result()) == (images is large)
+    assert (errors.count, errors.windowed, plain.windowed) == (4, 2, 0)
+    level = pytest.approx(20 * math.log10(255))
+    assert plain.result() == {"psnr_mean": level, "psnr_set": level}
+    alone = PixelErrors()
+    alone.add(large, large ^ 1)
+    assert errors.result() == alone.result() | {"psnr_mean": level, "psnr_set": level}
+
+
 def test_codebook_use() -> None:
     found = codebook_use(torch.tensor([5, 5, 5, 5, 0, 0, 0, 0]))
     assert found == {"codebook_usage": 0.5, "codebook_perplexity": pytest.approx(4.0), "tokens_counted": 20}
@@ -747,7 +763,26 @@ def test_a_result_says_what_was_drawn(tmp_path) -> None:
     protocols = {name: Protocol.from_json(result["protocol"]) for name, result in found.items()}
     said = "latents of the posterior, once an image, keyed by seed 5 and its place"
     assert found["cnn_kl"]["drawn"] == protocols["cnn_kl"].rule == said and protocols["cnn_kl"].seed == 5
+    assert found["cnn_vq"]["ssim"].startswith("Gaussian window 11 x 11")
     assert found["cnn_vq"]["drawn"] == "nothing" and protocols["cnn_vq"].rule is protocols["cnn_vq"].seed is None
+
+
+def test_tokenizers_of_tiny_images_are_measured_without_ssim(tmp_path) -> None:
+    from test_zoo import config_of
+    from tokenizers import cnn_vq
+
+    from eval.reconstruction import evaluate as reconstruction
+    from vtok.checkpoint import save_folder
+    from vtok.data.digits import Digits
+
+    save_folder(cnn_vq(multipliers=(1, 2)).eval(), tmp_path / "tokenizer", kind="tokenizer")
+    config = json.loads((tmp_path / "tokenizer" / "config.json").read_text())
+    config["arguments"]["image_size"] = 8
+    (tmp_path / "tokenizer" / "config.json").write_text(json.dumps(config))
+    words = {"from": str(tmp_path / "tokenizer"), "extractor": "none", "lpips": False, "device": "cpu", "images": 5}
+    found = reconstruction(config_of("eval_reconstruction", **words), Digits(image_size=8, batch_size=4))
+    assert found["metrics"]["psnr_mean"] > 0 and "ssim_gauss11" not in found["metrics"]
+    assert found["ssim"] == "none: its window does not fit 8 px"
 
 
 def test_pictures_of_training_show_what_is_measured() -> None:

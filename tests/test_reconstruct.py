@@ -357,6 +357,15 @@ def test_a_missing_folder_of_the_gallery_names_its_key(tmp_path, monkeypatch, ca
     assert "nowhere does not exist; change in\n" in capsys.readouterr().err + "\n"
 
 
+def test_the_gallery_shows_images_below_the_window_of_ssim(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    draw(tmp_path / "in" / "a.png", 0)
+    words = [f"from={tokenizer_folder(tmp_path / 'tokenizer')}", f"in={tmp_path / 'in'}", "size=8", "device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["gallery.py", *words, f"out={tmp_path / 'x.png'}"])
+    gallery_command()
+    assert "tokenizer  " in capsys.readouterr().out and (tmp_path / "x.png").is_file()
+
+
 @pytest.mark.parametrize("name", ["var", "flexvar", "dar", "detailflow", "flextok", "retok", "restok"])
 def test_the_gallery_shows_powers_of_two_or_whole_scales(name):
     tokenizer = make(name)
