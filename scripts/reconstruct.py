@@ -105,8 +105,7 @@ def main(config: Any) -> None:
     errors, bad, done, earlier = PixelErrors(), [], 0, 0
 
     def measure(original: np.ndarray, copy: np.ndarray) -> None:
-        if min(copy.shape[:2]) >= 11:  # SSIM's window
-            errors.add(*(torch.from_numpy(np.array(pixels))[None] for pixels in (original, copy)))
+        errors.add(*(torch.from_numpy(np.array(pixels))[None] for pixels in (original, copy)))
 
     mine = list(places.items())[task::tasks]
     with progress_bar("reconstructing", len(mine)) as advance:
@@ -145,10 +144,14 @@ def main(config: Any) -> None:
         "images": done,
         "finished_earlier": earlier,
         "unreadable": bad,
+        "measured": errors.count,
+        "ssim_images": errors.windowed,
         **figures,
     }
     write_json(out / ("report.json" if tasks == 1 else f"report_{task}_of_{tasks}.json"), report)
     shown = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
+    if errors.windowed < errors.count:
+        shown += f", SSIM of {errors.windowed} of {errors.count}"
     print(f"{done} images reconstructed ({shown or 'none measured'}), {earlier} done earlier, {len(bad)} unreadable")
     for name in bad[:10]:
         print(f"  unreadable: {name}")

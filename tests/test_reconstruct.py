@@ -271,6 +271,25 @@ def test_pictures_are_copied_and_shown_upright(tmp_path, monkeypatch):
         assert copy.size == (33, 20)
 
 
+def test_the_report_counts_what_its_figures_are_of(tmp_path, monkeypatch, capsys):
+    """PSNR of all pictures, made now or earlier; SSIM of those that its window fits."""
+    (tmp_path / "in").mkdir()
+    tokenizer, decibels = tokenizer_folder(tmp_path / "tokenizer"), []
+    words = [f"from={tokenizer}", f"in={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["reconstruct.py", *words])
+    for name, height, made, counted, windowed in (("a", 10, 1, 1, 0), ("b", 11, 1, 2, 1)):
+        original = draw(tmp_path / "in" / f"{name}.png", 0, height, 20)
+        reconstruct_command()
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert (report["images"], report["measured"], report["ssim_images"]) == (made, counted, windowed)
+        assert ("ssim_gauss11" in report) == (windowed > 0)
+        with Image.open(tmp_path / "out" / f"{name}.png") as copy:
+            error = (np.asarray(original).astype(float) - np.asarray(copy)) / 255
+        decibels.append(-10 * np.log10((error**2).mean()))
+        assert report["psnr_mean"] == pytest.approx(np.mean(decibels))
+    assert "SSIM of 1 of 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_says_whether_a_larger_image_has_more_tokens(name):
     tokenizer = make(name)
