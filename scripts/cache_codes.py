@@ -16,34 +16,32 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_whole_number, entry  # noqa: E402
 
 
 @entry("cache_codes", ROOT / "configs")
 def main(config: Any) -> None:
     import torch
 
-    from vtok.acceleration import keep_memory
+    from vgen.sampling import resolve_device
     from vtok.config import instantiate
     from vtok.data.codes import frozen
     from vtok.data.extract import extract
     from vtok.data.module import ImageData
     from vtok.data.tasks import task_from_environment
 
+    for name in ("shard_size", "batch_size"):
+        check_whole_number(name, config[name], 1)
+    check_whole_number("seed", config.seed)
+    device = resolve_device(config.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun: one process a GPU
     task = task_from_environment(config.task_id, config.num_tasks, os.environ)
     data = instantiate(config.data)
     if not isinstance(data, ImageData):
         raise ValueError(
             f"data={type(data).__name__} gives no images to encode; choose digits, cifar10, imagefolder, ..."
         )
-    device = config.device
-    if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        device = found.type
-    if device == "cpu":
-        keep_memory()
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
     complete = extract(
         data,
         frozen(config["from"], config.weights, trust=config.trust),

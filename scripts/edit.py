@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_whole_number, entry  # noqa: E402
 
 TASKS = ("inpaint", "outpaint", "class", "prefix", "style")
 TINT = (255, 0, 255)  # of what is drawn anew, in the sheet
@@ -51,9 +51,8 @@ def check(config: Mapping[str, Any]) -> None:
     if task in TASKS[3:] and config["composite"]:
         raise ValueError(f"composite=true needs a region that is kept; task={task} has none")
     for name, least in (("count", 1), ("keep", 0), ("keep_scales", 0)):
-        value = config[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name}={value}: give a whole number of at least {least}")
+        if config[name] is not None:
+            check_whole_number(name, config[name], least)
     if task == "style" and (config["class"] is not None or config["count"] != 1):
         raise ValueError("task=style draws nothing: leave class= and count= away")
     if config["box"] is not None:

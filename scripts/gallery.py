@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_whole_number, entry  # noqa: E402
 
 
 def prefixes(tokenizer: Any) -> list[int]:
@@ -41,21 +41,22 @@ def main(config: Any) -> None:
     from vtok.data.tiles import reconstruct
     from vtok.data.transforms import center_crop, to_float, to_uint8
 
+    check_whole_number("seed", config.seed)
+    check_whole_number("count", config.count, 1)
+    if config.size is not None:
+        check_whole_number("size", config.size, 1)
     paths = [config["from"]] if isinstance(config["from"], str) else list(config["from"])
     titles = list(config.names) if config.names else [Path(path).name for path in paths]
     if len(titles) != len(paths) or not paths:
         raise ValueError(f"names={titles} must hold one name for each of from={paths}")
-    device = resolve_device(config.device)
+    source, device = Path(config["in"]), resolve_device(config.device)
+    found = [source] if source.is_file() else [source / name for name in list_images(source, "in")]
+    if not found:
+        raise ValueError(f"in={source} holds no images; change in")
     tokenizers = [frozen(path, config.weights, trust=config.trust).to(device) for path in paths]
-    found = list_images(Path(config["in"]), "in")
-    if not found or config.count < 1:
-        raise ValueError(
-            f"in={config['in']} holds {len(found)} images and count={config.count}; both must be at least 1"
-        )
     chosen = np.linspace(0, len(found) - 1, min(config.count, len(found))).round().astype(int)
     size = config.size or max(t.spec.image_size for t in tokenizers)
-    pictures = [Path(config["in"]) / found[i] for i in chosen]
-    originals = np.stack([np.asarray(center_crop(read_image(path, upright=True), size)) for path in pictures])
+    originals = np.stack([np.asarray(center_crop(read_image(found[i], upright=True), size)) for i in chosen])
     images = to_float(originals)
 
     rows, texts = [originals], ["original"]
@@ -63,7 +64,7 @@ def main(config: Any) -> None:
         keeps = prefixes(tokenizer) if config.prefixes and tokenizer.prefixes else [None]
         for keep in keeps:
             copies = [
-                to_uint8(reconstruct(tokenizer, image, keep=keep, seed=int(config.seed) + n)[0])
+                to_uint8(reconstruct(tokenizer, image, keep=keep, seed=config.seed + n)[0])
                 for n, image in enumerate(images)
             ]
             errors = PixelErrors(similarity=False)

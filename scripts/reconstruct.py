@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_whole_number, entry  # noqa: E402
 
 
 def made_of(ids: Path) -> tuple[str, str]:
@@ -67,6 +67,7 @@ def main(config: Any) -> None:
         raise ValueError(f"on_bad_image={config.on_bad_image!r}: choose error or skip")
     if not isinstance(config.batch_size, int) or config.batch_size < 1:
         raise ValueError(f"batch_size={config.batch_size}: tiles computed at once, at least 1")
+    check_whole_number("seed", config.seed)
     if not isinstance(config.keep, int | None):
         raise ValueError(f"keep={config.keep}: give a number of tokens, or null for all")
     places = {}
@@ -126,7 +127,7 @@ def main(config: Any) -> None:
                 advance(1)
                 continue
             image = to_float(original)
-            copy, tokens, tiling = reconstruct(tokenizer, image, seed=key(int(config.seed), id_of(name)), **how)
+            copy, tokens, tiling = reconstruct(tokenizer, image, seed=key(config.seed, id_of(name)), **how)
             pixels = to_uint8(copy)
             shape = [tiling.height, tiling.width, tiling.side, tiling.rows, tiling.columns]
             arrays = {"tokens": tokens.numpy(), "height_width_side_rows_columns": np.array(shape)}

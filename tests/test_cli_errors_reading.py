@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_cli_errors import check
 from test_pipeline import exported
@@ -16,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE, FID, RECONSTRUCTION = "sample.py", "eval.fid", "eval.reconstruction"
 CODES, TRAIN = "scripts/cache_codes.py", "train.py"
 MINE = ("tokenizer=cnn_vq_small", "data=imagefolder", "data.image_size=32", "run_dir=run")
+
+CACHE = ("from={model}/tokenizer", "data=digits", "out=codes")
 
 # name -> (command, its arguments, what the message must contain); {x} are places made by `places` below
 MISTAKES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -46,6 +49,8 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "codes: missing tokenizer": (CODES, ("from=nowhere", "data=digits", "out=codes"), ("nowhere",)),
     "codes: crops": (CODES, ("from={model}/tokenizer", "data=digits", "out=codes", "crops=five"), ("crops", "ten")),
+    "codes: a word for a number": (CODES, (*CACHE, "shard_size=x"), ("shard_size=x: give a whole number",)),
+    "codes: no GPU": (CODES, (*CACHE, "device=cuda"), ("device=cuda", "choose device=cpu or auto")),
     "train: an image that does not open": (TRAIN, (*MINE, "data.folder={damaged}"), ("bad.png", "on_bad_image")),
     "train: an empty folder": (TRAIN, (*MINE, "data.folder={empty}"), ("{empty}",)),
 }
@@ -86,6 +91,8 @@ def invoke(command: str, arguments: list[str], monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_costs_three_lines(name, places, tmp_path, monkeypatch, capsys):
+    if "no GPU" in name and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     command, arguments, wanted = MISTAKES[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))

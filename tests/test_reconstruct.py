@@ -346,10 +346,11 @@ def test_whole_pictures_through_the_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "family, changed, said",
     (
-        ("var", {"keep": "2"}, "keep=2 of 21 tokens is no end of a scale"),
+        ("var", {"keep": "2"}, "keep=2 of 21 tokens is no end of a scale: choose from (1, 5, 21)"),
         ("var", {"keep": "few"}, "keep=few: give a number of tokens"),
         ("llamagen", {"keep": "2"}, "decodes whole images only"),
         ("llamagen", {"batch_size": "0"}, "batch_size=0: tiles computed at once, at least 1"),
+        ("llamagen", {"seed": "x"}, "seed=x: give a whole number"),
         ("llamagen", {"in": "nowhere"}, "nowhere does not exist; change in"),
         ("llamagen", {"out": "in/copies"}, "lies in in="),
     ),
@@ -368,12 +369,36 @@ def test_a_mistake_leaves_no_trace(family, changed, said, tmp_path, monkeypatch,
     assert said in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_missing_folder_of_the_gallery_names_its_key(tmp_path, monkeypatch, capsys):
-    words = [f"from={tokenizer_folder(tmp_path / 'tokenizer')}", f"in={tmp_path / 'nowhere'}", "device=cpu"]
-    monkeypatch.setattr(sys, "argv", ["gallery.py", *words, f"out={tmp_path / 'x.png'}"])
+@pytest.mark.parametrize(
+    "changed, said",
+    (
+        ({"in": "nowhere"}, "nowhere does not exist; change in\n"),
+        ({"in": "tokenizer"}, "in=tokenizer holds no images; change in\n"),
+        ({"count": "x"}, "count=x: give a whole number of at least 1\n"),
+        ({"count": "0"}, "count=0: give a whole number of at least 1\n"),
+        ({"seed": "x"}, "seed=x: give a whole number\n"),
+        ({"size": "0"}, "size=0: give a whole number of at least 1\n"),
+    ),
+)
+def test_a_mistake_of_the_gallery_names_its_key(changed, said, tmp_path, monkeypatch, capsys):
+    tokenizer_folder(tmp_path / "tokenizer")
+    draw(tmp_path / "a.png", 0)
+    monkeypatch.chdir(tmp_path)
+    words = {"from": "tokenizer", "in": "a.png", "out": "x.png", "device": "cpu"} | changed
+    monkeypatch.setattr(sys, "argv", ["gallery.py", *(f"{key}={value}" for key, value in words.items())])
     with pytest.raises(SystemExit):
         gallery_command()
-    assert "nowhere does not exist; change in\n" in capsys.readouterr().err + "\n"
+    assert capsys.readouterr().err.endswith(said) and not Path("x.png").exists()
+
+
+def test_the_gallery_of_one_picture_is_that_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    draw(tmp_path / "in" / "a.png", 0)
+    for source, out in (("in", "folder.png"), ("in/a.png", "file.png")):
+        words = [f"from={tokenizer_folder(tmp_path / 'tokenizer')}", f"in={tmp_path / source}", "device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["gallery.py", *words, f"out={tmp_path / out}"])
+        gallery_command()
+    assert (tmp_path / "folder.png").read_bytes() == (tmp_path / "file.png").read_bytes()
 
 
 def test_the_gallery_shows_images_below_the_window_of_ssim(tmp_path, monkeypatch, capsys):

@@ -69,6 +69,12 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
+def check_whole_number(name: str, value: Any, least: int | None = None) -> None:
+    """Raise ValueError unless the value of key `name` is a whole number, of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        raise ValueError(f"{name}={value}: give a whole number" + ("" if least is None else f" of at least {least}"))
+
+
 def _root(error: BaseException) -> BaseException:
     """What a constructor raised, where Hydra has wrapped it."""
     while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:

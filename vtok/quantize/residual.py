@@ -118,7 +118,8 @@ class MultiScaleVQ(Quantizer):
         """
         count = codes.shape[1] if keep is None else keep
         if count not in self.bounds or count > codes.shape[1]:
-            raise ValueError(f"keep={count} of {codes.shape[1]} tokens is no end of a scale: choose from {self.bounds}")
+            ends = self.bounds[1:]
+            raise ValueError(f"keep={count} of {codes.shape[1]} tokens is no end of a scale: choose from {ends}")
         total = codes.new_zeros(len(codes), self.channels, self.side, self.side, dtype=full(codes[:0]).dtype)
         with torch.autocast(codes.device.type, enabled=False):
             for total in self._sums(codes, self.bounds.index(count)):  # noqa: B007
