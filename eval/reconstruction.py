@@ -30,7 +30,7 @@ from eval.protocol import Protocol, library_versions, metric_name
 from eval.references import statistics_hash
 from eval.sources import from_data
 from vtok.checkpoint import write_atomic, write_json
-from vtok.cli import entry
+from vtok.cli import check_whole_number, entry
 from vtok.decoding import encode_images, light_tokenizer
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.statistics import COUNTED
@@ -120,6 +120,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     from vtok.config import Families
     from vtok.tokenizer import Tokenizer
 
+    check_whole_number("seed", config["seed"])
     device = resolve_device(config["device"])
     tokenizer = load_module(config["from"], Families(FAMILIES, config.get("trust") or ()), config["weights"])
     if not isinstance(tokenizer, Tokenizer):
@@ -139,7 +140,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     lpips = perceptual_distance(config.get("lpips"), config.get("lpips_path"))
     done = run_through(
         tokenizer, images, extractor, batch_size=int(config["batch_size"]), keep=keep, device=device,
-        perceptual=lpips.to(device) if lpips else None, seed=int(config["seed"]),
+        perceptual=lpips.to(device) if lpips else None, seed=config["seed"],
     )  # fmt: skip
     metrics = done.errors.result() | token_figures(tokenizer.spec, done)
     if lpips:
@@ -149,7 +150,8 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
         "source": images.name,
         "tokenizer": f"{config['from']} (sha256 {checkpoint_hash(config['from'])})",
         "weights": config["weights"],
-        "drawn": drawn(tokenizer, int(config["seed"])),
+        "drawn": drawn(tokenizer),
+        "seed": config["seed"],
         "ssim": SSIM if done.errors.windowed else f"none: its window does not fit {tokenizer.spec.image_size} px",
         "rounding": "nearest",
     }
@@ -201,11 +203,11 @@ def token_figures(spec: Any, done: Pass) -> dict[str, float | int]:
     }
 
 
-def drawn(tokenizer: Any, seed: int) -> str:
+def drawn(tokenizer: Any) -> str:
     """What a tokenizer draws for every image, as results say it."""
     draws = {"latents of the posterior": tokenizer.encoder_draws, "the decoder's noise": tokenizer.decoder_draws}
     what = " and ".join(name for name, yes in draws.items() if yes)
-    return f"{what}, once an image, keyed by seed {seed} and its place" if what else NOTHING
+    return f"{what}, once an image, keyed by the seed and its place" if what else NOTHING
 
 
 def _protocol(config: Mapping[str, Any], images: Any, extractor: Extractor, reference: Any, identity: dict) -> Protocol:
@@ -214,7 +216,7 @@ def _protocol(config: Mapping[str, Any], images: Any, extractor: Extractor, refe
         images=images.count,
         source=identity["tokenizer"],
         labels="given",
-        seed=None if identity["drawn"] == NOTHING else int(config["seed"]),
+        seed=None if identity["drawn"] == NOTHING else config["seed"],
         guidance=None,
         rule=None if identity["drawn"] == NOTHING else identity["drawn"],
         weights=config["weights"],

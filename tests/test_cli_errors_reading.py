@@ -39,6 +39,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("from={model}/tokenizer", "data=digits", "data.image_size=40", "extractor=none"),
         ("data.image_size=40", "32"),
     ),
+    "reconstruction: seed": (RECONSTRUCTION, ("from={model}/tokenizer", "seed=x"), ("seed=x: give a whole number",)),
     "fid: missing samples": (FID, ("samples=nowhere.npz", "reference=val", "data=digits"), ("nowhere.npz",)),
     "fid: nothing to measure": (FID, ("reference=val", "data=digits"), ("samples", "from")),
     "fid: a file that is no npz": (FID, ("samples={text}", "reference=val", "data=digits"), ("{text}",)),
