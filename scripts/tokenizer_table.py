@@ -118,7 +118,7 @@ OVERFITTED: dict[str, list[str]] = {
     "bsq": [
         *PHOTOS, "tokenizer.quantizer.bits=12", "data.window=64", "batch_size=4", "objective.pixel_weight=40",
     ],
-    "ibq": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096", "objective.pixel_weight=60"],
+    "ibq": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096", "objective.pixel_weight=240"],
     "flexvar": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096"],
     "var": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096", "data.window=null", "batch_size=2"],
     "hita": [*VIT, "tokenizer.multipliers=[1,2,4,6]", "batch_size=4"],  # 16 x 16 cells
@@ -126,7 +126,7 @@ OVERFITTED: dict[str, list[str]] = {
     # at a higher rate, or with fewer images, their latents soon say nothing
     "gigatok": [*SLOWER, "tokenizer.auxiliary_until=0.0"],
     "retok": [*SLOWER, "tokenizer.network.auxiliary_until=0.0"],
-    "restok": SLOWER,
+    "restok": [*SLOWER, "optimizer.lr=1e-3", "tokenizer.encoder=[192,3,6]", "tokenizer.decoder=[192,3,6]"],
 }  # fmt: skip
 OVERFIT_STEPS = (300, 600, 900, 1200, 1500)  # where a run is measured, until it reaches what is wanted
 FLOW = {"dar", "flextok"}  # decoders that draw
