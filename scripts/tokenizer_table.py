@@ -79,7 +79,9 @@ LARGE: dict[str, list[str]] = {
     "ibq": [*WINDOWS, "optimizer.lr=2e-3", "objective.pixel_weight=60"],
     "hita": FOUR,
     "var": [*FOUR, "tokenizer.quantizer.sides=[1,2,4,8,16,32]", "objective.pixel_weight=10"],
-    "flexvar": [*WINDOWS, "tokenizer.quantizer.sides=[1,2,4,8,16,32]"],
+    "flexvar": [
+        *WINDOWS, "tokenizer.quantizer.sides=[1,2,4,8,16,32]", VIT[1], "optimizer.lr=4e-3", "objective.pixel_weight=4",
+    ],
     "titok": [
         *WIDE, "tokenizer.tokens=128", "tokenizer.head.dim=192", "tokenizer.head.patch=16",
         "tokenizer.quantizer.vocab_size=4096", "batch_size=8",
