@@ -300,6 +300,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def own_gpu(device: torch.device) -> torch.device:
+    """The GPU of this process, where the device says no number: torchrun gives each process one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
 def _device(name: str) -> torch.device:
     if str(name) == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # torchrun: one process a GPU
