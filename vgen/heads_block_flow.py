@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vgen.flow_draw import FlowDraw, pinned
 from vgen.guidance import Guidance, Progress
 from vgen.heads import DrawRule
+from vtok.acceleration import linear_parameters, trunk_operations
 from vtok.flow import interpolate
 from vtok.layers.attention import Attention
 from vtok.layers.block import FeedForward, make_norm
@@ -112,6 +113,18 @@ class BlockFlowHead(nn.Module):
                 return self.output(self.net(x, time, state))
             rank = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
             return self.output(self.net(Inputs(x=x, rank=rank, pattern="full", vector=time + state)))
+
+    def operations(self, sizes: Sequence[int]) -> float:
+        """Operations of a training step of steps of these sizes (vtok/acceleration.py), whose tokens see each other."""
+        positions, seen = sum(sizes), sum(size * size for size in sizes)
+        entered = sum(linear_parameters(layer) for layer in (self.input, self.state, self.output)) * positions
+        entered += linear_parameters(self.time) * len(sizes)
+        if not self.cross:
+            return 6.0 * entered + trunk_operations(self.net, positions, seen, positions)
+        times = sum(linear_parameters(block.by_time) for block in self.net.blocks)
+        dense = (linear_parameters(self.net) - times) * positions + times * len(sizes)
+        attended = 2 * 12.0 * self.output.in_features * len(self.net.blocks) * seen  # to the tokens, and to the states
+        return 6.0 * (entered + dense) + attended
 
     def error(self, h: Tensor, x: Tensor, t: Tensor, velocity: Tensor, sizes: Sequence[int]) -> Tensor:
         """Squared error of the velocity, channels averaged, float32 [B, L]; x [B, L, C] has step k at time t [B, K]."""

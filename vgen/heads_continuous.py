@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.gaussian import velocity_network
+from vtok.acceleration import linear_parameters
 from vtok.layers.time import TimeEmbedding
 from vtok.noise import SampleNoise
 
@@ -98,6 +99,11 @@ class ContinuousHead(nn.Module):
     ) -> Tensor:
         """Loss float32 [..] of targets [.., C] noised to times t [..] by `noise` [.., C], given h [.., D]."""
         raise NotImplementedError
+
+    def operations(self, tokens: Tensor | float) -> Tensor | float:
+        """Operations of a training step of that many tokens (vtok/acceleration.py): each passes the network `repeats`
+        times, its hidden state too."""
+        return 6.0 * linear_parameters(self) * self.repeats * tokens
 
     def gaussian(self) -> Network:
         """What predicts best where h is [mean, variance] of a Gaussian, in the network's place."""

@@ -52,6 +52,10 @@ class TwoStacks(nn.Module):
         """Embedded values x [R, b - a, D] of positions a..b-1, with their place, normed."""
         return self.enter_norm(x + self.enter_position[:, a:b])
 
+    def operations(self, embedded: int, positions: int) -> float:
+        """Operations of a training step of so many embedded values and positions (vtok/acceleration.py)."""
+        return 6.0 * (self.project.weight.numel() * embedded + self.middle.weight.numel() * positions)
+
     def edit(self, a: int, b: int) -> Callable[[Tensor], Tensor]:
         """The change of h [R, b - a, D] on entry to the second stack."""
 

@@ -25,6 +25,7 @@ from vgen.heads import DrawRule
 from vgen.heads_block_flow import BlockFlowHead
 from vgen.latents import enlarge, gather_index, halved, pyramid, require_square, scale_map, shrink, stretched_rope
 from vgen.two_stacks import TwoStacks, initialise, stacked_trunk
+from vtok.acceleration import pairs, trunk_operations
 from vtok.layers.cache import KVCache
 from vtok.layers.trunk import Inputs
 from vtok.layout import SequenceLayout
@@ -164,6 +165,16 @@ class FlowAR(Generator):
     ) -> tuple[Tensor | None, tuple[float, float]]:
         """(where scale k starts, None for fresh noise; the flow times at which it ends and starts)."""
         return None, (0.0, 1.0)
+
+    @property
+    def operations_formula(self) -> str:
+        return super().operations_formula + ", of the trunk and of the head, which flows a scale at a time"
+
+    def operations(self, key: Tensor | None = None) -> float:
+        layout = self.layout
+        trunk = trunk_operations(self.trunk, layout.length, pairs(layout), self.vectors)
+        entered = self.stacks.operations(layout.length - self.first, layout.length)
+        return trunk + entered + self.head.operations(layout.sizes)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """Squared error of the velocity: the mean of each scale, weighted by its tokens over those of the last, summed.

@@ -26,7 +26,7 @@ from vgen.heads_continuous import Network
 from vgen.heads_diffusion import DiffusionHead
 from vgen.heads_token_flow import FlowHead
 from vgen.masking import masked_layout, random_order, ratio_uniform
-from vtok.acceleration import linear_parameters, trunk_operations
+from vtok.acceleration import trunk_operations
 from vtok.layers.cache import KVCache
 from vtok.layers.trunk import Trunk, check_edits
 from vtok.layers.vit import together
@@ -241,8 +241,7 @@ class MAR(Generator):
         shown, all_places = length - hidden, self.buffer + length
         read = self.buffer + shown
         embedded = self.embedding.weight.numel() * shown + self.decoder_embedding.weight.numel() * read
-        drawn = 6.0 * (embedded + linear_parameters(self.head) * self.head.repeats * hidden)
-        drawn += trunk_operations(encoder, read, read * read)
+        drawn = 6.0 * embedded + self.head.operations(hidden) + trunk_operations(encoder, read, read * read)
         return float(drawn.mean()) + trunk_operations(decoder, all_places, all_places * all_places)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from vgen.cross_entropy import linear_cross_entropy
 from vgen.generator import Canvas, Generator, require_ids
 from vgen.heads import CategoricalHead
 from vgen.masking import masked_layout, random_order, ratio_uniform
+from vtok.acceleration import linear_parameters
 from vtok.layers.attention import Attention
 from vtok.layers.block import FeedForward
 from vtok.layers.cache import KVCache
@@ -135,6 +136,16 @@ class MaskGIT(Generator):
         if self.segment is not None:
             x = x + self.segment[0]
         return self.trunk(self.embedding_dropout(self.embedding_norm(x)), cond)[:, 1:]
+
+    @property
+    def operations_formula(self) -> str:
+        return "6 matmul parameters x positions + 12 width x blocks x positions^2"
+
+    def operations(self, key: Tensor | None = None) -> float:
+        """All cells and the class are read, and every cell is predicted."""
+        positions, length = len(self.position), self.layout.length
+        seen = 12.0 * self.position.shape[1] * len(self.trunk.blocks) * positions**2
+        return 6.0 * linear_parameters(self.trunk) * positions + seen + self.head.operations(length)
 
     def hide(self, batch: Mapping[str, Any]) -> Tensor:
         """Which tokens training hides, bool [B, L]: round(L r) of them, r = arccos(u) 2 / pi, at least one."""

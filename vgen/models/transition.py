@@ -25,6 +25,7 @@ from vgen.heads import DrawRule
 from vgen.heads_token_flow import FlowHead
 from vgen.latents import require_grid
 from vgen.two_stacks import initialise
+from vtok.acceleration import linear_parameters, trunk_operations
 from vtok.flow import interpolate, spread
 from vtok.layers.cache import KVCache
 from vtok.layers.rope import rope_2d
@@ -233,6 +234,16 @@ class DTM(Transition):
         h = self.run(self.read(interpolate(context, start, time), time, cond))
         error = self.head.loss(h, data - start, (data.shape[1],), noise=noise)
         return {"loss": error.mean(), "nats": error.detach()}
+
+    @property
+    def operations_formula(self) -> str:
+        return super().operations_formula + ", of one level, + 6 parameters of the head x tokens x repeats"
+
+    def operations(self, key: Tensor | None = None) -> float:
+        """One level a sample."""
+        count = self.spec.layout.length
+        entered = 6.0 * (self.project.weight.numel() * count + linear_parameters(self.time))
+        return entered + trunk_operations(self.trunk, count, count * count, 1) + self.head.operations(count)
 
     def level_of(self, data: Tensor, noise: SampleNoise) -> tuple[Tensor, Tensor]:
         """Noise X_0 like the data and the flow time [B] of the level that training looks at."""

@@ -21,6 +21,7 @@ from vgen.generator import Canvas
 from vgen.heads_token_flow import FlowHead
 from vgen.models.transition import Transition, checked, level_layout
 from vgen.two_stacks import initialise
+from vtok.acceleration import pairs, trunk_operations
 from vtok.layers.rope import rope_2d
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.layout import visible
@@ -108,6 +109,20 @@ class CausalTransition(Transition):
             read=self.last[w:v] - a,
             mask=mask,
         )
+
+    @property
+    def operations_formula(self) -> str:
+        return super().operations_formula + " + 6 parameters of the head x tokens x repeats"
+
+    def operations(self, key: Tensor | None = None) -> float:
+        """Of the levels before, a position of ARTM sees only the one that its own level starts from."""
+        count, reads = self.spec.layout.length, sum(self.layout.reads)
+        seen = pairs(self.layout)
+        if self.markov:  # in each level those of the one before see each other, and a token sees them and those so far
+            inside = count * count + sum(count + token for token in range(1, count))
+            seen = reads + self.levels * inside  # and all see the class
+        entered = 6.0 * self.project.weight.numel() * (reads - 1)
+        return entered + trunk_operations(self.trunk, reads, seen) + self.head.operations(self.levels * count)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         """Error of the head's velocity over all levels but the noise; "nats" [B, T N] is that of every token."""

@@ -28,6 +28,7 @@ from vgen.heads import DrawRule
 from vgen.heads_flow import VelocityHead
 from vgen.latents import Entity, entity_layout, gather_index, pyramid, require_grid, stretched_rope
 from vgen.two_stacks import TwoStacks, initialise, stacked_trunk
+from vtok.acceleration import linear_parameters
 from vtok.flow import interpolate, logit_normal
 from vtok.layers.cache import KVCache
 from vtok.layers.time import TimeEmbedding
@@ -101,6 +102,11 @@ class XAR(Generator):
     def vectors(self) -> int:
         """A vector an entity: class and time."""
         return self.layout.steps
+
+    def operations(self, key: Tensor | None = None) -> float:
+        length = self.layout.length
+        times = 6.0 * linear_parameters(self.time) * self.layout.steps
+        return super().operations() + self.stacks.operations(length, length) + times
 
     def arrange(self, tokens: Tensor) -> Canvas:
         if len(self.index):
