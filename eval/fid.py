@@ -64,12 +64,12 @@ def evaluate(
     None where other tasks of the same job are not done yet: the last one to finish writes. pipeline: of `from`, where
     it is loaded already. notes: more that the JSON keeps.
     """
-    from vgen.sampling import own_gpu, resolve_device
+    from vgen.sampling import resolve_device
     from vtok.data.tasks import task_from_environment
 
     config = settle(config)
     task = task_from_environment(config.get("task_id"), config.get("num_tasks"), os.environ)
-    device = own_gpu(resolve_device(config["device"]))
+    device = resolve_device(config["device"])
     extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)
     images, facts = samples_of(config, device, pipeline)
     if config["class_accuracy"] and (images.labels is None or extractor.classes is None):

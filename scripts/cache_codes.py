@@ -21,7 +21,7 @@ from vtok.cli import check_whole_number, entry  # noqa: E402
 
 @entry("cache_codes", ROOT / "configs")
 def main(config: Any) -> None:
-    from vgen.sampling import own_gpu, resolve_device
+    from vgen.sampling import resolve_device
     from vtok.config import instantiate
     from vtok.data.codes import frozen
     from vtok.data.extract import extract
@@ -31,7 +31,7 @@ def main(config: Any) -> None:
     for name in ("shard_size", "batch_size"):
         check_whole_number(name, config[name], 1)
     check_whole_number("seed", config.seed)
-    device = own_gpu(resolve_device(config.device))
+    device = resolve_device(config.device)
     task = task_from_environment(config.task_id, config.num_tasks, os.environ)
     data = instantiate(config.data)
     if not isinstance(data, ImageData):

@@ -13,7 +13,7 @@ from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.models.llamagen import LlamaGen
 from vgen.pipeline import Pipeline, chunk_for
-from vgen.sampling import labelled_grid, plan, sample
+from vgen.sampling import labelled_grid, plan, resolve_device, sample
 from vtok.checkpoint import CheckpointError, file_hash, save_folder
 from vtok.data.transforms import to_uint8
 from vtok.layers.trunk import Trunk
@@ -275,6 +275,20 @@ def test_folders_that_do_not_load(tmp_path):
     weights.unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         Pipeline.load(source)
+
+
+def test_the_gpu_of_a_process(monkeypatch):
+    """torchrun starts four processes on a machine and numbers them; a number in the name is the caller's choice."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert {str(resolve_device(name)) for name in ("auto", "cuda")} == {"cuda:0"}
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert {str(resolve_device(name)) for name in ("auto", "cuda")} == {"cuda:3"}
+    assert str(resolve_device("cuda:1")) == "cuda:1" and str(resolve_device("cpu")) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no cuda device here"):
+        resolve_device("cuda")
 
 
 def test_plans():

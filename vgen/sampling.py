@@ -292,27 +292,21 @@ def labelled_grid(
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto picks cuda, then mps, then cpu; a device that is not there is an error. On the CPU the process keeps what
-    memory it frees (vtok/acceleration.py)."""
+    """auto picks cuda, then mps, then cpu; a device that is not there is an error. cuda without a number is the GPU of
+    this process: torchrun gives each process one. On the CPU the process keeps what memory it frees
+    (vtok/acceleration.py)."""
     device = _device(name)
     if device.type == "cpu":
         keep_memory()
     return device
 
 
-def own_gpu(device: torch.device) -> torch.device:
-    """The GPU of this process, where the device says no number: torchrun gives each process one."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
-
-
 def _device(name: str) -> torch.device:
-    if str(name) == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # torchrun: one process a GPU
+    if str(name) in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return torch.device("cuda" if have["cuda"] else "mps" if have["mps"] else "cpu")
+        return torch.device("mps" if have["mps"] else "cpu")
     kind = str(name).split(":")[0]
     if kind not in have:
         raise ValueError(f"device={name!r}: choose auto, cpu, cuda or mps")
