@@ -16,7 +16,8 @@ other parts keep there; "not measured" where the system does not tell it.
 
 Every row holds the paths that were taken (vtok/counters.py), and a setting whose path was not is an error: a fallback
 is no measurement of it (eval/paths.py). prefixes is for training, cuda_graphs and quant are for sampling, compile for
-both, and packed for all but training, which needs weights of its own, as does what it encodes with.
+both, and packed for all but training, which needs weights of its own, as does what it encodes with. profile=true runs
+once more under PyTorch's profiler and says what the time goes into (eval/shares.py).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from eval import paths
 from eval.fid import CONFIGS
 from eval.protocol import library_versions
 from eval.resident import Resident
+from eval.shares import line, shares
 from vtok import counters
 from vtok.acceleration import compile_blocks, light_weights, peak_rate, training_operations, utilisation
 from vtok.cli import entry
@@ -223,7 +225,11 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                     torch.cuda.reset_peak_memory_stats(device)
                 with paths.fused(device, dtype), Resident() as resident:
                     spent = seconds(job.run, device, int(config["repeats"]))
-            taken = counters.read()
+                taken = counters.read()
+                profiled = None
+                if config["profile"]:
+                    with paths.fused(device, dtype):
+                        profiled = shares(job.run, device)
             job.asked.check(taken, f"{part} at batch {batch}")
             middle, smallest = statistics.median(spent), max(operations / rate, bytes_read / speed)
             peak = peak_rate(device) if job.graded and dtype == torch.bfloat16 else None
@@ -244,6 +250,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                     **peak_memory(device, resident),
                     "parameters": sum(t.numel() for t in stored(job.module)),
                     "paths": taken,
+                    "profile": profiled,
                 }
             )
             print(
@@ -251,7 +258,8 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                 f"{rows[-1]['ms_per_image']:9.1f} ms/image  {rows[-1]['fraction']:6.1%} of the roofline"
                 f"{'' if rows[-1]['mfu'] is None else '  MFU ' + mfu(rows[-1])}\n"
                 f"        peak memory, GiB: {memory(rows[-1])}\n"
-                f"        paths: {', '.join(f'{path} {times}' for path, times in taken.items()) or 'none counted'}",
+                f"        paths: {', '.join(f'{path} {times}' for path, times in taken.items()) or 'none counted'}"
+                f"{'' if profiled is None else chr(10) + '        profile: ' + line(profiled)}",
                 flush=True,
             )
     facts = {"matmul_rate": rate, "bandwidth": speed, "device": describe(device), "threads": torch.get_num_threads()}
@@ -458,6 +466,8 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     unknown = set(config["parts"]) - set(PARTS)
     if unknown or not config["batches"] or min(config["batches"]) < 1 or config["repeats"] < 1:
         raise ValueError(f"parts must be of {', '.join(PARTS)}; batches and repeats at least 1")
+    if config["profile"] and config["cuda_graphs"]:
+        raise ValueError("profile=true sees no operations inside CUDA graphs: pass cuda_graphs=false")
     device = resolve_device(config["device"])
     resolve_dtype(config["dtype"])  # or an error that names those there are
     torch.manual_seed(int(config["seed"]))

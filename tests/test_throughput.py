@@ -13,6 +13,7 @@ from torch import nn
 
 from eval import paths
 from eval.resident import CLEAR
+from eval.shares import kind_of, shares
 from eval.throughput import Job, counted, evaluate, table, trainer, training_cost, weight_bytes
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
@@ -163,7 +164,7 @@ def test_peak_memory_on_the_cpu_is_of_each_part(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)
     size, markdown, run = 96 * 2**20, tmp_path / "t.md", encode_images
     common = (f"out={tmp_path / 't.json'}", f"table={markdown}", "parts=[encode,decode]")
-    plain = evaluate(config(*common))
+    _, plain = evaluate(config(*common)), evaluate(config(*common))  # the first finds what a process needs once
     more = lambda *given, **options: (torch.ones(size // 4), run(*given, **options))[1]  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr("eval.throughput.encode_images", more)
@@ -213,6 +214,35 @@ def test_command_measures_every_part_and_keeps_earlier_rows(tmp_path, monkeypatc
     assert told == [*others, ("sample", "int8", None), ("sample", None, 15), ("sample", None, 16)]
     assert markdown.read_text().count("\n") == 2 + 4 and picture.stat().st_size > 1000
     assert table(kept).splitlines()[0].count("|") == table(kept).splitlines()[2].count("|")
+
+
+def test_shares_of_a_run_that_does_one_thing():
+    a, q = torch.ones(512, 512), torch.ones(1, 2, 256, 64)
+    picture, kernel = torch.ones(1, 16, 64, 64), torch.ones(32, 16, 3, 3)
+    runs = {
+        "products": lambda: a @ a,
+        "attention": lambda: nn.functional.scaled_dot_product_attention(q, q, q),
+        "convolutions": lambda: nn.functional.conv2d(picture, kernel),
+        "other": a.sin,
+    }
+    for kind, run in runs.items():
+        with torch.inference_mode():
+            run()
+            found = shares(run, a.device)
+        assert found["shares"][kind] > 0.6 and sum(found["shares"].values()) == pytest.approx(1)
+        assert found["seconds"] > 0 and ("aten::sin" in found["largest"]) == (kind == "other")
+    assert kind_of("## Call CompiledFxGraph abc ##") == kind_of("triton_poi_fused_add_0") == "compiled"
+    assert kind_of("mkldnn::_linear_pointwise") == "products"
+
+
+def test_profile_says_what_the_time_goes_into(tmp_path, monkeypatch, capsys):
+    common = ("model=llamagen_tiny", "parts=[decode,train]", f"out={tmp_path / 't.json'}", "profile=true")
+    decode, train = evaluate(config(*common))
+    assert decode["profile"]["shares"]["convolutions"] > 0 and train["profile"]["shares"]["products"] > 0
+    assert decode["paths"]["decode.float32"] == 2, "the profiled run is not counted"
+    assert capsys.readouterr().out.count("profile: ") == 2
+    with pytest.raises(ValueError, match="pass cuda_graphs=false"):
+        evaluate(config(*common, "cuda_graphs=true"))
 
 
 def test_mistakes_name_their_key(tmp_path):
