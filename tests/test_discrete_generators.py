@@ -290,6 +290,10 @@ def test_progressive_training_adds_scales_and_ramps_the_newest():
         want = (full[:, :a].sum(1) + newest * full[:, a:b].sum(1)).mean() / model.layout.length
         torch.testing.assert_close(model.loss(batch, progress=progress)["loss"], want)
     assert model.scales_at(0.1)[1] == pytest.approx((0.1 - 0.5 / 3 * 0.5) / 0.1)
+    published = make("var", progressive_until=0.5, progressive_first=1)  # pgwp = ep / 300 epochs of ep [C]
+    assert published.scales_at(0.25 / 3 + 1 / 600)[1] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="progressive_first=4 leaves nothing to add to 4 scales"):
+        make("var", progressive_until=0.5, progressive_first=4)
 
 
 def test_repa_adds_the_cosine_distance_of_a_hidden_state():
