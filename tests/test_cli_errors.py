@@ -114,6 +114,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*LLAMAGEN, "tokenizer=lfq_small", "+model.factors=[4,5]"),
         ("factors=[4, 5] multiply to 20, the tokens have 1024 codes",),
     ),
+    "a rope on a grid for groups of a line": (
+        (*LLAMAGEN, "tokenizer=detailflow_small"),
+        ("scales of one row; choose model.position=rope_1d or learned",),
+    ),
     "a tokenizer that fits, but is not trained": (
         (*LLAMAGEN, "tokenizer=cnn_vq_small"),
         ("tokenizer=cnn_vq_small fits", "tokenizer_from="),
