@@ -77,6 +77,7 @@ def samples_of(
     if drawn["steps"]:
         pipeline.generator.set_steps(int(drawn["steps"]))
     rule, guide = rule_and_guidance(drawn)
+    pipeline.check(guide, rule)
     extra = "".join(f", {k} {v}" for k, v in drawn["schedule_options"].items())
     steps = "".join(f", {k} {drawn[k]}" for k in ("steps", "solver_steps", "solver") if drawn[k])
     speed = {k: config.get(k, usual) for k, usual in SPEED.items() if k != "cuda_graphs"}  # which draws the same

@@ -126,6 +126,7 @@ def edit(config: Mapping[str, Any]) -> Path:
         drawn |= {"guidance": 1.0, "schedule": "constant", "schedule_options": {}}
     rule, guide = rule_and_guidance(drawn)
     pipeline = load_pipeline(config, resolve_device(config["device"]))
+    pipeline.check(guide, rule)
     generator, tokenizer = pipeline.generator, pipeline.tokenizer
     if config["class"] is not None and generator.num_classes == 0:
         raise ValueError(f"class={config['class']}: this model is unconditional: leave class= away (task=inpaint)")

@@ -106,6 +106,22 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*LLAMAGEN, "tokenizer_from={tokenizer}", "tokenizer=var_small"),
         ("leave tokenizer= away", "tokenizer=VARTokenizer, not CNNTokenizer"),
     ),
+    "a tokenizer whose tokens do not fit, before it is trained": (
+        (*LLAMAGEN, "tokenizer=kl_small"),
+        ("LlamaGen predicts ids, but these tokens are continuous",),
+    ),
+    "a key of the model that the tokenizer's tokens do not suit": (
+        (*LLAMAGEN, "tokenizer=lfq_small", "+model.factors=[4,5]"),
+        ("factors=[4, 5] multiply to 20, the tokens have 1024 codes",),
+    ),
+    "a rope on a grid for groups of a line": (
+        (*LLAMAGEN, "tokenizer=detailflow_small"),
+        ("scales of one row; choose model.position=rope_1d or learned",),
+    ),
+    "a tokenizer that fits, but is not trained": (
+        (*LLAMAGEN, "tokenizer=cnn_vq_small"),
+        ("tokenizer=cnn_vq_small fits", "tokenizer_from="),
+    ),
     "a tokenizer beside codes": (
         ("data=codes", "data.folder={empty}", "model=llamagen_tiny", "tokenizer=llamagen_vq16"),
         ("data=codes", "leave tokenizer= away"),

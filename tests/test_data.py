@@ -327,6 +327,10 @@ def test_var_and_ten_crops_equal_torchvision(width, height):
     assert short(image).tobytes() == center_crop(image, 32).tobytes()
     expected = F.ten_crop(center_crop(image, 35), [32, 32])
     assert [c.tobytes() for c in ten_crop(image, 32)] == [c.tobytes() for c in expected]
+    one = ImageTransform(size=32, crop="ten")
+    drawn = [one(image, Draws(s)).tobytes() for s in range(300)]
+    assert set(drawn) == {c.tobytes() for c in expected} and one(image).tobytes() == center_crop(image, 32).tobytes()
+    assert all(10 < drawn.count(c.tobytes()) < 50 for c in expected)  # 30 expected, 4 sigma of 5.2
 
 
 def test_flip_and_shift():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from generators import make, tokens_of
 from tape import Tape
-from test_generators import LABELS, draw
+from test_generators import LABELS, assert_same, draw
 
 from vgen.conditioning import Cond
-from vgen.guidance import Progress, guidance
+from vgen.guidance import ClassifierFree, Progress, guidance
 from vgen.heads import DrawRule, draw_ids, survivors
 from vgen.samplers.graphs import GraphSampler
 from vtok import counters
@@ -102,10 +102,26 @@ def test_null_rows_end_with_the_last_guided_step_and_the_images_stay(name, graph
     once = rows[: len(rows) // times]
     assert once == sorted(once, reverse=True) and set(once) == {6, 3}
     with monkeypatch.context() as patch:
-        patch.setattr("vgen.samplers.ancestral.guided_steps", lambda guide, layout: layout.steps)
+        patch.setattr("vgen.samplers.ancestral.guided_steps", lambda guide, layout: [True] * layout.steps)
         want, counts = run()
     assert "rows.single" not in counts
     assert torch.equal(got, want) if model.spec.discrete else torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["maskgit", "maskgit_uvit", "mar", "dtm", "var"])
+def test_without_a_cache_null_rows_run_in_guided_steps_alone(name):
+    model, seeds, rows = make(name), sample_seeds(3, 0, 3), []
+    guide, steps = guidance(3.0, "interval", low=0.3, high=0.8), model.layout.steps
+    options = {"cached": False} if model.caches else {}
+    streams = Cond.cat([model.conditioner(LABELS), model.conditioner.null(3)])
+    model.register_forward_pre_hook(lambda _, given: rows.append(len(given[1].start)))
+    got = model.sampler(model, streams, noise=SampleNoise(seeds), guide=guide, **options).tokens
+    want = [6 if 0.3 <= k / (steps - 1) <= 0.8 else 3 for k in range(steps)]
+    assert rows == (want[1:] if name == "dtm" else want) and len(set(want)) == 2  # DTM's first level is noise
+    blind = ClassifierFree(lambda progress: guide.schedule(progress))  # asked in its step, with null rows in all
+    whole = model.sampler(model, streams, noise=SampleNoise(seeds), guide=blind, **options).tokens
+    assert set(rows[len(rows) // 2 :]) == {6}
+    assert_same(got, whole)
 
 
 @pytest.mark.parametrize("name", ["llamagen", "var", "rar", "hita"])

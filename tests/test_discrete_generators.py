@@ -23,7 +23,7 @@ from runs import CONFIGS, GENERATOR, losses, run, tokenizer_folder
 
 from vgen.generator import Canvas
 from vgen.models import FAMILIES
-from vgen.models.detailflow import CORRECTED, DetailFlow
+from vgen.models.detailflow import DetailFlow
 from vgen.models.flexvar import FlexVAR, positions
 from vgen.models.har import HAR
 from vgen.models.hita import HitaGPT
@@ -33,11 +33,11 @@ from vgen.models.repa import LlamaGenREPA
 from vgen.models.var import VAR
 from vtok.checkpoint import load_module, save_folder
 from vtok.config import Families, describe, instantiate
-from vtok.data.codes import OnlineTokens
+from vtok.data.codes import CORRECTED, CORRECTION_STREAM, OnlineTokens, corrected
 from vtok.data.module import keep_keys
 from vtok.layers.attention import padded
 from vtok.layout import SequenceLayout
-from vtok.noise import sample_seeds
+from vtok.noise import SampleNoise, host_uniforms, sample_seeds
 from vtok.optim import rate
 from vtok.quantize.independent import IndependentVQ
 from vtok.quantize.residual import MultiScaleVQ
@@ -133,17 +133,18 @@ def test_par_writes_one_token_of_every_region_a_step_and_restores_the_raster():
         assert torch.equal(canvas.tokens[:, index], tokens[:, 6 * row + column])
 
 
-def test_detailflow_corrects_a_keyed_share_of_the_samples():
+def test_detailflow_reads_the_wrong_tokens_of_those_samples_that_have_some():
     model = small(DetailFlow, line_spec(), group=4, dropout=0.0, token_dropout=0.0, label_drop=0.0)
     torch.nn.init.normal_(model.head.linear.weight)
-    clean, wrong, repaired = (tokens_of(model, 300, seed=i) for i in range(3))
-    batch = {"tokens": clean, "label": torch.zeros(300).long(), "key": KEYS[:300]}
-    full = {**batch, "corrupted": wrong, "repaired": repaired}
+    clean, wrong, repaired, other = (tokens_of(model, 6, seed=i) for i in range(4))
+    batch = {"tokens": clean, "label": torch.zeros(6).long(), "key": KEYS[:6]}
+    hit = torch.tensor([False, True, False, False, True, False])[:, None]
+    full = {**batch, "corrupted": torch.where(hit, wrong, clean), "repaired": torch.where(hit, repaired, clean)}
     got = model.train().loss(full)["nats"]
     plain, fixed = model.loss(batch)["nats"], model.loss({**batch, "tokens": repaired, "context": wrong})["nats"]
-    hit = torch.isclose(got, fixed).all(1)
-    assert torch.equal(torch.isclose(got, plain).all(1), ~hit)
-    assert abs(hit.float().mean() - CORRECTED) < 4 * math.sqrt(0.21 / 300)
+    torch.testing.assert_close(got, torch.where(hit, fixed, plain))
+    spoilt = model.loss({**batch, "context": other})["nats"]  # corruption= beside corrections=
+    torch.testing.assert_close(model.loss({**full, "context": other})["nats"], torch.where(hit, fixed, spoilt))
     torch.testing.assert_close(model.eval().loss(full)["nats"], plain)
 
 
@@ -289,6 +290,10 @@ def test_progressive_training_adds_scales_and_ramps_the_newest():
         want = (full[:, :a].sum(1) + newest * full[:, a:b].sum(1)).mean() / model.layout.length
         torch.testing.assert_close(model.loss(batch, progress=progress)["loss"], want)
     assert model.scales_at(0.1)[1] == pytest.approx((0.1 - 0.5 / 3 * 0.5) / 0.1)
+    published = make("var", progressive_until=0.5, progressive_first=1)  # pgwp = ep / 300 epochs of ep [C]
+    assert published.scales_at(0.25 / 3 + 1 / 600)[1] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="progressive_first=4 leaves nothing to add to 4 scales"):
+        make("var", progressive_until=0.5, progressive_first=4)
 
 
 def test_repa_adds_the_cosine_distance_of_a_hidden_state():
@@ -330,17 +335,33 @@ def test_the_command_trains_with_corrupted_context(model, tmp_path):
         run(*base, f"run_dir={tmp_path / 'x'}", "+corruption.kind=far")
 
 
-def test_online_corrections_differ_from_clean_rows_behind_one_place_only():
+def test_online_corrections_differ_from_clean_rows_behind_one_place_only(monkeypatch):
     torch.manual_seed(0)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=["data=fake", "data.image_size=32", "tokenizer=detailflow_small"])
     tokenizer, images = instantiate(config.tokenizer, _convert_="all"), instantiate(config.data, _convert_="all")
     online = OnlineTokens(data=images, tokenizer=tokenizer, corrections=True)
-    batch = online.encode({"image": torch.rand(6, 3, 32, 32) * 2 - 1, "key": KEYS[:6], "label": torch.zeros(6).long()})
+    shown = {"image": torch.rand(24, 3, 32, 32) * 2 - 1, "key": KEYS[:24], "label": torch.zeros(24).long()}
+    refine, passes = tokenizer.refine, []
+    monkeypatch.setattr(tokenizer, "refine", lambda x, *rest: passes.append(len(x)) or refine(x, *rest))
+    batch = online.encode(shown)
+    rows = [i for i in range(24) if host_uniforms(int(KEYS[i]), 1, CORRECTION_STREAM)[0] < 0.3]
+    assert 0 < len(rows) < 24 and passes == [len(rows)], "only what is read is computed"
+    hit = (batch["corrupted"] != batch["tokens"]).any(1).nonzero()[:, 0].tolist()
+    assert set(hit) <= set(rows) and len(hit) >= len(rows) - 1
+    every = [part[rows] for part in tokenizer.corrupted(shown["image"], SampleNoise(KEYS[:24]))]
+    assert all(torch.equal(batch[n][rows], x) for n, x in zip(("tokens", "corrupted", "repaired"), every))
+    keyed = keep_keys(shown)
+    assert torch.equal(online.encode(keyed)["corrupted"], batch["corrupted"])
+    passes.clear()
+    held_out = online.encode(shown, training=False)
+    assert "corrupted" not in held_out and torch.equal(held_out["tokens"], batch["tokens"]) and not passes
+    share = len(corrected(sample_seeds(0, 0, 4000))) / 4000
+    assert abs(share - CORRECTED) < 4 * math.sqrt(0.21 / 4000)
     model = small(DetailFlow, online.spec, group=tokenizer.group).train()
     assert model.loss(batch)["loss"].isfinite()
     wrong, right, clean = batch["corrupted"], batch["repaired"], batch["tokens"]
-    for row in range(6):
+    for row in rows:
         places = (wrong[row] != right[row]).nonzero()[:, 0].tolist()  # the replaced group, no longer than a group
         assert not places or places[-1] - places[0] < tokenizer.group
         upto = places[-1] + 1 if places else 0

@@ -43,7 +43,7 @@ def test_one_step_alone_has_the_whole_scale(name):
     one = SequenceLayout.line(1)
     for options in ({}, {"interval": {"low": 0.2, "high": 0.9}, "linear": {"start": 2.0}}.get(name, {})):
         guide = guidance(5.0, name, **options)
-        assert guide.schedule(Progress.of(one, 0)) == 5.0 and guided_steps(guide, one) == 1
+        assert guide.schedule(Progress.of(one, 0)) == 5.0 and guided_steps(guide, one) == [True]
 
 
 def test_scale_one_is_the_conditional_branch_bitwise():
@@ -61,23 +61,24 @@ def test_off_runs_no_null_row():
     assert guidance(2.0).streams == 2 and guidance(1.0, "linear", start=2.0).streams == 2
 
 
-def test_null_rows_are_needed_up_to_the_last_step_whose_scale_is_not_one():
+def test_guided_steps_are_those_whose_scale_is_not_one():
     ten = SequenceLayout.line(10)
     for schedule, steps in [
-        (Interval(4.0, low=0.2, high=0.5), 5),  # shares 0, 1/9, .. 4/9 are within, and 2/9 to 4/9 are guided
-        (Interval(4.0, low=0.2, high=0.5, first=True), 5),
-        (Interval(4.0, low=0.95, high=0.98, first=True), 1),
-        (Interval(4.0, low=0.95, high=0.98), 0),
-        (Interval(4.0), 10),
-        (Linear(1.0, start=3.0), 9),
-        (Linear(3.0), 10),
-        (Cosine(3.0), 10),
-        (Constant(2.0), 10),
-        (Gate(3.0, high=0.4), 10),  # open at small flow times, closed at noise
-        (lambda progress: 1.0, 10),  # who knows what it says at another flow time
+        (Interval(4.0, low=0.2, high=0.5), [2, 3, 4]),  # shares 2/9 to 4/9
+        (Interval(4.0, low=0.2, high=0.5, first=True), [0, 2, 3, 4]),
+        (Interval(4.0, low=0.95, high=0.98, first=True), [0]),
+        (Interval(4.0, low=0.95, high=0.98), []),
+        (Interval(4.0), range(10)),
+        (Linear(1.0, start=3.0), range(9)),
+        (Linear(3.0), range(1, 10)),
+        (Cosine(3.0), range(1, 10)),
+        (Constant(2.0), range(10)),
+        (Gate(3.0, high=0.4), range(1, 10)),  # open at small flow times, closed at noise
+        (lambda progress: 1.0, range(10)),  # who knows what it says at another flow time
     ]:
-        assert guided_steps(ClassifierFree(schedule), ten) == steps, schedule
-    assert guided_steps(Unguided(), ten) == 10
+        guided = guided_steps(ClassifierFree(schedule), ten)
+        assert [k for k in range(10) if guided[k]] == list(steps), schedule
+    assert guided_steps(Unguided(), ten) == [True] * 10
 
 
 def test_mistakes_are_named():

@@ -24,7 +24,7 @@ IMAGES = 1_281_167
 UNOFFICIAL = ("nbp", "par", "flowar", "ecar", "dtm", "artm", "fhtm", "elm")  # no code or outputs to check against
 LLAMAGEN = {"token_dropout": 0.1, "dropout": 0.1, "attention_dropout": 0.0}
 VIT = {"dropout": 0.1, "attention_dropout": 0.1}
-CACHED, CENTRE, RANDOM, VAR = "cached", ("center", True), ("random", True), ("var", False)
+CACHED, CENTRE, RANDOM, VAR, TEN = "cached", ("center", True), ("random", True), ("var", False), ("ten", False)
 
 
 @dataclass(frozen=True)
@@ -124,18 +124,17 @@ TABLE = {
     # 5 % of warm-up, cosine to 0.01x [C]; ten-crop rows with corrections made once [C], made online here
     "detailflow_gpt": Row(
         "detailflow", 1e-4, OLD, 256, 300,
-        ((0.025, 0.5), (0.05, 1.0), (0.525, 0.505), (1.0, 0.01)), 0.05, 1.0, 0.9999, CENTRE, LLAMAGEN,
-        said=("Published: ten-crop codes", "here the centre and flip", "warm-up from 0.005x; here from 0"),
+        ((0.025, 0.5), (0.05, 1.0), (0.525, 0.505), (1.0, 0.01)), 0.05, 1.0, 0.9999, TEN, LLAMAGEN,
+        said=("Published: ten-crop codes", "here one of the ten crops", "warm-up from 0.005x; here from 0"),
     ),
     # warm-up 5k, flat, the last fifth down to 1e-5 [R, C]; no averaged weights [C]
     "gigatok_gpt": Row("gigatok_b", 1e-4, OLD, 256, 300, WSD, 0.05, 1.0, None, CACHED, LLAMAGEN),
     "retok_gpt": Row("gigatok_xl", 1e-4, OLD, 256, 300, WSD, 0.05, 1.0, None, CACHED, LLAMAGEN),
     # 4e-4, 360k steps called 300 epochs, the last 50 linear to 1e-5 [P]; the default of the code is 1e-4 [C]; the batch
-    # follows from steps and epochs; EMA not stated
+    # follows from steps and epochs; one of ten crops, online [C]; EMA not stated
     "dar_gpt": Row(
         "dar_l", 4e-4, OLD, 1024, 360_000,
-        ((0, 1.0), (300_000, 1.0), (330_000, 0.5125), (1.0, 0.025)), 0.05, 1.0, None, CENTRE, LLAMAGEN,
-        said=("from the centre and flip, where the original draws one of ten crops",),
+        ((0, 1.0), (300_000, 1.0), (330_000, 0.5125), (1.0, 0.025)), 0.05, 1.0, None, TEN, LLAMAGEN,
     ),
     # constant [C]; 300 epochs for B [R]; averaged weights are used [C], the decay is LlamaGen's
     "hita_gpt": Row("hita_b", 1e-4, OLD, 256, 300, FLAT, 0.05, 1.0, 0.9999, CENTRE, LLAMAGEN),

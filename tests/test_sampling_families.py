@@ -73,6 +73,39 @@ def test_sample_draws_for_every_family(name, tmp_path):
             np.testing.assert_array_equal(last[::4, ::4], images[row])
 
 
+IDS = [({"solver": "heun"}, "leave them out"), ({"solver_steps": 3}, "leave them out")]
+FLOWS = [({"solver": "rk"}, "choose euler"), ({"top_k": 3}, "continuous")]
+FLOWS += [({"solver": "euler_maruyama", "solver_steps": 1}, "too few")]
+MISTAKES = dict.fromkeys(("llamagen", "llamagen_factorised", "hita", "var", "maskgit"), IDS)
+MISTAKES |= dict.fromkeys(("xar", "flowar", "mar_flow", "dtm", "artm"), FLOWS)
+MISTAKES["mar"] = [({"solver": "heun"}, "leave solver away"), ({"solver_steps": 5000}, "1 .. 1000"), FLOWS[1]]
+MISTAKES["ecar"] = [({"solver": "euler_maruyama"}, "choose euler"), FLOWS[1]]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_a_model_has_not_is_said_before_an_older_folder_is_emptied(name, tmp_path):
+    folder, out = pair_folder(name, tmp_path / "run"), tmp_path / "images"
+    options = {"from": str(folder), "out": str(out), "num_images": 2}
+    sample(config("sample", **options))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for given, words in MISTAKES[name]:
+        with pytest.raises(ValueError, match=words):
+            sample(config("sample", **options, **given))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before and len(before) == 3
+
+
+def test_guidance_of_an_unconditional_model_is_refused_before_an_older_folder_is_emptied(tmp_path):
+    _, tokenizer = pair("llamagen")
+    free = LlamaGen(tokenizer.spec, 0, depth=1, width=16, heads=2, multiple_of=8)
+    save_folder(free, tmp_path / "run")
+    save_folder(tokenizer, tmp_path / "run" / "tokenizer")
+    options = {"from": str(tmp_path / "run"), "out": str(tmp_path / "images"), "num_images": 2}
+    sample(config("sample", **options))
+    with pytest.raises(ValueError, match="unconditional"):
+        sample(config("sample", **options, guidance=2.0))
+    assert len(list((tmp_path / "images").glob("*.png"))) == 2
+
+
 @pytest.mark.parametrize("name", COARSE)
 def test_previews_end_in_the_image_and_show_the_tokens_so_far(name):
     pipeline = Pipeline(*pair(name))

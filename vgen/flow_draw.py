@@ -48,6 +48,14 @@ class FlowDraw:
         if self.steps < (2 if self.solver == "euler_maruyama" else 1):
             raise ValueError(f"solver_steps={self.steps} is too few for solver={self.solver}")
 
+    def of(self, rule: DrawRule) -> FlowDraw:
+        """The walk that a rule asks for. Raises ValueError where there is none."""
+        rule.require_continuous()
+        if rule.solver is None and rule.solver_steps is None:
+            return self
+        steps = self.steps if rule.solver_steps is None else rule.solver_steps
+        return FlowDraw(steps, self.solver if rule.solver is None else rule.solver)
+
     def __call__(
         self,
         velocity: Velocity,
@@ -67,10 +75,9 @@ class FlowDraw:
         [n] or [B, n], keys the noise. start: x at time 1 where it is not fresh noise. span: the flow times that the
         solver's times 0 and 1 are (E-CAR), for guidance. The state is float64: forty small steps add up.
         """
-        rule.require_continuous()
-        if rule.solver is not None or rule.solver_steps is not None:
-            steps = self.steps if rule.solver_steps is None else rule.solver_steps
-            return FlowDraw(steps, rule.solver or self.solver)(
+        walk = self.of(rule)
+        if walk is not self:
+            return walk(
                 velocity,
                 channels,
                 guide=guide,

@@ -140,6 +140,13 @@ class Generator(Configured, nn.Module):
         """Sample on that list of scales; only for families to which any list will do (FlexVAR)."""
         raise ValueError(f"sides={list(sides)}: {type(self).__name__} has no free scales; leave sides away")
 
+    def check_rule(self, rule: DrawRule) -> None:
+        """Raise ValueError where a rule asks for what these tokens, or the head that draws them, do not have."""
+        if self.spec.discrete:
+            rule.require_ids()
+        else:
+            self.head.check_rule(rule)
+
     @property
     def sampler(self) -> Callable[..., Canvas]:
         """How a canvas is written (vgen/samplers): step after step, unless a family says otherwise."""

@@ -2,8 +2,8 @@
 
 One convention: c + (s - 1)(c - u), bitwise c at s = 1, which means off. VAR's published t is s = 1 + t. Null rows run
 from the first step to the last one that is guided, also at steps between whose scale is 1, since their cache must not
-have holes. One step alone counts as the last: schedules have their whole scale there. Schedules: specs of the papers
-named at each class.
+have holes; without a cache, in guided steps alone. One step alone counts as the last: schedules have their whole scale
+there. Schedules: specs of the papers named at each class.
 """
 
 from __future__ import annotations
@@ -185,14 +185,13 @@ SCHEDULES = {
 }
 
 
-def guided_steps(guide: Guidance, layout: SequenceLayout) -> int:
-    """How many steps of a layout null rows are needed in: up to the last one whose scale is not 1; all of them where
-    the guidance or its schedule is none of those here, which alone are known to say so before they are asked."""
+def guided_steps(guide: Guidance, layout: SequenceLayout) -> list[bool]:
+    """Which steps of a layout have a scale that is not 1; all of them where the guidance or its schedule is none of
+    those here, which alone are known to say so before they are asked."""
     if type(guide) is not ClassifierFree or not isinstance(guide.schedule, tuple(SCHEDULES.values())):
-        return layout.steps
+        return [True] * layout.steps
     # Gate alone looks at the flow time, and is open at time 0 if at any
-    guided = [k for k in range(layout.steps) if guide.schedule(Progress.of(layout, k)) != 1]
-    return guided[-1] + 1 if guided else 0
+    return [guide.schedule(Progress.of(layout, k)) != 1 for k in range(layout.steps)]
 
 
 def guidance(scale: float, schedule: str = "constant", **options: float) -> Unguided | ClassifierFree:

@@ -44,6 +44,11 @@ class DrawRule:
         if self.solver_steps is not None and self.solver_steps < 1:
             raise ValueError(f"solver_steps={self.solver_steps}: at least one step is taken; null = the model's own")
 
+    def require_ids(self) -> None:
+        """ValueError where it asks for what only continuous tokens have."""
+        if self.solver is not None or self.solver_steps is not None:
+            raise ValueError("solver and solver_steps are for continuous tokens; these are ids: leave them out")
+
     def require_continuous(self) -> None:
         """ValueError where it asks for what only ids have."""
         if self.top_k or self.top_p != 1 or self.processors:
@@ -64,8 +69,7 @@ def survivors(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]
 
 def draw_ids(logits: Tensor, rule: DrawRule, noise: SampleNoise, position: Tensor, progress: Progress, stream: int = 0):
     """Ids int64 [B, n] from guided logits float32 [B, n, V]; position int64 [n] or [B, n] keys the noise."""
-    if rule.solver is not None or rule.solver_steps is not None:
-        raise ValueError("solver and solver_steps are for continuous tokens; these are ids: leave them out")
+    rule.require_ids()
     if rule.temperature not in (0, 1):
         logits = logits / rule.temperature
     for process in rule.processors:

@@ -96,6 +96,9 @@ class BlockFlowHead(nn.Module):
                 modulation="own",
             )
 
+    def check_rule(self, rule: DrawRule) -> None:
+        self.flow.of(rule)
+
     def close(self) -> None:
         """Zero all modulations and the output: the head starts as the velocity 0."""
         for name, module in self.named_modules():

@@ -94,6 +94,12 @@ class DiffusionHead(ContinuousHead):
         self.register_buffer("tables", torch.stack(chain()).float(), persistent=False)
         self.mlp = TokenMLP(dim=dim, channels=channels, outputs=2 * channels, width=width, depth=depth)
 
+    def check_rule(self, rule: DrawRule) -> None:
+        rule.require_continuous()
+        if rule.solver is not None:
+            raise ValueError(f"solver={rule.solver}: a diffusion head walks its chain; leave solver away")
+        spaced(self.solver_steps if rule.solver_steps is None else rule.solver_steps)
+
     def times(self, uniform: Tensor) -> Tensor:
         return (uniform * STEPS).long().clamp(max=STEPS - 1)
 
@@ -130,9 +136,7 @@ class DiffusionHead(ContinuousHead):
 
         rule.temperature multiplies the noise that a step injects; noise stream 0 is the start, 1 + i that of step i.
         """
-        rule.require_continuous()
-        if rule.solver is not None:
-            raise ValueError(f"solver={rule.solver}: a diffusion head walks its chain; leave solver away")
+        self.check_rule(rule)
         kept = spaced(self.solver_steps if rule.solver_steps is None else rule.solver_steps)
         rows = torch.stack(chain(tuple(kept))).tolist()
         with torch.autocast(h.device.type, enabled=False):

@@ -37,6 +37,9 @@ class FlowHead(ContinuousHead):
         self.walk = FlowDraw(solver_steps, solver)
         self.mlp = TokenMLP(dim=dim, channels=channels, outputs=channels, width=width, depth=depth)
 
+    def check_rule(self, rule: DrawRule) -> None:
+        self.walk.of(rule)
+
     def times(self, uniform: Tensor) -> Tensor:
         return uniform
 

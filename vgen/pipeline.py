@@ -169,6 +169,13 @@ class Pipeline:
             raise ValueError(f"sides={list(sides)}: {name} decodes no other scales than its own; leave sides away")
         self.generator.set_sides(sides)
 
+    def check(self, guide: Guidance, rule: DrawRule | Callable[[Progress], DrawRule]) -> None:
+        """Raise ValueError where this model cannot be drawn from so."""
+        if guide.streams > 1 and self.generator.num_classes == 0:
+            raise ValueError("guidance needs classes, and this model is unconditional: pass guidance=1")
+        if isinstance(rule, DrawRule):
+            self.generator.check_rule(rule)
+
     @torch.no_grad()
     def write(
         self,
@@ -237,8 +244,7 @@ class Pipeline:
         if low < 0 or high > known:
             raise ValueError(f"classes span {low}..{high}, but the model knows 0..{known - 1} (and {known} for none)")
         guide = _guide(guidance)
-        if guide.streams > 1 and known == 0:
-            raise ValueError("guidance needs classes, and this model is unconditional: pass guidance=1")
+        self.check(guide, rule)
         chunk, done = chunk or self.chunk_of(len(labels)), []
         for start in range(0, len(labels), chunk):
             stop = min(start + chunk, len(labels))

@@ -58,6 +58,7 @@ def sample(config: Mapping[str, Any]) -> Path:
     drawn = settings(config)
     rule, guide = rule_and_guidance(drawn)
     pipeline = load_pipeline(config, device)
+    pipeline.check(guide, rule)  # before an older folder is emptied
     if drawn["steps"] is not None:
         pipeline.generator.set_steps(int(drawn["steps"]))
     given, sides = config.get("sides"), {}

@@ -83,6 +83,7 @@ def train(config: DictConfig) -> float | None:
     resumed = runs.resume_from(folder, config.resume, config.ckpt_path, config.overwrite, say=say)
     seed_all(key(config.seed))
     check_teacher(config, trust)
+    check_fit(config, trust)
     data = build_data(config, trust)
     lit = build_module(config, data, trust)
     if config.get("checkpointing", False):
@@ -329,6 +330,25 @@ def check_teacher(config: DictConfig, trust: tuple[str, ...]) -> None:
     from vtok.losses.backbone import require_known
 
     require_known(teacher_options(config)["model"], "teacher.model")
+
+
+def check_fit(config: DictConfig, trust: tuple[str, ...]) -> None:
+    """Where tokenizer= stands beside model= and no trained one is named: that its tokens fit, before data are read.
+    Both are built without memory. Raises ValueError with the model's reason, or with what is left to do."""
+    if config.get("model") is None or config.get("tokenizer") is None or config.tokenizer_from:
+        return
+    make = instantiate(config.model, trust=trust, _convert_="all", _partial_=True)
+    if not (isinstance(make.func, type) and issubclass(make.func, Generator)):
+        return  # build_module says it
+    with torch.device("meta"):
+        tokenizer = instantiate(config.tokenizer, trust=trust, _convert_="all")
+        spec = spec_at(tokenizer, config.data.image_size)
+        make.func.accepts(spec)
+        make(spec=spec, num_classes=1)
+    raise ValueError(
+        f"tokenizer={_choice('tokenizer')} fits, but a generator needs tokens of a trained one: train it without "
+        "model=, then pass tokenizer_from=<its run or folder>"
+    )
 
 
 def contradictions(said: Any, found: Any, key: str) -> list[str]:

@@ -4,10 +4,9 @@ Position p predicts token p and reads the class, the first `first` tokens, g - 1
 back; positions of a group see each other. Rope on a grid with a row a group, by the place of what is read; the class
 has the row of zeros. LlamaGen-L's trunk.
 
-Self-correction: for a share of the samples the inputs hold a group with wrong tokens, and the targets
-what the tokenizer says repairs the picture after it. Those rows need a tokenizer that re-encodes behind a given prefix;
-where the batch holds them, as "corrupted" and "repaired" (train.py: corrections=true), a sample uses them with
-probability 0.3.
+Self-correction: for 30 % of the samples the inputs hold a group with wrong tokens, and the targets what the tokenizer
+says repairs the picture after it. Those rows need a tokenizer that re-encodes behind a given prefix: `OnlineTokens` of
+vtok/data/codes.py makes them, as "corrupted" and "repaired" (train.py: corrections=true).
 """
 
 from __future__ import annotations
@@ -20,10 +19,7 @@ from torch import Tensor
 
 from vgen.models.grouped import Grouped, Plan, require_line
 from vtok.layout import SequenceLayout
-from vtok.noise import SampleNoise
 from vtok.tokenizer import TokenSpec
-
-CORRECTED, CORRECTION_STREAM = 0.3, 7201
 
 
 class DetailFlow(Grouped):
@@ -54,9 +50,8 @@ class DetailFlow(Grouped):
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:
         if self.training and "corrupted" in batch:
-            place = torch.zeros(1, dtype=torch.int64, device=batch["key"].device)
-            chosen = SampleNoise(batch["key"]).uniform(place, CORRECTION_STREAM) < CORRECTED
             clean, wrong = batch["tokens"], batch["corrupted"]
+            chosen = (wrong != clean).any(1, keepdim=True)
             context = torch.where(chosen, wrong, batch.get("context", clean))
-            batch = {**batch, "tokens": torch.where(chosen, batch["repaired"], clean), "context": context}
+            batch = {**batch, "tokens": batch["repaired"], "context": context}
         return super().loss(batch, progress=progress)

@@ -100,11 +100,15 @@ class ECAR(FlowAR):
         self.starts = (1.0, *(start_after(end, ratio) for end, ratio in zip(self.ends, ratios)))
         self.register_buffer("times", torch.tensor([self.ends, self.starts]), persistent=False)
 
+    def check_rule(self, rule: DrawRule) -> None:
+        super().check_rule(rule)
+        if rule.solver == "euler_maruyama":
+            raise ValueError(STOCHASTIC)
+
     def path(
         self, canvas: Canvas, k: int, noise: SampleNoise, position: Tensor, rule: DrawRule
     ) -> tuple[Tensor, tuple[float, float]]:
-        if rule.solver == "euler_maruyama":
-            raise ValueError(STOCHASTIC)
+        self.check_rule(rule)
         start = noise.normal(position, self.head.channels) * rule.temperature
         if k:
             before = scale_map(canvas.tokens, canvas.layout, k - 1)

@@ -70,8 +70,8 @@ class LlamaGen(Generator):
             raise ValueError(f"position={position!r}: choose rope_2d, rope_1d or learned")
         if position == "rope_2d" and len(spec.layout.sides) != 1:
             raise ValueError(
-                f"LlamaGen's rope needs tokens on one grid, these lie on {len(spec.layout.sides)} scales; "
-                "try model=var_*, or position=rope_1d"
+                f"LlamaGen's rope needs tokens on one grid, these lie on {len(spec.layout.sides)} scales of one row; "
+                "choose model.position=rope_1d or learned"
             )
         self.spec, self.num_classes, self.label_drop = spec, num_classes, label_drop
         self.layout = SequenceLayout((1,) * spec.layout.length, spec.layout.coords)

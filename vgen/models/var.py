@@ -68,7 +68,8 @@ class VAR(Generator):
 
     Progressive training, off in all published runs: until the share `progressive_until` of training is done, only the
     first scales are trained, from `progressive_first` of them on, one more at a time; the loss of the newest one rises
-    from 0.01 to full weight over the share `progressive_ramp`.
+    from 0.01 to full weight over the share `progressive_ramp`. The original's code begins to add when the warm-up ends;
+    here from the first step on.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class VAR(Generator):
         checkpointing: bool = False,
         progressive_until: float = 0.0,
         progressive_first: int = 5,
-        progressive_ramp: float = 0.005,
+        progressive_ramp: float = 1 / 300,
     ) -> None:
         super().__init__()
         if not 0 <= progressive_until <= 1 or progressive_first < 1 or progressive_ramp <= 0:
@@ -98,6 +99,11 @@ class VAR(Generator):
         self.progressive = progressive_until, progressive_first, progressive_ramp
         spec = TokenSpec.from_config(spec)
         self.accepts(spec)
+        if progressive_until and progressive_first >= spec.layout.steps:
+            raise ValueError(
+                f"progressive_first={progressive_first} leaves nothing to add to {spec.layout.steps} scales: choose "
+                "fewer, or progressive_until=0"
+            )
         width, heads = width or 64 * depth, heads or depth
         self.spec, self.num_classes, self.label_drop, self.layout = spec, num_classes, label_drop, spec.layout
         self.quantizer = build(spec.quantizer, imported(FAMILIES, spec.quantizer)).requires_grad_(False)

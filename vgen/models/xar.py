@@ -108,6 +108,9 @@ class XAR(Generator):
         times = 6.0 * linear_parameters(self.time) * self.layout.steps
         return super().operations() + self.stacks.operations(length, length) + times
 
+    def check_rule(self, rule: DrawRule) -> None:
+        self.flow.of(rule)
+
     def arrange(self, tokens: Tensor) -> Canvas:
         if len(self.index):
             return Canvas(tokens[:, self.index], self.layout)

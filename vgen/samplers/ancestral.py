@@ -32,10 +32,11 @@ def ancestral(
 ) -> Canvas:
     """Write a canvas of B = len(noise.seeds) samples.
 
-    cond: guide.streams * B rows, stream-major; behind the last guided step the first B alone go on, unless `cond.at` is
-    set. rule: one for all steps, or a function of the progress. canvas: tokens to start from; where `known` is true
-    they are kept. stop: write only the steps before it. on_step: called after each step with the canvas so far.
-    cached=False recomputes every prefix (slow; the same tokens).
+    cond: guide.streams * B rows, stream-major; behind the last guided step, and where nothing is cached in every
+    unguided one, the first B alone are run, unless `cond.at` is set. rule: one for all steps, or a function of the
+    progress. canvas: tokens to start from; where `known` is true they are kept. stop: write only the steps before it.
+    on_step: called after each step with the canvas so far. cached=False recomputes every prefix (slow; the same
+    tokens).
     """
     check_rows(cond, noise, guide)
     canvas = generator.begin(noise) if canvas is None else canvas
@@ -51,14 +52,17 @@ def ancestral(
 def phases(
     cond: Cond, cache: KVCache | None, guide: Guidance, canvas: Canvas, steps: int
 ) -> Iterator[tuple[int, Cond, KVCache | None, Guidance]]:
-    """What each of the first `steps` steps runs with: behind the last guided one no null rows, but where `cond.at` is
-    set, whose edits may know all rows."""
-    last, samples = guided_steps(guide, canvas.layout), len(canvas.tokens)
+    """What each of the first `steps` steps runs with: behind the last guided one, and without a cache in every unguided
+    one, no null rows, but where `cond.at` is set, whose edits may know all rows."""
+    guided, samples, alone = guided_steps(guide, canvas.layout), len(canvas.tokens), None
     for k in range(steps):
-        if k == last and guide.streams > 1 and not cond.at:
-            cond, guide = cond.first(samples), UNGUIDED
-            cache = None if cache is None else cache.first(samples)
-        yield k, cond, cache, guide
+        needed = guided[k] if cache is None else any(guided[k:])
+        if needed or guide.streams == 1 or cond.at:
+            yield k, cond, cache, guide
+            continue
+        if alone is None:
+            alone = cond.first(samples), None if cache is None else cache.first(samples), UNGUIDED
+        yield k, *alone
 
 
 def check_rows(cond: Cond, noise: SampleNoise, guide: Guidance) -> None:

@@ -29,6 +29,7 @@ from vtok.models import FAMILIES
 from vtok.noise import SampleNoise, key, keys
 from vtok.tokenizer import TRAINING, Tokenizer, TokenSpec
 
+CORRECTED, CORRECTION_STREAM = 0.3, 7201  # DetailFlow (arXiv 2505.21473): its code's share, for the generator
 _CROP = 1  # separates the draw of the crop from the model's own use of the sample's key
 
 
@@ -59,8 +60,9 @@ class OnlineTokens(LightningDataModule):
     """An image data module whose batches are encoded on the device.
 
     data: an ImageData. tokenizer: run directory, .ckpt, shared folder, or a Tokenizer. keep_images: leave "image" in
-    the batch beside "tokens". corrections: add "corrupted" and "repaired", rows [B, L] in which the tokenizer goes on
-    from wrong tokens, to learn to repair them (DetailFlow); needs a tokenizer that can. ahead: on a GPU, encode the
+    the batch beside "tokens". corrections: add "corrupted" and "repaired" [B, L] to training batches: for a share
+    CORRECTED of the samples, drawn by their keys, what is read and what is to be predicted where the tokenizer goes on
+    from wrong tokens (DetailFlow), else the tokens; needs a tokenizer that can. ahead: on a GPU, encode the
     next training batch beside the step that has this one; the tokens are the same. trust: see `frozen`.
     """
 
@@ -139,13 +141,15 @@ class OnlineTokens(LightningDataModule):
         fresh = isinstance(batch, Mapping) and "image" in batch and "tokens" not in batch
         if fresh:
             counters.count("tokens.in_turn")
-        return self.encode(batch) if fresh else batch
+        training = self.trainer is None or self.trainer.training
+        return self.encode(batch, training=training) if fresh else batch
 
     @torch.no_grad()
-    def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, batch: Mapping[str, Tensor], *, training: bool = True) -> dict[str, Tensor]:
         """{"image", "label", "key", "index"} to {"tokens", "label", "key", "index"}, on the images' device.
 
         Images are uint8 [B, H, W, 3], as the loader gives them, or float [B, 3, H, W] in [-1, 1]; kept ones are float.
+        training: whether the batch is trained on; held-out ones get no corrections.
         """
         batch = float_images(batch)
         images = batch["image"]
@@ -153,14 +157,22 @@ class OnlineTokens(LightningDataModule):
             self.tokenizer.to(images.device)
         noise = SampleNoise(batch["key"])
         # without autocast: the ids must not depend on the precision in which the generator trains
-        if self.corrections:
-            names = "tokens", "corrupted", "repaired"
+        if self.corrections and training:
+            names, chosen = ("tokens", "corrupted", "repaired"), corrected(batch.get("host_key", batch["key"]))
+            chosen = chosen.to(images.device, non_blocking=True)
             with torch.autocast(images.device.type, enabled=False):
-                rows = dict(zip(names, self.tokenizer.corrupted(images.float(), noise)))
+                rows = dict(zip(names, self.tokenizer.corrupted(images.float(), noise, chosen)))
         else:
             rows = {"tokens": encode_images(self.tokenizer, images.float(), noise=noise)}
         kept = {k: v for k, v in batch.items() if k != "image" or self.keep_images}
         return {**rows, **kept}
+
+
+def corrected(key: Tensor | np.ndarray) -> Tensor:
+    """Which of the samples int64 [B] get corrections: their rows, on the host. Keys on a GPU are waited for."""
+    host = torch.as_tensor(key).cpu()
+    share = SampleNoise(host).uniform(torch.zeros(1, dtype=torch.int64, device="cpu"), CORRECTION_STREAM)[:, 0]
+    return (share < CORRECTED).nonzero()[:, 0]
 
 
 class Codes(StepData):

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from vtok.noise import key
 
-Crop = Literal["center", "random", "short", "var", "none"]
-CROPS = ("center", "random", "short", "var", "none")
+Crop = Literal["center", "random", "short", "var", "ten", "none"]
+CROPS = ("center", "random", "short", "var", "ten", "none")
 
 
 class Draws:
@@ -152,9 +152,10 @@ class ImageTransform:
     """PIL image or array to uint8 [size, size, 3], with augmentation only where draws are given.
 
     crop: center and random are ADM's, short is a random place of the image whose short side became the size, var is
-    VAR's, none takes images that have the size already. Without draws, random and short become center. flip: mirror
-    half of the images. shift: move by up to that many pixels each way, the border pixel repeated. window: of all this,
-    a random square of that side is given, for tokenizers that take any size: more pictures for the same work.
+    VAR's, ten one of LlamaGen's ten (half of which are mirrored), none takes images that have the size already. Without
+    draws, random, short and ten become center. flip: mirror half of the images. shift: move by up to that many pixels
+    each way, the border pixel repeated. window: of all this, a random square of that side is given, for tokenizers that
+    take any size: more pictures for the same work.
     """
 
     size: int
@@ -193,6 +194,8 @@ class ImageTransform:
             image = resize_crop(image, self.size, draws)
         elif self.crop == "random" and draws is not None:
             image = random_crop(image, self.size, draws)
+        elif self.crop == "ten" and draws is not None:
+            image = ten_crop(image, self.size)[draws.below(10)]
         elif self.crop == "short" and draws is not None:
             image = resize_crop(image, self.size, draws, 1.0, Image.Resampling.BICUBIC)
         else:

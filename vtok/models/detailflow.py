@@ -171,17 +171,25 @@ class DetailFlowTokenizer(Tokenizer):
         return torch.where(inside, changed, clean), start, end
 
     @torch.no_grad()
-    def corrupted(self, images: Tensor, noise: SampleNoise) -> tuple[Tensor, Tensor, Tensor]:
+    def corrupted(
+        self, images: Tensor, noise: SampleNoise, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(clean, given, wanted) ids [B, N] for a generator that learns to repair its own mistakes.
 
-        given: clean ids, the corrupted ones, then those written to repair them; wanted: the same, uncorrupted.
+        given: clean ids, the corrupted ones, then those written to repair them; wanted: the same, uncorrupted. rows:
+        int64 [n], of which samples; both are the clean ids for the others. None: of all.
         """
         z = self.features(images)
         clean = self.quantizer.indices(z)
-        ids, _, end = self.corrupt(z, clean, torch.full_like(clean[:, 0], self.tokens), noise)
-        written = self.quantizer.indices(self.refine(images, self.embed(ids), end))
+        rows = torch.arange(len(images), device=z.device) if rows is None else rows
+        if not len(rows):
+            return clean, clean, clean
+        right = clean[rows]
+        ids, _, end = self.corrupt(z[rows], right, torch.full_like(right[:, 0], self.tokens), noise.rows(rows))
+        written = self.quantizer.indices(self.refine(images[rows], self.embed(ids), end))
         kept = torch.arange(self.tokens, device=z.device) < end[:, None]
-        return clean, torch.where(kept, ids, written), torch.where(kept, clean, written)
+        pair = torch.where(kept, ids, written), torch.where(kept, right, written)
+        return clean, *(clean.index_copy(0, rows, changed) for changed in pair)
 
     # --- decoding -----------------------------------------------------------------------------------------------------
 
