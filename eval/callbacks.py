@@ -150,12 +150,12 @@ class ReconstructionDistance(Distances):
 
 def reconstructed(originals: Images, tokenizer: Any, device: torch.device, trainer: L.Trainer) -> Images:
     """`originals` through the tokenizer, with the draws of eval.reconstruction."""
-    from vtok.data.transforms import to_uint8
+    from vtok.data.transforms import to_float, to_uint8
 
     def span(size: int, first: int, last: int):
         place = first
         for batch in originals.part(size, first, last):
-            x = (batch.to(device).permute(0, 3, 1, 2).float() / 127.5) - 1
+            x = to_float(batch.to(device), channels_last=True)
             noise = SampleNoise(sample_seeds(0, place, place + len(batch)).to(device))
             with trainer.precision_plugin.forward_context():
                 made = tokenizer.decode(tokenizer.encode(x, noise=noise), noise=noise)

@@ -30,6 +30,7 @@ from eval.fid import CONFIGS
 from eval.keyed import flow_losses, masked_losses
 from eval.progress import progress_bar
 from vtok.cli import entry
+from vtok.data.transforms import to_float
 from vtok.noise import SampleNoise, sample_seeds
 
 
@@ -122,7 +123,7 @@ def encode(tokenizer: Any, batches: Iterable[Tensor], total: int, seed: int) -> 
     found, done, noise = [], 0, SampleNoise(sample_seeds(seed, 0, total).to(device))
     with progress_bar("encoding", total) as advance:
         for batch in batches:
-            images = batch.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            images = to_float(batch.to(device), channels_last=True)
             rows = slice(done, done := done + len(batch))
             found.append(tokenizer.encode(images, noise=noise.rows(rows)).cpu())
             advance(len(batch))

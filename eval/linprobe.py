@@ -25,6 +25,7 @@ from eval.progress import progress_bar
 from eval.sources import Images, from_data
 from vtok.checkpoint import write_json
 from vtok.cli import entry
+from vtok.data.transforms import to_float
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -37,7 +38,7 @@ def read(tokenizer: Any, images: Images, pool: str, *, batch_size: int, device: 
     rows = []
     with progress_bar("encoding", images.count) as advance:
         for batch in images.batches(batch_size):
-            x = batch.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            x = to_float(batch.to(device), channels_last=True)
             codes = tokenizer.embed(tokenizer.encode(x)).float()
             rows.append((codes.mean(1) if pool == "mean" else codes.flatten(1)).cpu())
             advance(len(batch))
