@@ -70,7 +70,7 @@ def run_through(
 
     perceptual: LPIPS of two batches in [-1, 1], if it is to be measured. seed: of tokenizers that draw.
     """
-    from vtok.data.transforms import to_uint8
+    from vtok.data.transforms import to_float, to_uint8
 
     dim = extractor.dim if extractor else 1
     parts = tokenizer.spec.parts if tokenizer.spec.discrete else ()
@@ -80,7 +80,7 @@ def run_through(
     seen = 0
     with progress_bar("reconstructing", images.count) as advance:
         for batch in images.batches(batch_size):
-            x = (batch.to(device).permute(0, 3, 1, 2).float() / 127.5) - 1
+            x = to_float(batch.to(device), channels_last=True)
             noise = SampleNoise(sample_seeds(seed, seen, seen + len(batch)).to(device))
             tokens = encode_images(tokenizer, x, noise=noise)
             decoded = tokenizer.decode(tokens, noise=noise)
@@ -97,9 +97,7 @@ def run_through(
                 done.survived += int((again == tokens).sum())
                 done.tokens += tokens.numel()
             if perceptual is not None:
-                shown = (
-                    copies.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-                )  # the pictures as one would store them
+                shown = to_float(copies.to(device), channels_last=True)  # the pictures as one would store them
                 done.perceptual += float(perceptual(shown, x).double().sum())
             if extractor is not None:
                 done.originals.add(extractor(batch).features)
@@ -137,7 +135,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     if config["extractor"] != "none":
         extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)
     keep = images.count if config["npz"] or config.get("samples") else GRID if config["grid"] else 0
-    lpips = perceptual_distance(config.get("lpips"), config.get("lpips_path"))
+    lpips = perceptual_distance(config.get("lpips"), config.get("lpips_path"), side=tokenizer.spec.image_size)
     done = run_through(
         tokenizer, images, extractor, batch_size=int(config["batch_size"]), keep=keep, device=device,
         perceptual=lpips.to(device) if lpips else None, seed=config["seed"],
@@ -171,11 +169,16 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     return result
 
 
-def perceptual_distance(wanted: bool | None, weights_path: str | None) -> Any | None:
-    """LPIPS on VGG16. wanted: None takes it where its two files are, True insists on them."""
+def perceptual_distance(wanted: bool | None, weights_path: str | None, *, side: int | None = None) -> Any | None:
+    """LPIPS on VGG16. wanted: None takes it where its two files are and all pictures, of that side, are large enough;
+    True insists on it."""
     from vtok.losses.frozen import weights_folder
-    from vtok.losses.reconstruction import HEADS_FILE, LPIPS, VGG_FILE
+    from vtok.losses.reconstruction import HEADS_FILE, LEAST_SIDE, LPIPS, VGG_FILE
 
+    if side is not None and side < LEAST_SIDE:
+        if wanted:
+            raise ValueError(f"lpips=true needs at least {LEAST_SIDE} px, these pictures have {side}: pass lpips=false")
+        return None
     folder = weights_folder(weights_path)
     there = all((folder / name).is_file() for name in (VGG_FILE, HEADS_FILE))
     if wanted is False or (wanted is None and not there and weights_path is None):
