@@ -137,13 +137,14 @@ class ReconstructionDistance(Distances):
     ) -> None:
         super().__init__(every=every, extractor=extractor, weights_path=weights_path)
         self.images = images
+        self._originals: Images | None = None
         self._statistics: Statistics | None = None
 
     def values(self, trainer: L.Trainer, pl_module: L.LightningModule, extractor: Extractor) -> dict[str, float]:
-        originals = from_data(trainer.datamodule, "val", self.images)
-        if self._statistics is None:
-            self._statistics = share(originals, extractor, trainer).moments.statistics()
-        copies = reconstructed(originals, pl_module.variants()[""].eval(), pl_module.device, trainer)
+        if self._originals is None:
+            self._originals = from_data(trainer.datamodule, "val", self.images)
+            self._statistics = share(self._originals, extractor, trainer).moments.statistics()
+        copies = reconstructed(self._originals, pl_module.variants()[""].eval(), pl_module.device, trainer)
         found = share(copies, extractor, trainer)
         return {"val/rfd": frechet_distance(found.moments.statistics(), self._statistics)}
 
