@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,6 +51,8 @@ def resized(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
 
 
-def by_value(values: Tensor) -> list[tuple[int, Tensor]]:
-    """(value, rows that have it) for every value of an integer tensor [B], ascending."""
-    return [(int(v), (values == v).nonzero().squeeze(1)) for v in torch.unique(values)]
+def by_value(values: Tensor, host: np.ndarray | None = None) -> list[tuple[int, Tensor]]:
+    """(value, rows that have it) for every value of an integer tensor [B], ascending. host: the same values on the
+    host, which waits for a GPU to know them otherwise."""
+    found, counts = np.unique(values.cpu().numpy() if host is None else host, return_counts=True)
+    return list(zip(found.tolist(), values.argsort(stable=True).split(counts.tolist())))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -115,7 +116,7 @@ def drawn_sides(
     largest. Up to four inner ones are dropped (10, 5, 2, 1 %), then one of the last four while it is too long: the
     largest may be among these, unless keep_last.
     """
-    draws = (min(number, 1 - 2**-23) for number in host_uniforms(key, 64, stream))
+    draws = (min(number, 1 - 2**-23) for number in host_uniforms(np.array([key]), 64, stream)[0].tolist())
     largest, budget = known[-1], sum(side * side for side in own)
     chosen = list(own)
     if next(draws) >= 0.05:
