@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.layers.cnn import from_map, to_map
+from vtok.layers.resolution import interpolate
 from vtok.noise import host_uniforms
 from vtok.precision import full
 from vtok.quantize.residual import bounds, check_sides
@@ -86,7 +86,7 @@ class IndependentVQ(VQ):
             raise ValueError(f"z is {tuple(z.shape)}, expected a square map [B, H, H, {self.channels}]")
         with torch.autocast(z.device.type, enabled=False):
             features = to_map(full(z), z.shape[1])
-            maps = [F.interpolate(features, size=side, mode="area") for side in self._sides(sides)]
+            maps = [interpolate(features, side, mode="area") for side in self._sides(sides)]
         return torch.cat([from_map(scale).flatten(1, 2) for scale in maps], 1)
 
     def assemble(self, codes: Tensor, keep: int | None = None, sides: Sequence[int] | None = None) -> Tensor:
