@@ -35,7 +35,7 @@ from eval.protocol import Protocol, library_versions, metric_name
 from eval.references import DATA_SPLITS, described, find, reference_images, statistics_hash
 from eval.sources import Images
 from vtok.checkpoint import file_hash, weights_hash, write_json
-from vtok.cli import entry
+from vtok.cli import check_numbers, check_place, entry
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -71,6 +71,10 @@ def evaluate(
     from vtok.data.tasks import task_from_environment
 
     config = settle(config)
+    check_numbers(config)
+    out = Path(config["out"] or default_out(config)) if config["samples"] or config["from"] else None
+    check_place("out", out)
+    check_place("save_reference", config.get("save_reference"))
     task = task_from_environment(config.get("task_id"), config.get("num_tasks"), os.environ)
     device = resolve_device(config["device"])
     extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)
@@ -82,7 +86,6 @@ def evaluate(
     if real is None and clouds:  # statistics alone have no neighbours
         why = "manifold=true" if config["manifold"] else "kid=true"
         real = reference_images(str(config["reference"]), data, why=why)
-    out = Path(config["out"] or default_out(config))
     parts = out.with_suffix(".parts")
     if config.get("overwrite"):
         if task[1] > 1:

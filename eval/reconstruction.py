@@ -30,7 +30,7 @@ from eval.protocol import Protocol, library_versions, metric_name
 from eval.references import statistics_hash
 from eval.sources import from_data
 from vtok.checkpoint import write_atomic, write_json
-from vtok.cli import check_whole_number, entry
+from vtok.cli import check_numbers, check_place, entry
 from vtok.decoding import encode_images, light_tokenizer
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.statistics import COUNTED
@@ -118,7 +118,11 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     from vtok.config import Families
     from vtok.tokenizer import Tokenizer
 
-    check_whole_number("seed", config["seed"])
+    check_numbers(config)
+    path = Path(config["from"])
+    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "reconstruction.json")
+    for name, place in (("out", out), *((name, config.get(name)) for name in ("npz", "grid", "samples"))):
+        check_place(name, place)
     device = resolve_device(config["device"])
     tokenizer = load_module(config["from"], Families(FAMILIES, config.get("trust") or ()), config["weights"])
     if not isinstance(tokenizer, Tokenizer):
@@ -161,8 +165,6 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
         print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
     print("\n".join(f"  {key}: {value}" for key, value in identity.items() if key != "protocol"))
     result = {"metrics": metrics, **identity, "command": "python -m eval.reconstruction " + " ".join(sys.argv[1:])}
-    path = Path(config["from"])
-    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "reconstruction.json")
     write_json(out, result)
     print(f"wrote {out}")
     write_pairs(done.pairs, config["npz"], config["grid"], config.get("samples"))

@@ -23,7 +23,7 @@ from eval.references import DATA_SPLITS
 from eval.sources import Images, from_data, same_images
 from vgen.sampling import SPEED, load_pipeline, resolve_device
 from vtok.checkpoint import write_atomic
-from vtok.cli import entry
+from vtok.cli import check_numbers, check_place, entry
 from vtok.config import defaults, differences
 
 # other keys of eval.fid by which results of one folder must agree, beside the images of `data`
@@ -65,6 +65,9 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
         raise ValueError("give from=<run or exported folder>: a sweep draws its samples")
     folder = Path(config["out"] or results_folder(str(config["from"])) / "sweep")
     chosen = settings(axes, config)
+    for setting in chosen:  # all of them before the first is measured
+        check_numbers({**config, **setting})
+    check_place("out", folder, folder=True)
     device, pipeline, loaded = resolve_device(config["device"]), None, None
     split = str(config["reference"])
     real = from_data(data, split) if data is not None and split in DATA_SPLITS else None  # a look at every file

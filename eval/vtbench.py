@@ -28,7 +28,7 @@ from eval.ocr import MISSING, ErrorRates, find_reader
 from eval.pixels import SIGMA, WINDOW, PixelErrors
 from eval.progress import progress_bar
 from vtok.checkpoint import write_atomic, write_json
-from vtok.cli import entry
+from vtok.cli import check_numbers, check_place, entry
 
 TASKS = ("pictures", "detail", "text")
 FITS = ("crop", "pad", "tiles")
@@ -183,6 +183,10 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, known in (("fit", FITS), ("rounding", ("nearest", "truncate"))):
         if config[key] not in known:
             raise ValueError(f"{key}={config[key]}: choose {', '.join(known)}")
+    check_numbers(config)
+    out = Path(config["out"] or results_folder(str(config["from"])) / "vtbench.json")
+    check_place("out", out)
+    check_place("save", config["save"], folder=True)
     reader = find_reader(str(config["ocr"]), list(config["languages"])) if "text" in folders else None
     if "text" in folders and reader is None and config["ocr"] != "none":
         print(f"text: pixels only, {MISSING}")
@@ -207,7 +211,6 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
         "command": "python -m eval.vtbench " + " ".join(sys.argv[1:]),
     }
     print("\n".join(f"  {key}: {result[key]}" for key in ("tokenizer", "image_size", "fit", "rounding", "ocr")))
-    out = Path(config["out"] or results_folder(str(config["from"])) / "vtbench.json")
     write_json(out, result)
     print(f"wrote {out}")
     return result
