@@ -137,25 +137,26 @@ class ReconstructionDistance(Distances):
     ) -> None:
         super().__init__(every=every, extractor=extractor, weights_path=weights_path)
         self.images = images
+        self._originals: Images | None = None
         self._statistics: Statistics | None = None
 
     def values(self, trainer: L.Trainer, pl_module: L.LightningModule, extractor: Extractor) -> dict[str, float]:
-        originals = from_data(trainer.datamodule, "val", self.images)
-        if self._statistics is None:
-            self._statistics = share(originals, extractor, trainer).moments.statistics()
-        copies = reconstructed(originals, pl_module.variants()[""].eval(), pl_module.device, trainer)
+        if self._originals is None:
+            self._originals = from_data(trainer.datamodule, "val", self.images)
+            self._statistics = share(self._originals, extractor, trainer).moments.statistics()
+        copies = reconstructed(self._originals, pl_module.variants()[""].eval(), pl_module.device, trainer)
         found = share(copies, extractor, trainer)
         return {"val/rfd": frechet_distance(found.moments.statistics(), self._statistics)}
 
 
 def reconstructed(originals: Images, tokenizer: Any, device: torch.device, trainer: L.Trainer) -> Images:
     """`originals` through the tokenizer, with the draws of eval.reconstruction."""
-    from vtok.data.transforms import to_uint8
+    from vtok.data.transforms import to_float, to_uint8
 
     def span(size: int, first: int, last: int):
         place = first
         for batch in originals.part(size, first, last):
-            x = (batch.to(device).permute(0, 3, 1, 2).float() / 127.5) - 1
+            x = to_float(batch.to(device), channels_last=True)
             noise = SampleNoise(sample_seeds(0, place, place + len(batch)).to(device))
             with trainer.precision_plugin.forward_context():
                 made = tokenizer.decode(tokenizer.encode(x, noise=noise), noise=noise)

@@ -33,8 +33,9 @@ from eval.moments import frechet_distance
 from eval.presets import settle
 from eval.protocol import Protocol, library_versions, metric_name
 from eval.references import DATA_SPLITS, described, find, reference_images, statistics_hash
+from eval.sources import Images
 from vtok.checkpoint import file_hash, weights_hash, write_json
-from vtok.cli import entry
+from vtok.cli import check_numbers, check_place, entry
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -57,29 +58,34 @@ def evaluate(
     data: Any | None = None,
     *,
     pipeline: Any | None = None,
+    real: Images | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The command: measures, prints, writes JSON to `out`; returns what it wrote.
 
     None where other tasks of the same job are not done yet: the last one to finish writes. pipeline: of `from`, where
-    it is loaded already. notes: more that the JSON keeps.
+    it is loaded already. real: the images of a `reference` that is a split of `data`, where they are listed already.
+    notes: more that the JSON keeps.
     """
     from vgen.sampling import resolve_device
     from vtok.data.tasks import task_from_environment
 
     config = settle(config)
+    check_numbers(config)
+    out = Path(config["out"] or default_out(config)) if config["samples"] or config["from"] else None
+    check_place("out", out)
+    check_place("save_reference", config.get("save_reference"))
     task = task_from_environment(config.get("task_id"), config.get("num_tasks"), os.environ)
     device = resolve_device(config["device"])
     extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)
     images, facts = samples_of(config, device, pipeline)
     if config["class_accuracy"] and (images.labels is None or extractor.classes is None):
         raise ValueError("class_accuracy=true needs labels of the samples and extractor=cifar")
-    statistics, real = find(str(config["reference"]), data, extractor)
+    statistics, real = (None, real) if real else find(str(config["reference"]), data, extractor)
     clouds = bool(config["manifold"] or config.get("kid"))
     if real is None and clouds:  # statistics alone have no neighbours
         why = "manifold=true" if config["manifold"] else "kid=true"
         real = reference_images(str(config["reference"]), data, why=why)
-    out = Path(config["out"] or default_out(config))
     parts = out.with_suffix(".parts")
     if config.get("overwrite"):
         if task[1] > 1:

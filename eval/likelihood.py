@@ -29,7 +29,8 @@ from torch import Tensor
 from eval.fid import CONFIGS
 from eval.keyed import flow_losses, masked_losses
 from eval.progress import progress_bar
-from vtok.cli import entry
+from vtok.cli import check_numbers, check_place, entry
+from vtok.data.transforms import to_float
 from vtok.noise import SampleNoise, sample_seeds
 
 
@@ -122,7 +123,7 @@ def encode(tokenizer: Any, batches: Iterable[Tensor], total: int, seed: int) -> 
     found, done, noise = [], 0, SampleNoise(sample_seeds(seed, 0, total).to(device))
     with progress_bar("encoding", total) as advance:
         for batch in batches:
-            images = batch.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            images = to_float(batch.to(device), channels_last=True)
             rows = slice(done, done := done + len(batch))
             found.append(tokenizer.encode(images, noise=noise.rows(rows)).cpu())
             advance(len(batch))
@@ -161,6 +162,10 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     from vgen.sampling import resolve_device, resolve_dtype
     from vtok.checkpoint import write_json
 
+    check_numbers(config)
+    path = Path(config["from"])
+    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "likelihood.json")
+    check_place("out", out)
     dtype, quant = config.get("dtype", "float32"), config.get("quant")
     pipeline = Pipeline.load(
         config["from"],
@@ -195,8 +200,6 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
             f"right labels against shuffled ones, {result['held_out_images']} images: gain {test['mean_gain']:.4f}, "
             f"t {test['t']:.2f}, one-sided p {test['p_value']:.3g} (sign test {test['sign_p_value']:.3g})"
         )
-    path = Path(config["from"])
-    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "likelihood.json")
     named = {k: result[k] for k in ("held_out", "histogram", "below_histogram", "shuffled") if k in result}
     write_json(out, result | {"metrics": {f"loss[{k}]": v for k, v in named.items()}})  # as eval.compare reads them
     print(f"wrote {out}")

@@ -24,20 +24,20 @@ from eval.fid import CONFIGS
 from eval.progress import progress_bar
 from eval.sources import Images, from_data
 from vtok.checkpoint import write_json
-from vtok.cli import entry
+from vtok.cli import check_numbers, check_place, entry
+from vtok.data.transforms import to_float
 
+POOLS = ("mean", "flat")
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 @torch.inference_mode()
 def read(tokenizer: Any, images: Images, pool: str, *, batch_size: int, device: torch.device) -> Tensor:
     """float32 [N, C] (mean) or [N, L * C] (flat): the codes of every image's tokens."""
-    if pool not in ("mean", "flat"):
-        raise ValueError(f"pool={pool}: choose mean or flat")
     rows = []
     with progress_bar("encoding", images.count) as advance:
         for batch in images.batches(batch_size):
-            x = batch.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            x = to_float(batch.to(device), channels_last=True)
             codes = tokenizer.embed(tokenizer.encode(x)).float()
             rows.append((codes.mean(1) if pool == "mean" else codes.flatten(1)).cpu())
             advance(len(batch))
@@ -96,6 +96,12 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     from vtok.config import Families
     from vtok.tokenizer import Tokenizer
 
+    check_numbers(config)
+    if config["pool"] not in POOLS:
+        raise ValueError(f"pool={config['pool']}: choose {' or '.join(POOLS)}")
+    path = Path(config["from"])
+    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "linprobe.json")
+    check_place("out", out)
     device = resolve_device(config["device"])
     tokenizer = load_module(config["from"], Families(FAMILIES, config.get("trust") or ()), config["weights"])
     if not isinstance(tokenizer, Tokenizer):
@@ -121,8 +127,6 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     }
     for name, value in result["metrics"].items():
         print(f"{name} {value:.4g}")
-    path = Path(config["from"])
-    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "linprobe.json")
     write_json(out, result)
     print(f"wrote {out}")
     return result

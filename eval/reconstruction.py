@@ -30,7 +30,7 @@ from eval.protocol import Protocol, library_versions, metric_name
 from eval.references import statistics_hash
 from eval.sources import from_data
 from vtok.checkpoint import write_atomic, write_json
-from vtok.cli import check_whole_number, entry
+from vtok.cli import check_numbers, check_place, entry
 from vtok.decoding import encode_images, light_tokenizer
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.statistics import COUNTED
@@ -70,7 +70,7 @@ def run_through(
 
     perceptual: LPIPS of two batches in [-1, 1], if it is to be measured. seed: of tokenizers that draw.
     """
-    from vtok.data.transforms import to_uint8
+    from vtok.data.transforms import to_float, to_uint8
 
     dim = extractor.dim if extractor else 1
     parts = tokenizer.spec.parts if tokenizer.spec.discrete else ()
@@ -80,7 +80,7 @@ def run_through(
     seen = 0
     with progress_bar("reconstructing", images.count) as advance:
         for batch in images.batches(batch_size):
-            x = (batch.to(device).permute(0, 3, 1, 2).float() / 127.5) - 1
+            x = to_float(batch.to(device), channels_last=True)
             noise = SampleNoise(sample_seeds(seed, seen, seen + len(batch)).to(device))
             tokens = encode_images(tokenizer, x, noise=noise)
             decoded = tokenizer.decode(tokens, noise=noise)
@@ -97,9 +97,7 @@ def run_through(
                 done.survived += int((again == tokens).sum())
                 done.tokens += tokens.numel()
             if perceptual is not None:
-                shown = (
-                    copies.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-                )  # the pictures as one would store them
+                shown = to_float(copies.to(device), channels_last=True)  # the pictures as one would store them
                 done.perceptual += float(perceptual(shown, x).double().sum())
             if extractor is not None:
                 done.originals.add(extractor(batch).features)
@@ -120,7 +118,11 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     from vtok.config import Families
     from vtok.tokenizer import Tokenizer
 
-    check_whole_number("seed", config["seed"])
+    check_numbers(config)
+    path = Path(config["from"])
+    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "reconstruction.json")
+    for name, place in (("out", out), *((name, config.get(name)) for name in ("npz", "grid", "samples"))):
+        check_place(name, place)
     device = resolve_device(config["device"])
     tokenizer = load_module(config["from"], Families(FAMILIES, config.get("trust") or ()), config["weights"])
     if not isinstance(tokenizer, Tokenizer):
@@ -137,7 +139,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     if config["extractor"] != "none":
         extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)
     keep = images.count if config["npz"] or config.get("samples") else GRID if config["grid"] else 0
-    lpips = perceptual_distance(config.get("lpips"), config.get("lpips_path"))
+    lpips = perceptual_distance(config.get("lpips"), config.get("lpips_path"), side=tokenizer.spec.image_size)
     done = run_through(
         tokenizer, images, extractor, batch_size=int(config["batch_size"]), keep=keep, device=device,
         perceptual=lpips.to(device) if lpips else None, seed=config["seed"],
@@ -163,19 +165,22 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
         print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
     print("\n".join(f"  {key}: {value}" for key, value in identity.items() if key != "protocol"))
     result = {"metrics": metrics, **identity, "command": "python -m eval.reconstruction " + " ".join(sys.argv[1:])}
-    path = Path(config["from"])
-    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "reconstruction.json")
     write_json(out, result)
     print(f"wrote {out}")
     write_pairs(done.pairs, config["npz"], config["grid"], config.get("samples"))
     return result
 
 
-def perceptual_distance(wanted: bool | None, weights_path: str | None) -> Any | None:
-    """LPIPS on VGG16. wanted: None takes it where its two files are, True insists on them."""
+def perceptual_distance(wanted: bool | None, weights_path: str | None, *, side: int | None = None) -> Any | None:
+    """LPIPS on VGG16. wanted: None takes it where its two files are and all pictures, of that side, are large enough;
+    True insists on it."""
     from vtok.losses.frozen import weights_folder
-    from vtok.losses.reconstruction import HEADS_FILE, LPIPS, VGG_FILE
+    from vtok.losses.reconstruction import HEADS_FILE, LEAST_SIDE, LPIPS, VGG_FILE
 
+    if side is not None and side < LEAST_SIDE:
+        if wanted:
+            raise ValueError(f"lpips=true needs at least {LEAST_SIDE} px, these pictures have {side}: pass lpips=false")
+        return None
     folder = weights_folder(weights_path)
     there = all((folder / name).is_file() for name in (VGG_FILE, HEADS_FILE))
     if wanted is False or (wanted is None and not there and weights_path is None):

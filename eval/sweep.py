@@ -20,10 +20,10 @@ from typing import Any
 from eval.drawing import results_folder, weights_hash
 from eval.fid import CONFIGS, evaluate
 from eval.references import DATA_SPLITS
-from eval.sources import from_data, same_images
+from eval.sources import Images, from_data, same_images
 from vgen.sampling import SPEED, load_pipeline, resolve_device
 from vtok.checkpoint import write_atomic
-from vtok.cli import entry
+from vtok.cli import check_numbers, check_place, entry
 from vtok.config import defaults, differences
 
 # other keys of eval.fid by which results of one folder must agree, beside the images of `data`
@@ -65,8 +65,13 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
         raise ValueError("give from=<run or exported folder>: a sweep draws its samples")
     folder = Path(config["out"] or results_folder(str(config["from"])) / "sweep")
     chosen = settings(axes, config)
+    for setting in chosen:  # all of them before the first is measured
+        check_numbers({**config, **setting})
+    check_place("out", folder, folder=True)
     device, pipeline, loaded = resolve_device(config["device"]), None, None
-    ours = asked(config, data)
+    split = str(config["reference"])
+    real = from_data(data, split) if data is not None and split in DATA_SPLITS else None  # a look at every file
+    ours = asked(config, real)
     for number, setting in enumerate(chosen):
         path = folder / f"{name_of(setting)}.json"
         if number % task[1] != task[0]:
@@ -79,17 +84,15 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
             continue
         if loaded != (setting["weights"], setting["steps"]):  # steps change the loaded generator
             pipeline, loaded = load_pipeline(one, device), (setting["weights"], setting["steps"])
-        evaluate(one, data, pipeline=pipeline, notes={"asked": ours})
+        evaluate(one, data, pipeline=pipeline, real=real, notes={"asked": ours})
     return records(folder, chosen)
 
 
-def asked(config: Mapping[str, Any], data: Any | None) -> dict[str, Any]:
+def asked(config: Mapping[str, Any], real: Images | None) -> dict[str, Any]:
     """What besides the setting itself decides the numbers, as JSON keeps it. Of `data` it is which images are the
-    reference, not where they lie or how they are read; None where they are not."""
-    split = str(config["reference"])
-    images = from_data(data, split).identity if data is not None and split in DATA_SPLITS else None
+    reference, `real`, not where they lie or how they are read; None where they are not."""
     given = {k: config.get(k, SPEED.get(k)) for k in SAME}
-    return json.loads(json.dumps(given | {"data": images}, default=str))
+    return json.loads(json.dumps(given | {"data": real.identity if real else None}, default=str))
 
 
 def check(

@@ -14,7 +14,7 @@ rounding is to the nearest unless rounding=truncate, and there is no rFID, which
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from eval.ocr import MISSING, ErrorRates, find_reader
 from eval.pixels import SIGMA, WINDOW, PixelErrors
 from eval.progress import progress_bar
 from vtok.checkpoint import write_atomic, write_json
-from vtok.cli import entry
+from vtok.cli import check_numbers, check_place, entry
 
 TASKS = ("pictures", "detail", "text")
 FITS = ("crop", "pad", "tiles")
@@ -55,7 +55,9 @@ class Detail:
         self.original = self.copy = self.difference = 0.0
 
     def add(self, original: Tensor, copy: Tensor) -> None:
-        """uint8 [B, H, W, 3]."""
+        """uint8 [B, H, W, 3]; left out where a side is below that of the blur."""
+        if min(original.shape[1:3]) < WINDOW:
+            return
         a, b = (fine(x.permute(0, 3, 1, 2).double() / 255) for x in (original, copy))
         self.original += float(a.square().sum())
         self.copy += float(b.square().sum())
@@ -93,39 +95,53 @@ def to_bytes(image: Tensor, rounding: str) -> Tensor:
     return ((image.clamp(-1, 1) + 1) * 127.5).floor().to(torch.uint8).permute(1, 2, 0)
 
 
-def measure_task(
-    task: str, folder: Path, tokenizer: Any, config: Mapping[str, Any], reader: Any, lpips: Any
-) -> dict[str, Any]:
-    """Figures of one folder, keys without the task's name; saves original and copy side by side where asked."""
-    from PIL import Image
+def text_of(picture: Path) -> Path:
+    """The file that holds the text of a picture."""
+    return picture.with_suffix(".txt")
 
-    from vtok.data.files import list_images, read_image
-    from vtok.data.tiles import reconstruct
-    from vtok.data.transforms import to_float
+
+def listed(task: str, folder: Path, *, read: bool) -> list[str]:
+    """The pictures of a folder. ValueError where there are none, or, where they are to be read, a text is missing."""
+    from vtok.data.files import list_images
 
     names = list_images(folder, task)
     if not names:
         raise ValueError(f"{task}={folder} holds no images")
-    pixels, detail, perceptual = PixelErrors(), Detail(), 0.0
+    for name in names if read else ():
+        if not (truth := text_of(folder / name)).is_file():
+            raise ValueError(f"{truth} is missing: it holds the text of {name}; ocr=none measures pixels only")
+    return names
+
+
+def measure_task(
+    task: str, names: Sequence[str], tokenizer: Any, config: Mapping[str, Any], reader: Any, lpips: Any
+) -> dict[str, Any]:
+    """Figures of the pictures `names` of one folder, keys without the task's name; saves original and copy side by side
+    where asked. SSIM and detail are of those that the window of 11 fits, LPIPS of those of 16 pixels and more."""
+    from PIL import Image
+
+    from vtok.data.files import read_image
+    from vtok.data.tiles import reconstruct
+    from vtok.data.transforms import to_float
+    from vtok.losses.reconstruction import LEAST_SIDE
+
+    folder = Path(config[task])
+    pixels, detail, perceptual, compared = PixelErrors(), Detail(), 0.0, 0
     rates = {"": ErrorRates(), "_originals": ErrorRates()}
     with progress_bar(task, len(names)) as advance:
         for n, name in enumerate(names):
             picture = read_image(folder / name, upright=config["upright"])
             shown = np.asarray(fitted(picture, tokenizer.spec.image_size, config["fit"]))
-            if min(shown.shape[:2]) < WINDOW:
-                size = f"{shown.shape[1]} x {shown.shape[0]}"
-                raise ValueError(f"{folder / name} is {size}, SSIM needs {WINDOW} x {WINDOW}: remove it, or fit=crop")
             decoded, _, _ = reconstruct(tokenizer, to_float(shown), batch=int(config["batch_size"]), seed=n)
             original, copy = torch.from_numpy(shown.copy())[None], to_bytes(decoded, config["rounding"])[None]
             pixels.add(original, copy)
             detail.add(original, copy)
-            if lpips is not None:
-                both = [x.permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (copy, original)]
+            if lpips is not None and min(shown.shape[:2]) >= LEAST_SIDE:
+                both = [to_float(x, channels_last=True) for x in (copy, original)]
                 perceptual += float(lpips(*both))
+                compared += 1
             if reader is not None:
-                truth = (folder / name).with_suffix(".txt")
-                if not truth.is_file():
-                    raise ValueError(f"{truth} is missing: it holds the text of {name}; ocr=none measures pixels only")
+                truth = text_of(folder / name)
                 for side, image in (("", copy), ("_originals", original)):
                     rates[side].add(truth.read_text(encoding="utf-8"), reader(image[0].numpy()))
             if config["save"]:
@@ -133,9 +149,9 @@ def measure_task(
                 place = Path(config["save"], task, name).with_suffix(".png")
                 write_atomic(place, lambda file, pair=pair: pair.save(file, "PNG"))
             advance(1)
-    found: dict[str, Any] = {"count": len(names)} | pixels.result() | detail.result()
-    if lpips is not None:
-        found["lpips_vgg"] = perceptual / len(names)
+    found: dict[str, Any] = {"count": len(names)} | pixels.result() | {"ssim_images": pixels.windowed} | detail.result()
+    if compared:
+        found |= {"lpips_vgg": perceptual / compared, "lpips_images": compared}
     if reader is not None:
         found |= {name + side: value for side, rate in rates.items() for name, value in rate.result().items()}
     return found
@@ -167,14 +183,20 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, known in (("fit", FITS), ("rounding", ("nearest", "truncate"))):
         if config[key] not in known:
             raise ValueError(f"{key}={config[key]}: choose {', '.join(known)}")
+    check_numbers(config)
+    out = Path(config["out"] or results_folder(str(config["from"])) / "vtbench.json")
+    check_place("out", out)
+    check_place("save", config["save"], folder=True)
     reader = find_reader(str(config["ocr"]), list(config["languages"])) if "text" in folders else None
     if "text" in folders and reader is None and config["ocr"] != "none":
         print(f"text: pixels only, {MISSING}")
+    names = {task: listed(task, folder, read=reader is not None and task == "text") for task, folder in folders.items()}
     tokenizer = load_tokenizer(config).to(resolve_device(config["device"]))
     lpips = perceptual_distance(config["lpips"], config["lpips_path"])
     metrics: dict[str, Any] = {}
-    for task, folder in folders.items():
-        found = measure_task(task, folder, tokenizer, config, reader[1] if reader and task == "text" else None, lpips)
+    for task in folders:
+        read = reader[1] if reader and task == "text" else None
+        found = measure_task(task, names[task], tokenizer, config, read, lpips)
         metrics |= {f"{task}_{name}": value for name, value in found.items()}
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
@@ -189,7 +211,6 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
         "command": "python -m eval.vtbench " + " ".join(sys.argv[1:]),
     }
     print("\n".join(f"  {key}: {result[key]}" for key in ("tokenizer", "image_size", "fit", "rounding", "ocr")))
-    out = Path(config["out"] or results_folder(str(config["from"])) / "vtbench.json")
     write_json(out, result)
     print(f"wrote {out}")
     return result

@@ -65,11 +65,10 @@ def main(config: Any) -> None:
         raise ValueError(f"in={source} holds no images; change in")
     if config.on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image={config.on_bad_image!r}: choose error or skip")
-    if not isinstance(config.batch_size, int) or config.batch_size < 1:
-        raise ValueError(f"batch_size={config.batch_size}: tiles computed at once, at least 1")
+    check_whole_number("batch_size", config.batch_size, 1)
     check_whole_number("seed", config.seed)
-    if not isinstance(config.keep, int | None):
-        raise ValueError(f"keep={config.keep}: give a number of tokens, or null for all")
+    if config.keep is not None:
+        check_whole_number("keep", config.keep, 1)
     places = {}
     for name in names:
         place = out / Path(name).with_suffix("")

@@ -153,14 +153,14 @@ def measured_codes(tokenizer: Any, images: Any) -> dict[str, Any]:
     import torch
 
     from eval.pixels import PixelErrors
-    from vtok.data.transforms import to_uint8
+    from vtok.data.transforms import to_float, to_uint8
 
     quantizer = tokenizer.quantizer
     errors, counts = PixelErrors(), torch.zeros(quantizer.vocab_size, dtype=torch.int64)
     bins = [torch.zeros(level, dtype=torch.int64) for level in quantizer.levels]
     with torch.inference_mode():
         for batch in images.batches(100):
-            ids = tokenizer.encode(batch.permute(0, 3, 1, 2).float() / 127.5 - 1)
+            ids = tokenizer.encode(to_float(batch, channels_last=True))
             errors.add(batch, to_uint8(tokenizer.decode(ids)))
             counts += torch.bincount(ids.flatten(), minlength=len(counts))
             bins = [a + b for a, b in zip(bins, bin_counts(ids, quantizer.levels))]
@@ -217,7 +217,7 @@ def prefix_psnr(tokenizer: Any, images: Any, lengths: Sequence[int]) -> dict[str
     import torch
 
     from eval.pixels import PixelErrors
-    from vtok.data.transforms import to_uint8
+    from vtok.data.transforms import to_float, to_uint8
     from vtok.noise import SampleNoise, sample_seeds
 
     found = {}
@@ -225,7 +225,7 @@ def prefix_psnr(tokenizer: Any, images: Any, lengths: Sequence[int]) -> dict[str
         own, full = (PixelErrors(similarity=False) for _ in range(2))
         with torch.inference_mode():
             for batch in images.batches(100):
-                ids = tokenizer.encode(batch.permute(0, 3, 1, 2).float() / 127.5 - 1)
+                ids = tokenizer.encode(to_float(batch, channels_last=True))
                 noise = SampleNoise(sample_seeds(0, own.count, own.count + len(batch)))
                 own.add(batch, to_uint8(tokenizer.decode(ids, keep=k, noise=noise)))
                 if hasattr(tokenizer, "side_of"):

@@ -41,6 +41,36 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "reconstruction: seed": (RECONSTRUCTION, ("from={model}/tokenizer", "seed=x"), ("seed=x: give a whole number",)),
     "fid: missing samples": (FID, ("samples=nowhere.npz", "reference=val", "data=digits"), ("nowhere.npz",)),
+    "sample: a file for a folder": (SAMPLE, ("from={model}", "out={text}/x.png"), ("out={text}/x.png", "is a file")),
+    "sample: a folder for a file": (SAMPLE, ("from={model}", "preview={empty}"), ("preview={empty} is a folder",)),
+    "fid: no batch": (
+        FID,
+        ("samples={samples}", "reference={samples}", "batch_size=0"),
+        ("batch_size=0: give a whole",),
+    ),
+    "fid: half an image": (
+        FID,
+        ("samples={samples}", "reference={samples}", "images=1.5"),
+        ("images=1.5: give a whole",),
+    ),
+    "reconstruction: no image": (RECONSTRUCTION, ("from={model}/tokenizer", "images=0"), ("images=0: give a whole",)),
+    "reconstruction: a file for a folder": (
+        RECONSTRUCTION,
+        ("from={model}/tokenizer", "npz={text}/x.npz", "extractor=none"),
+        ("npz={text}/x.npz", "is a file"),
+    ),
+    "sweep: a later value": (
+        "eval.sweep",
+        ("from={model}", "reference={samples}", "sweep.guidance=[1,b]"),
+        ("guidance=b: give a number",),
+    ),
+    "probe: pool": ("eval.linprobe", ("from={model}/tokenizer", "data=digits", "pool=max"), ("pool=max", "flat")),
+    "vtbench: a generator": (
+        "eval.vtbench",
+        ("from={model}", "detail={damaged}"),
+        ("give its tokenizer, {model}/tok",),
+    ),
+    "likelihood: no seed": ("eval.likelihood", ("from={model}", "data=digits", "seed=null"), ("seed=None: give a",)),
     "fid: nothing to measure": (FID, ("reference=val", "data=digits"), ("samples", "from")),
     "fid: a file that is no npz": (FID, ("samples={text}", "reference=val", "data=digits"), ("{text}",)),
     "fid: Inception without its weights": (

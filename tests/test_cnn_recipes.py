@@ -74,6 +74,31 @@ def test_the_adaptive_weight_of_kl16_is_latent_diffusions(strength):
     torch.testing.assert_close(ours, theirs / size, rtol=1e-4, atol=0)
 
 
+def test_adam_of_kl16_moves_as_beside_a_sum_over_an_image():
+    """Adam of a summed loss with eps 1e-8 makes the same steps, also of weights whose mean gradient is about 1e-8."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=["experiment=kl16_imagenet256"])
+    ours = dict(config.optimizer)
+    assert dict(config.discriminator_optimizer)["eps"] == 1e-8, "its loss is a mean there too"
+    moved, size = {}, 3 * 256 * 256
+    slopes = torch.logspace(-9, -4, 6)
+    for name, factor, options in (
+        ("summed", size, ours | {"eps": 1e-8}),
+        ("mean", 1, ours),
+        ("as was", 1, ours | {"eps": 1e-8}),
+    ):
+        layer = torch.nn.Linear(6, 1, bias=False)
+        torch.nn.init.zeros_(layer.weight)
+        optimizer = optim.make_optimizer([layer], **options)
+        for step in range(3):
+            optimizer.zero_grad()
+            (factor * (step + 1) * (layer.weight[0] * slopes).sum()).backward()
+            optimizer.step()
+        moved[name] = layer.weight.detach()[0]
+    torch.testing.assert_close(moved["mean"], moved["summed"], rtol=1e-4, atol=0)
+    assert float((moved["as was"] / moved["summed"])[0]) < 0.5
+
+
 def header(path: str) -> str:
     """The comment that a configuration starts with, as one line."""
     lines = (CONFIGS / path).read_text().splitlines()

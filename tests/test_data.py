@@ -379,6 +379,8 @@ def test_a_batch_of_uint8_becomes_floats_as_numpy_divides(device):
     assert found["label"] is label and found["image"].device.type == device and found["image"].is_contiguous()
     assert np.array_equal(found["image"].cpu().numpy(), wanted)
     assert np.array_equal(to_float(values[:, ::-1]).numpy(), wanted[:, :, ::-1])
+    last = to_float(torch.from_numpy(values).to(device), channels_last=True)
+    assert np.array_equal(last.cpu().numpy(), wanted) and last.is_contiguous(memory_format=torch.channels_last)
     for batch in (found, {"tokens": label}, None):
         assert float_images(batch) is batch
     with pytest.raises(ValueError, match=r"uint8 \[2, 3, 16, 24\], expected \[B, H, W, 3\]"):

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from vtok.convert.detailflow import start_from_siglip2
 from vtok.layers.resolution import decode_side, degrade, prefix_side, resize_table
 from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES
-from vtok.noise import SampleNoise
+from vtok.models.detailflow import DEGRADE, LENGTH
+from vtok.noise import SampleNoise, host_uniforms
 from vtok.quantize.fsq import FSQ
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "tokenizer"
@@ -129,13 +131,21 @@ def test_training_decodes_clean_and_repaired_tokens_and_judges_what_it_wrote():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def lengths_of(model, keys: torch.Tensor) -> torch.Tensor:
+    """Of the samples with these keys, int64 [B]."""
+    place = torch.zeros(1, dtype=torch.int64)
+    return model.draw_length(*(SampleNoise(keys).uniform(place, s)[:, 0] for s in (LENGTH, DEGRADE))).long()
+
+
 def test_prefixes_train_on_their_resolution_whatever_the_batch():
     model = make("detailflow", degradation=1.0).train()
     keys = torch.arange(24)
-    lengths = model.draw_length(SampleNoise(keys))
+    lengths = lengths_of(model, keys)
     assert set(lengths.tolist()) == {1, 2, 4, 6}
     pictures = images().repeat(8, 1, 1, 1)
     recon = model(pictures, key=keys)
+    given = model(pictures, key=keys, host_key=keys.numpy())
+    assert torch.equal(given.images, recon.images) and torch.equal(given.targets, recon.targets)
     alone = model(pictures[5:6], key=keys[5:6])
     torch.testing.assert_close(alone.images, recon.images[5:6], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(alone.targets, recon.targets[5:6])
@@ -144,8 +154,13 @@ def test_prefixes_train_on_their_resolution_whatever_the_batch():
         small = degrade(pictures[row : row + 1], side, model.side_of(length))
         want = F.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
         torch.testing.assert_close(recon.targets[row : row + 1], want)
-    share = (make("detailflow", degradation=0.2).draw_length(SampleNoise(torch.arange(4000))) < 8).float().mean()
-    assert float(share) == pytest.approx(0.2, abs=0.03)
+    few = make("detailflow", degradation=0.2)
+    drawn, most = lengths_of(few, torch.arange(4000)), few.tokens - few.group
+    assert float((drawn < 8).float().mean()) == pytest.approx(0.2, abs=0.03)
+    numbers = (host_uniforms(np.arange(4000), 1, stream)[:, 0] for stream in (LENGTH, DEGRADE))
+    assert np.array_equal(few.draw_length(*numbers), drawn.numpy()), "the host knows what the device drew"
+    for place, length in ((1e-9, 1), (1 / 6, 2), (2 / 6 + 1e-3, 4), (1.0, most)):  # 1 .. 6, from 3 on in whole groups
+        assert float(few.draw_length(torch.tensor([place]), torch.tensor([0.1]))) == length
 
 
 @torch.no_grad()

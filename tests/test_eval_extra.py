@@ -21,6 +21,7 @@ from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.pipeline import Pipeline
 from vgen.sampling import SPEED, sample
+from vtok.losses.reconstruction import HEADS_FILE, VGG_FILE
 
 
 def test_missing_dinov2_weights_say_what_to_do(tmp_path) -> None:
@@ -63,6 +64,13 @@ def test_lpips_of_reconstructions_is_a_mean_over_images(tmp_path, monkeypatch) -
     assert perceptual_distance(None, None) is None and perceptual_distance(False, None) is None
     with pytest.raises(ValueError, match="pass lpips=false"):
         perceptual_distance(True, None)
+    for name in (VGG_FILE, HEADS_FILE):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="damaged"):
+        perceptual_distance(None, None, side=16)
+    assert perceptual_distance(None, None, side=15) is None
+    with pytest.raises(ValueError, match="at least 16 px, these pictures have 15: pass lpips=false"):
+        perceptual_distance(True, None, side=15)
     from test_pipeline import parts
 
     tokenizer = parts("llamagen")[1]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from vgen.models import FAMILIES
 from vgen.sampling import SPEED
 from vtok.checkpoint import load_module, write_atomic
 from vtok.data.fake import Fake
+from vtok.data.files import FileSource
 from vtok.data.imagefolder import ImageFolder
 from vtok.data.packed import Tars
 from vtok.data.transforms import to_uint8
@@ -96,9 +98,13 @@ def test_sweep_goes_by_the_images_of_the_reference_not_by_their_place(tmp_path, 
         written.append(path.name)
         write_atomic(path, *options, **rest)
 
+    looks: Counter = Counter()
+    size = FileSource.file_size
     with monkeypatch.context() as patch:
         patch.setattr("vtok.checkpoint.write_atomic", write)
+        patch.setattr(FileSource, "file_size", lambda self, i: looks.update([i]) or size(self, i))
         assert go("here") == 0
+    assert set(looks.values()) == {1}, "the files are looked at once, not for every setting"
     for path in (tmp_path / "sweep").glob("*.json"):
         assert written.count(path.name) == 1 and "ImageFolder train 32" in json.loads(path.read_text())["asked"]["data"]
     (tmp_path / "here").rename(tmp_path / "there")
@@ -281,14 +287,18 @@ def test_distance_of_samples_chooses_the_best_checkpoint(tmp_path) -> None:
         run(*common, *options, "trainer=fsdp", f"run_dir={tmp_path / 'cut'}")
 
 
-def test_distance_of_reconstructions_during_training(tmp_path) -> None:
+def test_distance_of_reconstructions_during_training(tmp_path, monkeypatch) -> None:
     """Measured at validations `every` steps apart; the last value again from the checkpoint's averaged weights."""
+    listed: list[str] = []
+    monkeypatch.setattr(
+        "eval.callbacks.from_data", lambda data, split, n: listed.append(split) or from_data(data, split, n)
+    )
     options = ("callbacks=rfd", "callbacks.rfd.extractor=cifar", "steps=8", "objective.gan=null", "monitor=val/rfd")
     run(*TOKENIZER, *options, "callbacks.rfd.every=5", f"run_dir={tmp_path / 'seldom'}")
     assert [step for step, _ in compare.read_curves(tmp_path / "seldom" / "metrics.csv")["val/rfd"]] == [4]
     value = run(*TOKENIZER, *options, "callbacks.rfd.every=4", f"run_dir={tmp_path / 'run'}")
     curve = compare.read_curves(tmp_path / "run" / "metrics.csv")["val/rfd"]
-    assert [step for step, _ in curve] == [4, 8]
+    assert [step for step, _ in curve] == [4, 8] and listed == ["val", "val"], "a run lists its pictures once"
     tokenizer = load_module(tmp_path / "run", FAMILIES, "ema")
     data = Fake(image_size=16, train_images=40, val_images=12, batch_size=8)
     images = torch.cat(list(from_data(data, "val").batches(12)))

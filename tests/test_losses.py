@@ -64,6 +64,9 @@ def test_lpips_is_the_formula_on_torchvisions_vgg(lpips_folder):
     torch.testing.assert_close(module(a, b), want.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(module(b, a), module(a, b))
     assert module(a, a).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="16 x 16, got 20 x 15: set perceptual_weight=0"):
+        module(*torch.zeros(2, 1, 3, 15, 20))
+    assert module(*torch.zeros(2, 1, 3, 16, 16)).shape == (1,)
     assert not list(module.parameters()) and not module.state_dict()  # frozen, and in no checkpoint
     a.requires_grad_()
     module(a, b).sum().backward()

@@ -347,9 +347,10 @@ def test_whole_pictures_through_the_command(tmp_path, monkeypatch, capsys):
     "family, changed, said",
     (
         ("var", {"keep": "2"}, "keep=2 of 21 tokens is no end of a scale: choose from (1, 5, 21)"),
-        ("var", {"keep": "few"}, "keep=few: give a number of tokens"),
+        ("var", {"keep": "few"}, "keep=few: give a whole number of at least 1"),
         ("llamagen", {"keep": "2"}, "decodes whole images only"),
-        ("llamagen", {"batch_size": "0"}, "batch_size=0: tiles computed at once, at least 1"),
+        ("llamagen", {"batch_size": "0"}, "batch_size=0: give a whole number of at least 1"),
+        ("llamagen", {"batch_size": "true"}, "batch_size=True: give a whole number of at least 1"),
         ("llamagen", {"seed": "x"}, "seed=x: give a whole number"),
         ("llamagen", {"in": "nowhere"}, "nowhere does not exist; change in"),
         ("llamagen", {"out": "in/copies"}, "lies in in="),

@@ -13,6 +13,14 @@ def test_shared_parts_are_one_class_and_model_files_hold_no_copies():
     assert broken() == []
 
 
+def test_attention_has_one_door():
+    files = [path for folder in ("vtok", "vgen") for path in (ROOT / folder).rglob("*.py")]
+    kernels = ("scaled_dot_product_attention", "flex_attention(", "MultiheadAttention(")
+    called = {p.relative_to(ROOT).as_posix() for p in files for line in p.read_text().splitlines()
+              if any(kernel in line for kernel in kernels)}  # fmt: skip
+    assert called == {"vtok/layers/attention.py"}
+
+
 def test_a_second_class_is_found_by_the_end_of_its_name():
     known = classes()
     assert second_classes(known) == []

@@ -226,6 +226,29 @@ def test_a_darker_copy_has_the_psnr_of_its_darkness(tmp_path, monkeypatch) -> No
     assert "pictures_detail_kept" not in metrics
 
 
+def test_small_pictures_are_measured_where_the_windows_fit(tmp_path, monkeypatch) -> None:
+    """SSIM's 11 pixels, LPIPS' 16: the others' means are of fewer pictures."""
+    sizes = {"a": (40, 10), "b": (40, 11), "c": (30, 40)}
+    both, large = folder_of(tmp_path / "both", sizes), folder_of(tmp_path / "large", {"x": (1, 1), **sizes})
+    for name in ("x", "a"):
+        (tmp_path / "large" / f"{name}.png").unlink()  # the same drawn pixels without the smallest
+
+    def distance(*_, **__):
+        return lambda a, b: (a - b).abs().sum() * 0 + min(a.shape[2:])
+
+    monkeypatch.setattr("eval.reconstruction.perceptual_distance", distance)
+    found = {}
+    for name, folder in (("both", both), ("large", large)):
+        tokenizer = Known(32, lambda x: (x * 0.9).clamp(-1, 1))
+        found[name] = measure(monkeypatch, tokenizer, tmp_path / "v.json", pictures=folder, fit="tiles")["metrics"]
+    assert found["both"]["pictures_count"] == 3 and found["both"]["pictures_ssim_images"] == 2
+    assert found["both"]["pictures_lpips_images"] == 1 and found["both"]["pictures_lpips_vgg"] == 30
+    for key in ("ssim_gauss11", "detail_kept", "detail_error", "ssim_images"):
+        assert found["large"][f"pictures_{key}"] == pytest.approx(found["both"][f"pictures_{key}"], rel=1e-2), key
+    tiny = measure(monkeypatch, Known(8), tmp_path / "v.json", pictures=both)["metrics"]
+    assert tiny == {"pictures_count": 3, "pictures_psnr_mean": 100, "pictures_psnr_set": 100, "pictures_ssim_images": 0}
+
+
 def test_text_is_read_from_copies_and_originals(tmp_path, monkeypatch, capsys) -> None:
     """A reader that sees how bright a picture is: right on originals but for one letter, wrong on dark copies."""
     place = tmp_path / "text"
@@ -246,7 +269,7 @@ def test_text_is_read_from_copies_and_originals(tmp_path, monkeypatch, capsys) -
     assert "text_cer" not in without["metrics"] and "text_psnr_mean" in without["metrics"]
     (place / "p.txt").unlink()
     with pytest.raises(ValueError, match=r"p\.txt is missing"):
-        measure(monkeypatch, darker, tmp_path / "v.json", **options)
+        measure(monkeypatch, None, tmp_path / "v.json", **options)  # before a tokenizer is loaded
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch) -> None:

@@ -21,6 +21,7 @@ from vgen.pipeline import Pipeline, local
 from vgen.previews import Previews
 from vtok.acceleration import SLOW_BF16, cpu_has_bf16, keep_memory
 from vtok.checkpoint import file_hash, find_checkpoint, is_folder, read_config, write_atomic, write_json
+from vtok.cli import check_numbers, check_place
 from vtok.data.tasks import task_from_environment
 from vtok.low_bit import SLOW_LOW_BIT
 from vtok.noise import sample_seeds
@@ -37,6 +38,7 @@ PICTURES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # which 
 
 def sample(config: Mapping[str, Any]) -> Path:
     """Run the command of configs/sample.yaml; returns the file or folder written."""
+    check_numbers(config)
     out = Path(config["out"])
     task = task_from_environment(config.get("task_id"), config.get("num_tasks"), os.environ)
     single = out.suffix in FILES  # a dot in the name of a folder is no ending: outputs/cfg1.5
@@ -54,6 +56,8 @@ def sample(config: Mapping[str, Any]) -> Path:
             raise ValueError(f"preview={strip} is out= too: give two files")
         if strip.exists() and not config["overwrite"]:
             raise ValueError(f"{strip} exists; pass overwrite=true or another preview=")
+        check_place("preview", strip)
+    check_place("out", out, folder=not single)
     device = resolve_device(config["device"])
     drawn = settings(config)
     rule, guide = rule_and_guidance(drawn)

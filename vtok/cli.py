@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,43 @@ def check_whole_number(name: str, value: Any, least: int | None = None) -> None:
     """Raise ValueError unless the value of key `name` is a whole number, of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
         raise ValueError(f"{name}={value}: give a whole number" + ("" if least is None else f" of at least {least}"))
+
+
+# keys that mean the same in every command of sampling and evaluation that has them -> the least that they may be
+WHOLE = {
+    "batch_size": 1, "seed": None, "per_class": 1, "num_images": 1, "images": 1, "train_images": 1, "chunk": 1,
+    "decode_chunk": 1, "steps": 1, "solver_steps": 1, "top_k": 0, "sample_size": 1, "splits": 1, "permutation": None,
+    "block": 1, "task_id": 0, "num_tasks": 1,
+}  # fmt: skip
+NUMBERS = ("guidance", "temperature", "top_p")
+NEVER_NULL = ("batch_size", "seed", "per_class")
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the key, where one of WHOLE or NUMBERS is no such number."""
+    for name, least in WHOLE.items():
+        if name in config and (config[name] is not None or name in NEVER_NULL):
+            check_whole_number(name, config[name], least)
+    for name in NUMBERS:
+        value = config.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{name}={value}: give a number")
+
+
+def check_place(name: str, path: str | Path | None, *, folder: bool = False) -> None:
+    """Raise ValueError where the file (or folder) that key `name` gives cannot be written: before the work, not after
+    it. None is no place."""
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir() and not folder:
+        raise ValueError(f"{name}={path} is a folder: give a file")
+    start = path if folder else path.parent
+    there = next((place for place in (start, *start.parents) if place.exists()), Path())
+    if not there.is_dir():
+        raise ValueError(f"{name}={path}: {there} is a file, no folder; give another {name}=")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{name}={path}: {there} cannot be written to; give another {name}=")
 
 
 def _root(error: BaseException) -> BaseException:

@@ -343,7 +343,8 @@ class LitTokenizer(Lit):
         progress = step / self.recipe.steps
         if not self.learns(step):
             return *self._of_the_discriminator(batch, progress), None
-        recon = self.objective.reconstruct(self.module, images, key=batch["key"], progress=progress)
+        keys = {"key": batch["key"], "host_key": batch.get("host_key")}
+        recon = self.objective.reconstruct(self.module, images, **keys, progress=progress)
         last_layer = self.module.last_layer if self.discriminator is not None else None
         real, fakes = recon.real(images), None if recon.images is None else recon.images.detach()
         before = self._discriminator_first(batch, real, fakes) if self._leads(step) else {}

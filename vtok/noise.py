@@ -65,13 +65,13 @@ def _mixed(h: np.ndarray) -> np.ndarray:
     return h ^ (h >> np.uint64(31))
 
 
-def host_uniforms(key: int, count: int, stream: int) -> list[float]:
-    """The numbers that SampleNoise gives the sample of this key at positions 0..count-1, without a tensor, for what
-    decides shapes: on a GPU the host would wait for them."""
-    root = _mixed(np.array([(key + _STREAM * (stream + 1)) & _MASK64], np.uint64))
-    word = _mixed(root + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+def host_uniforms(keys: np.ndarray, count: int, stream: int) -> np.ndarray:
+    """float32 [B, count]: what SampleNoise gives the samples of keys int64 [B] at positions 0..count-1, without a
+    tensor, for what decides shapes: on a GPU the host would wait for it."""
+    root = _mixed(keys.astype(np.uint64) + np.uint64(_STREAM * (stream + 1) & _MASK64))
+    word = _mixed(root[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
     unit = ((word >> np.uint64(24)).astype(np.float64) + 0.5) * 2.0**-40
-    return unit.astype(np.float32).tolist()
+    return unit.astype(np.float32)
 
 
 def sample_seeds(seed: int, start: int, stop: int) -> Tensor:

@@ -227,6 +227,8 @@ class Tokenizer(Configured, nn.Module):
     grows: Literal["no", "squares", "any"] = "no"
     layouts: bool = False  # whether decode(layout=) works: any list of scales
     decoder_draws: bool = False  # whether decode(noise=) changes images
+    # whether forward(host_key=) is taken: `key` as an array on the host, from which it draws what decides shapes
+    host_draws: bool = False
 
     def spec_for(self, size: int) -> TokenSpec:
         """Specification of the tokens of size x size images; ValueError where the family cannot take them."""

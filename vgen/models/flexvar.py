@@ -26,6 +26,7 @@ from vgen.models.var import VAR, scales_of
 from vtok.acceleration import pairs, trunk_operations
 from vtok.layers.cache import KVCache
 from vtok.layers.packed import float32_linear
+from vtok.layers.resolution import interpolate
 from vtok.layers.trunk import Inputs
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise, sample_seeds
@@ -193,7 +194,7 @@ class FlexVAR(VAR):
     def read(self, maps: Tensor, cond: Cond, layout: SequenceLayout, start: int, stop: int) -> Inputs:
         """The trunk's inputs of steps start..stop-1 with input maps [R, n, C]."""
         table = self.position.unsqueeze(0)
-        spots = [F.interpolate(table, size=layout.sides[step], mode="area").flatten(2) for step in range(start, stop)]
+        spots = [interpolate(table, layout.sides[step], mode="area").flatten(2) for step in range(start, stop)]
         parts = [cond.start + self.start] if start == 0 else []
         parts.append(float32_linear(self.map_embedding, maps))
         x = torch.cat(parts, dim=1) + torch.cat(spots, dim=2).transpose(1, 2)

@@ -39,6 +39,8 @@ def frozen(tokenizer: str | Path | Tokenizer, weights: Weights = "ema", *, trust
     trust: modules of yours that may hold its class.
     """
     if not isinstance(tokenizer, torch.nn.Module):
+        if (inside := Path(tokenizer) / "tokenizer").is_dir():
+            raise ValueError(f"{tokenizer} holds a generator: give its tokenizer, {inside}")
         tokenizer = load_module(tokenizer, Families(FAMILIES, trust), weights)
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"tokenizer={type(tokenizer).__name__} is not a tokenizer; give a tokenizer's run or folder")

@@ -206,11 +206,15 @@ class ImageTransform:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def to_float(images: np.ndarray | Tensor) -> Tensor:
-    """uint8 [.., H, W, 3] to float32 [.., 3, H, W] in [-1, 1], on the images' device: x / 127.5 - 1."""
+def to_float(images: np.ndarray | Tensor, *, channels_last: bool = False) -> Tensor:
+    """uint8 [.., H, W, 3] to float32 [.., 3, H, W] in [-1, 1], on the images' device: x / 127.5 - 1.
+
+    channels_last: in memory the channels stay last, as convolutions without gradients are fastest.
+    """
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(np.array(images, order="C"))
-    floats = images.movedim(-1, -3).contiguous().float()
+    images = images.movedim(-1, -3)
+    floats = (images if channels_last else images.contiguous()).float()
     # CUDA multiplies by the reciprocal of a number of the host, which rounds 111 of the 256 values otherwise
     return floats.div_(floats.new_full((), 127.5)).sub_(1)
 

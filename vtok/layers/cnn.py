@@ -13,6 +13,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.layers.attention import attend
 from vtok.layers.cnn_adaptive import AdaptiveGroupNorm, DepthToSpaceUpsample
 from vtok.layers.dropout import Dropout
 
@@ -178,7 +179,7 @@ class Attention2d(nn.Module):
         height = x.shape[2]
         # [B, 3C, h, w] -> three of [B, 1, h * w, C]
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v)
         return x + self.out(h.squeeze(1).transpose(1, 2).unflatten(2, (height, -1)))
 
 

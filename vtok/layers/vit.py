@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.layers.attention import Mask
+from vtok.layers.resolution import interpolate
 from vtok.layers.trunk import Inputs
 
 
@@ -36,11 +37,10 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 def cell_means(maps: Tensor, rows: int, columns: int) -> Tensor:
     """Means [B, C, rows, columns] of maps [B, C, h, w] over cells, which overlap by a row or column where they do not
-    divide the map. Their gradient on a GPU is then not the same bits each time: trainer.deterministic=true refuses it.
-    """
+    divide the map."""
     height, width = maps.shape[2:]
     if height % rows or width % columns:
-        return F.adaptive_avg_pool2d(maps, (rows, columns))
+        return interpolate(maps, (rows, columns), mode="area")
     return F.avg_pool2d(maps, (height // rows, width // columns))
 
 

@@ -9,9 +9,9 @@ augmentation is applied is drawn for every image, not for the batch, from the sa
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.layers.resolution import interpolate
 from vtok.noise import SampleNoise
 from vtok.precision import full
 
@@ -103,7 +103,7 @@ def resize(x: Tensor, size: int) -> Tensor:
     """Square images of side `size`: area means where x is larger, bicubic where it is smaller."""
     if tuple(x.shape[2:]) == (size, size):
         return x
-    return F.interpolate(x, size=(size, size), mode="area" if x.shape[2] > size else "bicubic")
+    return interpolate(x, size, mode="area" if x.shape[2] > size else "bicubic")
 
 
 def take(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

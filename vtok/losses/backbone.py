@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.layers.resolution import interpolate
 from vtok.losses.frozen import DAMAGE, find_weights, read_weights
 
 
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
         x = ((images.float() + 1) / 2 - self.mean) / self.std
         if x.shape[2:] == (self.size, self.size):
             return x
-        return F.interpolate(x, size=(self.size, self.size), mode="bicubic", align_corners=False)
+        return interpolate(x, self.size, mode="bicubic", align_corners=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
         tokens = self.net.forward_features(self.prepare(images))

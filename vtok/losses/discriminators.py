@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.layers.resolution import must_repeat
 from vtok.precision import full
 
 
@@ -99,14 +100,26 @@ class MaskBitDiscriminator(nn.Module):
         self.stem = nn.Conv2d(3, width, 5, padding=2)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.GroupNorm(groups, b) for b in widths[1:])
-        self.pool = nn.AdaptiveMaxPool2d(patches)
+        self.patches = patches
         self.hidden, self.out = nn.Conv2d(widths[-1], widths[-1], 1), nn.Conv2d(widths[-1], 1, 5, padding=2)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.leaky_relu(self.stem(images), 0.1)
         for conv, norm in zip(self.convs, self.norms):
             x = F.leaky_relu(norm(blur(F.pad(conv(x), (1, 1, 1, 1)), (1, 3, 3, 1), stride=2)), 0.1)
-        return self.out(F.leaky_relu(self.hidden(self.pool(x)), 0.1))
+        return self.out(F.leaky_relu(self.hidden(self._largest(x)), 0.1))
+
+    def _largest(self, x: Tensor) -> Tensor:
+        """Of each cell of x [B, C, h, w], [B, C, patches, patches]."""
+        height, width = x.shape[2:]
+        if height % self.patches == width % self.patches == 0:
+            return F.max_pool2d(x, (height // self.patches, width // self.patches))
+        if must_repeat(x):
+            raise ValueError(
+                f"trainer.deterministic=true: the discriminator's cells on a map of {height} x {width} overlap, which "
+                "has no repeatable gradient on a GPU; set objective.gan.discriminator.patches to a divisor of both"
+            )
+        return F.adaptive_max_pool2d(x, self.patches)
 
 
 class _Residual(nn.Module):
@@ -121,8 +134,16 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.leaky_relu(self.second(F.leaky_relu(self.first(x), 0.2)), 0.2)
-        h = self.down(blur(F.pad(h, (1, 1, 1, 1), mode="reflect"), (1, 2, 1)))
+        h = self.down(blur(mirrored(h), (1, 2, 1)))
         return (h + self.skip(x)) / math.sqrt(2)
+
+
+def mirrored(x: Tensor) -> Tensor:
+    """x [B, C, H, W] with a row or column reflected at each edge."""
+    if not must_repeat(x):
+        return F.pad(x, (1, 1, 1, 1), mode="reflect")
+    x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], 2)
+    return torch.cat([x[..., 1:2], x, x[..., -2:-1]], 3)
 
 
 def blur(x: Tensor, taps: tuple[int, ...], stride: int = 1) -> Tensor:

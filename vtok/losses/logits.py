@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.layers.resolution import interpolate
 from vtok.losses.frozen import Frozen, find_weights, read_weights
 from vtok.tokenizer import Reconstruction, Tokenizer
 
@@ -64,7 +65,7 @@ class LogitDistance(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """What the classifier sees of images in [-1, 1]."""
-        x = F.interpolate((images.float() + 1) / 2, size=(SIZE, SIZE), mode="bilinear", antialias=True)
+        x = interpolate((images.float() + 1) / 2, SIZE, mode="bilinear", antialias=True)
         return (x - self.mean) / self.std
 
     def forward(

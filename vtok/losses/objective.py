@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,13 +85,21 @@ class TokenizerObjective(nn.Module):
         return self.gan is None or not (self.gan.alternate and self.gan.learns(step))
 
     def reconstruct(
-        self, tokenizer: Tokenizer, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0
+        self,
+        tokenizer: Tokenizer,
+        images: Tensor,
+        *,
+        key: Tensor | None = None,
+        host_key: np.ndarray | None = None,
+        progress: float = 0.0,
     ) -> Reconstruction:
-        """The tokenizer's training pass, with its codes among the features where a term asks for them."""
+        """The tokenizer's training pass, with its codes among the features where a term asks for them. host_key: `key`
+        as an array on the host."""
+        given = {"key": key, "progress": progress} | ({"host_key": host_key} if tokenizer.host_draws else {})
         if not any(getattr(term, "needs_codes", False) for term in self.terms.values()):
-            return tokenizer(images, key=key, progress=progress)
+            return tokenizer(images, **given)
         with watch(tokenizer.quantizer) as passes:
-            recon = tokenizer(images, key=key, progress=progress)
+            recon = tokenizer(images, **given)
         if not passes:
             raise ValueError(
                 f"objective.terms holds a prior of the codes, but those of this {type(tokenizer).__name__} are frozen: "

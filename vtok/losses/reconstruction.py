@@ -35,6 +35,7 @@ LAYERS = (
     ((17, 512), (19, 512), (21, 512)),
     ((24, 512), (26, 512), (28, 512)),
 )
+LEAST_SIDE = 2 ** (len(LAYERS) - 1)  # of a picture that the pools leave a pixel of
 
 
 def pixel_loss(images: Tensor, targets: Tensor, kind: Literal["l1", "l2"]) -> Tensor:
@@ -43,7 +44,7 @@ def pixel_loss(images: Tensor, targets: Tensor, kind: Literal["l1", "l2"]) -> Te
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance [B] of images [B, 3, H, W] in [-1, 1].
+    """Perceptual distance [B] of images [B, 3, H, W] in [-1, 1], of at least 16 x 16.
 
     weights_path: folder that holds vgg16-397923af.pth (torchvision's) and vgg.pth (the heads). Raises ValueError that
     names the file, its size, its source and where to put it. All weights are non-persistent buffers.
@@ -64,6 +65,9 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        if min(images.shape[2:]) < LEAST_SIDE:
+            size = f"{images.shape[3]} x {images.shape[2]}"
+            raise ValueError(f"LPIPS needs images of {LEAST_SIDE} x {LEAST_SIDE}, got {size}: set perceptual_weight=0")
         # one pass over both: the features of the targets need no gradient, but a second pass would cost more launches
         x = (torch.cat([images, targets]) - self.shift) / self.scale
         distance = x.new_zeros(len(images))

@@ -12,6 +12,7 @@ images that are rendered at a smaller side are enlarged to the image's, as are t
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from vtok.layers.resolution import by_value, decode_side, degrade, prefix_side, 
 from vtok.layers.siglip import MaskDecoder, SiglipEncoder
 from vtok.layers.vit import NARROW, initialise
 from vtok.layout import SequenceLayout
-from vtok.noise import SampleNoise, noise_of
+from vtok.noise import SampleNoise, host_uniforms, noise_of
 from vtok.quantize.statistics import all_mean
 from vtok.quantize.vq import VQ
 from vtok.tokenizer import Part, Quantized, Quantizer, Reconstruction, Tokenizer, TokenSpec
@@ -45,6 +46,7 @@ class DetailFlowTokenizer(Tokenizer):
     """
 
     prefixes = True
+    host_draws = True
 
     def __init__(
         self,
@@ -219,30 +221,42 @@ class DetailFlowTokenizer(Tokenizer):
 
     # --- training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
-        """In eval mode: all tokens, no corruption, the images themselves as targets."""
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        key: Tensor | None = None,
+        progress: float = 0.0,
+        host_key: np.ndarray | None = None,
+    ) -> Reconstruction:
+        """In eval mode: all tokens, no corruption, the images themselves as targets. Without host_key training on a GPU
+        waits for the sides that it renders."""
         noise, z = noise_of(key, images), self.features(images)
         found = self.quantize(z, key)
         features = {} if self.global_head is None else {"global": self.global_head(found.z[:, 0])}
         if not self.training:
             made = self.pixels(found.z, size=images.shape[-1])
             return Reconstruction(made, found.ids, found.loss, found.stats, features)
-        length = self.draw_length(noise)
+        length = self.draw_length(_uniform(noise, LENGTH), _uniform(noise, DEGRADE)).long()
+        host_key = noise.seeds.cpu().numpy() if host_key is None else host_key
+        known = self.draw_length(*(host_uniforms(host_key, 1, stream)[:, 0] for stream in (LENGTH, DEGRADE)))
         decoded, losses, lengths, targets = found.z, found.loss, length, images
         if self.correction:
             repaired, losses = self.repair(images, z, found, length, noise)
             decoded, targets = torch.cat([decoded, repaired]), torch.cat([images, images])
-            lengths = torch.cat([length, length])
-        made, targets = self.render(decoded, targets, lengths)
+            lengths, known = torch.cat([length, length]), np.tile(known, 2)
+        made, targets = self.render(decoded, targets, lengths, known.astype(np.int64))
         return Reconstruction(made, found.ids, losses, found.stats, features, targets)
 
-    def draw_length(self, noise: SampleNoise) -> Tensor:
-        """Tokens int64 [B] to decode: N, or for a share `degradation` uniform in 1 .. N - group, in whole groups."""
-        drawn = 1 + (_uniform(noise, LENGTH) * (self.tokens - self.group)).floor().long()
-        drawn = drawn.clamp(max=self.tokens - self.group)
-        whole = (drawn + self.group - 1) // self.group * self.group
-        drawn = torch.where(drawn > self.causal, whole, drawn)
-        return torch.where(_uniform(noise, DEGRADE) < self.degradation, drawn, self.tokens)
+    def draw_length(self, place: Tensor | np.ndarray, share: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """Tokens to decode, float32 [B] of whole numbers: N, or for a share `degradation` uniform in 1 .. N - group, in
+        whole groups. place, share: float32 [B] in (0, 1], drawn; the same numbers on the device and, as arrays, on the
+        host."""
+        where, most = (torch if isinstance(place, Tensor) else np).where, self.tokens - self.group
+        drawn = place * most // 1 + 1
+        drawn = where(drawn > most, most, drawn)
+        drawn = where(drawn > self.causal, (drawn + self.group - 1) // self.group * self.group, drawn)
+        return where(share < self.degradation, drawn, self.tokens)
 
     def repair(
         self, images: Tensor, z: Tensor, found: Quantized, length: Tensor, noise: SampleNoise
@@ -258,10 +272,11 @@ class DetailFlowTokenizer(Tokenizer):
         codes = torch.where(kept.unsqueeze(-1), given, second.z)
         return torch.where((end > 0)[:, None, None], codes, found.z), losses
 
-    def render(self, z: Tensor, images: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Images of the first lengths [B] codes of z [B, N, C], and what they should be, both of the side of images."""
+    def render(self, z: Tensor, images: Tensor, lengths: Tensor, known: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images of the first lengths [B] codes of z [B, N, C], and what they should be, both of the side of images.
+        known: lengths on the host."""
         size, made, wanted, order = images.shape[-1], [], [], []
-        for length, rows in by_value(lengths):
+        for length, rows in by_value(lengths, known):
             side = self.side_of(length, size)
             made.append(resized(self.pixels(z[rows, :length], size=side).float(), size))
             clear = prefix_side(length, self.tokens, size, self.power)

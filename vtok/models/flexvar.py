@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtok.layers.resolution import interpolate
 from vtok.layout import SequenceLayout
 from vtok.models.var import VARTokenizer
 from vtok.noise import SampleNoise
@@ -109,7 +110,7 @@ class FlexVARTokenizer(VARTokenizer):
         images, size = super().pixels(z), size or self.spec.image_size
         if images.shape[-1] == size:
             return images
-        return F.interpolate(images, size=size, mode="bicubic")
+        return interpolate(images, size, mode="bicubic")
 
     def forward(self, images: Tensor, *, key: Tensor | None = None, progress: float = 0.0) -> Reconstruction:
         """images: squares of any size that the stride divides; the last scale is their own side."""

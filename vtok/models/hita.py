@@ -14,11 +14,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.config import describe
 from vtok.layers.cnn import Decoder, Encoder, from_map, to_map
+from vtok.layers.resolution import interpolate
 from vtok.layers.trunk import Inputs, Trunk
 from vtok.layers.vit import table, together
 from vtok.layout import SequenceLayout
@@ -218,6 +218,6 @@ def resized(places: Tensor, height: int, width: int) -> Tensor:
         return places
     maps = places.unflatten(0, (side, side)).permute(2, 0, 1)[None]
     scale = ((height + 0.1) / math.sqrt(len(places)), (width + 0.1) / math.sqrt(len(places)))
-    found = F.interpolate(maps, scale_factor=scale, mode="bicubic")
+    found = interpolate(maps, scale_factor=scale, mode="bicubic")
     assert found.shape[2:] == (height, width), f"{tuple(found.shape[2:])} instead of {(height, width)}"
     return found[0].flatten(1).T

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.layers.cnn import from_map, to_map
+from vtok.layers.resolution import interpolate
 from vtok.noise import host_uniforms
 from vtok.precision import full
 from vtok.quantize.residual import bounds, check_sides
@@ -85,7 +86,7 @@ class IndependentVQ(VQ):
             raise ValueError(f"z is {tuple(z.shape)}, expected a square map [B, H, H, {self.channels}]")
         with torch.autocast(z.device.type, enabled=False):
             features = to_map(full(z), z.shape[1])
-            maps = [F.interpolate(features, size=side, mode="area") for side in self._sides(sides)]
+            maps = [interpolate(features, side, mode="area") for side in self._sides(sides)]
         return torch.cat([from_map(scale).flatten(1, 2) for scale in maps], 1)
 
     def assemble(self, codes: Tensor, keep: int | None = None, sides: Sequence[int] | None = None) -> Tensor:
@@ -115,7 +116,7 @@ def drawn_sides(
     largest. Up to four inner ones are dropped (10, 5, 2, 1 %), then one of the last four while it is too long: the
     largest may be among these, unless keep_last.
     """
-    draws = (min(number, 1 - 2**-23) for number in host_uniforms(key, 64, stream))
+    draws = (min(number, 1 - 2**-23) for number in host_uniforms(np.array([key]), 64, stream)[0].tolist())
     largest, budget = known[-1], sum(side * side for side in own)
     chosen = list(own)
     if next(draws) >= 0.05:

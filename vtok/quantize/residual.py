@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.layers.cnn import from_map, to_map
+from vtok.layers.resolution import interpolate
 from vtok.precision import full
 from vtok.quantize.codebook import Codebook, nearest
 from vtok.quantize.statistics import code_statistics
@@ -164,7 +165,7 @@ class MultiScaleVQ(Quantizer):
         """What codes [B, side * side, C] of a scale add to the full map, [B, C, H, W]. Bicubic up, then phi."""
         h = to_map(full(codes), self.sides[step])
         if step < len(self.sides) - 1:
-            h = F.interpolate(h, size=self.side, mode="bicubic")
+            h = interpolate(h, self.side, mode="bicubic")
         if not self.phi:
             return h
         conv, w = self.phi[self.shared[step]], self.phi_weight
