@@ -105,30 +105,39 @@ PHOTOS = [
     "optimizer.lr=4e-3", "objective.pixel_weight=4",
 ]  # fmt: skip
 SLOWER = ["batch_size=8", "optimizer.lr=7e-4", "schedule.warmup=0.1"]
+BITS = [
+    *PHOTOS, "tokenizer.quantizer.bits=18", "+tokenizer.quantizer.entropy_groups=[9,9]", "data.window=64",
+    "batch_size=8", "objective.pixel_weight=100",
+]  # fmt: skip
 OVERFITTED: dict[str, list[str]] = {
     "cnn_vq": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096"],
     "fsq": [*PHOTOS, "tokenizer.quantizer.levels=[5,5,5,5,5,5]"],
     "ifsq": [
-        *PHOTOS, "tokenizer.quantizer.levels=[5,5,5,5,5,5]", "tokenizer.quantizer.groups=[3,3]",
+        *PHOTOS, "tokenizer.quantizer.levels=[7,7,7,7,7,7]", "tokenizer.quantizer.groups=[3,3]",
         "tokenizer.z_channels=12", "tokenizer.decoder_z_channels=6",
     ],
     "kl": PHOTOS,
-    "lfq": [
-        *PHOTOS, "tokenizer.quantizer.bits=12", "tokenizer.quantizer.groups=[6,6]", "data.window=64", "batch_size=4",
-        "objective.pixel_weight=40",
-    ],
-    "bsq": [
-        *PHOTOS, "tokenizer.quantizer.bits=12", "data.window=64", "batch_size=4", "objective.pixel_weight=40",
-    ],
-    "ibq": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096", "objective.pixel_weight=240"],
+    "lfq": [*BITS, "tokenizer.quantizer.groups=[9,9]"],
+    "bsq": BITS,
+    "ibq": [*PHOTOS, "data.window=64", "batch_size=8", "objective.pixel_weight=240"],
     "flexvar": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096"],
-    "var": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096", "data.window=null", "batch_size=2"],
-    "hita": [*VIT, "tokenizer.multipliers=[1,2,4,6]", "batch_size=4"],  # 16 x 16 cells
+    # 16 x 16 cells
+    "var": [
+        *VIT, "tokenizer.multipliers=[1,2,4,6]", "batch_size=4", "tokenizer.quantizer.sides=[1,2,4,8,16]",
+        "tokenizer.quantizer.vocab_size=4096", "objective.pixel_weight=4",
+    ],
+    "hita": [*VIT, "tokenizer.multipliers=[1,2,4,6]", "batch_size=4"],
     "titok": ["tokenizer.tokens=64"],
+    "flextok": ["batch_size=8", "optimizer.lr=1.5e-3", "objective.pixel_weight=16"],
+    "detailflow": [
+        "tokenizer.tokens=64", "tokenizer.group=8", "tokenizer.dim=192", "tokenizer.hidden=768", "tokenizer.depth=4",
+        "tokenizer.decoder_dim=192", "tokenizer.decoder_hidden=768", "tokenizer.decoder_depth=4",
+        "tokenizer.quantizer.vocab_size=4096",
+    ],
     # at a higher rate, or with fewer images, their latents soon say nothing
     "gigatok": [*SLOWER, "tokenizer.auxiliary_until=0.0"],
-    "retok": [*SLOWER, "tokenizer.network.auxiliary_until=0.0"],
-    "restok": [*SLOWER, "optimizer.lr=1e-3", "tokenizer.encoder=[192,3,6]", "tokenizer.decoder=[192,3,6]"],
+    "retok": [*SLOWER, "tokenizer.network.auxiliary_until=0.0", "tokenizer.nested={1:1,2:1,4:1,8:1,16:1,32:15}"],
+    "restok": [*SLOWER, "batch_size=16", "optimizer.lr=1e-3"],
 }  # fmt: skip
 OVERFIT_STEPS = (300, 600, 900, 1200, 1500)  # where a run is measured, until it reaches what is wanted
 FLOW = {"dar", "flextok"}  # decoders that draw

@@ -18,7 +18,7 @@ from vtok.layers.trunk import Trunk
 from vtok.losses.objective import TokenizerObjective
 from vtok.noise import sample_seeds
 
-OPTIONS = {"rar": {"anneal": (0.0, 1.0)}, "var": {"progressive_until": 0.9, "drop_path": 0.1}}
+OPTIONS = {"rar": {"anneal": (0.0, 1.0)}, "var": {"progressive_until": 0.9, "progressive_first": 1, "drop_path": 0.1}}
 OPTIONS["flexvar"] = {"sample_scales": True, "spec": map_spec((1, 2, 3, 4, 5)), "sides": (1, 3, 5)}
 OPTIONS |= {name: {"dropout": 0.1, "attention_dropout": 0.1} for name in ("xar_cell", "flowar", "ecar", "mar")}
 
