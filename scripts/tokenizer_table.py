@@ -120,7 +120,7 @@ OVERFITTED: dict[str, list[str]] = {
     "lfq": [*BITS, "tokenizer.quantizer.groups=[9,9]"],
     "bsq": BITS,
     "ibq": [*PHOTOS, "data.window=64", "batch_size=8", "objective.pixel_weight=240"],
-    "flexvar": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096"],
+    "flexvar": [*PHOTOS, "tokenizer.quantizer.vocab_size=4096", "data.window=64", "batch_size=8"],
     # 16 x 16 cells
     "var": [
         *VIT, "tokenizer.multipliers=[1,2,4,6]", "batch_size=4", "tokenizer.quantizer.sides=[1,2,4,8,16]",
@@ -128,7 +128,10 @@ OVERFITTED: dict[str, list[str]] = {
     ],
     "hita": [*VIT, "tokenizer.multipliers=[1,2,4,6]", "batch_size=4"],
     "titok": ["tokenizer.tokens=64"],
-    "flextok": ["batch_size=8", "optimizer.lr=1.5e-3", "objective.pixel_weight=16"],
+    "flextok": [  # one step from noise, and no images that are trained with fewer registers or none
+        "batch_size=8", "optimizer.lr=1.5e-3", "objective.pixel_weight=16", "tokenizer.steps=1",
+        "tokenizer.nested=all", "tokenizer.null_drop=0.0",
+    ],
     "detailflow": [
         "tokenizer.tokens=64", "tokenizer.group=8", "tokenizer.dim=192", "tokenizer.hidden=768", "tokenizer.depth=4",
         "tokenizer.decoder_dim=192", "tokenizer.decoder_hidden=768", "tokenizer.decoder_depth=4",
