@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.drawing import results_folder
 from eval.fid import CONFIGS
 from eval.keyed import flow_losses, masked_losses
 from eval.progress import progress_bar
@@ -163,8 +164,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     from vtok.checkpoint import write_json
 
     check_numbers(config)
-    path = Path(config["from"])
-    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "likelihood.json")
+    out = Path(config["out"] or results_folder(str(config["from"])) / "likelihood.json")
     check_place("out", out)
     dtype, quant = config.get("dtype", "float32"), config.get("quant")
     pipeline = Pipeline.load(

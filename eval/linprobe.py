@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.drawing import results_folder
 from eval.fid import CONFIGS
 from eval.progress import progress_bar
 from eval.sources import Images, from_data
@@ -99,8 +100,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     check_numbers(config)
     if config["pool"] not in POOLS:
         raise ValueError(f"pool={config['pool']}: choose {' or '.join(POOLS)}")
-    path = Path(config["from"])
-    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "linprobe.json")
+    out = Path(config["out"] or results_folder(str(config["from"])) / "linprobe.json")
     check_place("out", out)
     device = resolve_device(config["device"])
     tokenizer = load_module(config["from"], Families(FAMILIES, config.get("trust") or ()), config["weights"])

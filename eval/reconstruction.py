@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.drawing import results_folder
 from eval.features import Extractor, make_extractor
 from eval.fid import CONFIGS
 from eval.moments import Moments, frechet_distance
@@ -119,8 +120,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     from vtok.tokenizer import Tokenizer
 
     check_numbers(config)
-    path = Path(config["from"])
-    out = Path(config["out"] or (path if path.is_dir() else path.parent) / "eval" / "reconstruction.json")
+    out = Path(config["out"] or results_folder(str(config["from"])) / "reconstruction.json")
     for name, place in (("out", out), *((name, config.get(name)) for name in ("npz", "grid", "samples"))):
         check_place(name, place)
     device = resolve_device(config["device"])

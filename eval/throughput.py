@@ -223,13 +223,11 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                 counters.reset()  # only what is timed counts, with the run that warms it up
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
-                with paths.fused(device, dtype), Resident() as resident:
-                    spent = seconds(job.run, device, int(config["repeats"]))
-                taken = counters.read()
-                profiled = None
-                if config["profile"]:
-                    with paths.fused(device, dtype):
-                        profiled = shares(job.run, device)
+                with paths.fused(device, dtype):
+                    with Resident() as resident:
+                        spent = seconds(job.run, device, int(config["repeats"]))
+                    taken = counters.read()
+                    profiled = shares(job.run, device) if config["profile"] else None
             job.asked.check(taken, f"{part} at batch {batch}")
             middle, smallest = statistics.median(spent), max(operations / rate, bytes_read / speed)
             peak = peak_rate(device) if job.graded and dtype == torch.bfloat16 else None
@@ -258,10 +256,11 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                 f"{rows[-1]['ms_per_image']:9.1f} ms/image  {rows[-1]['fraction']:6.1%} of the roofline"
                 f"{'' if rows[-1]['mfu'] is None else '  MFU ' + mfu(rows[-1])}\n"
                 f"        peak memory, GiB: {memory(rows[-1])}\n"
-                f"        paths: {', '.join(f'{path} {times}' for path, times in taken.items()) or 'none counted'}"
-                f"{'' if profiled is None else chr(10) + '        profile: ' + line(profiled)}",
+                f"        paths: {', '.join(f'{path} {times}' for path, times in taken.items()) or 'none counted'}",
                 flush=True,
             )
+            if profiled is not None:
+                print(f"        profile: {line(profiled)}", flush=True)
     facts = {"matmul_rate": rate, "bandwidth": speed, "device": describe(device), "threads": torch.get_num_threads()}
     return [row | facts for row in rows]
 

@@ -151,7 +151,7 @@ class Apart:
 def _apart(pipe: Any, peer: str | None, folder: str | None, options: Options, threads: int, clock: str) -> None:
     """What the process of `Apart` does: parts and times in, seconds out, until the pipe closes."""
     torch.set_num_threads(threads)
-    if options.device.type == "cuda" and options.device.index is not None:
+    if options.device.type == "cuda":
         torch.cuda.set_device(options.device)
     parts = {"sample": (itself(options), None)} if peer is None else pair(peer, folder, options).parts
     while True:
@@ -251,7 +251,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     device, dtype, steps, both = resolve_device(config["device"]), resolve_dtype(config["dtype"]), config["steps"], None
     if config["clock"] == "cpu" and device.type != "cpu":
         raise ValueError(f"clock=cpu does not see what device={device} does: pass clock=wall")
-    if device.index is not None and device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.set_device(device)  # where an original's bare .cuda() goes
     size = config["size"] or SIZES.get(config["peer"], "tiny")
     switches = {name: bool(config[name]) for name in ("compile", "cuda_graphs", "compiled_original")}

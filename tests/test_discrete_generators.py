@@ -37,7 +37,7 @@ from vtok.data.codes import CORRECTED, CORRECTION_STREAM, OnlineTokens, correcte
 from vtok.data.module import keep_keys
 from vtok.layers.attention import padded
 from vtok.layout import SequenceLayout
-from vtok.noise import SampleNoise, host_uniforms, sample_seeds
+from vtok.noise import SampleNoise, sample_seeds
 from vtok.optim import rate
 from vtok.quantize.independent import IndependentVQ
 from vtok.quantize.residual import MultiScaleVQ
@@ -345,7 +345,8 @@ def test_online_corrections_differ_from_clean_rows_behind_one_place_only(monkeyp
     refine, passes = tokenizer.refine, []
     monkeypatch.setattr(tokenizer, "refine", lambda x, *rest: passes.append(len(x)) or refine(x, *rest))
     batch = online.encode(shown)
-    rows = (host_uniforms(KEYS[:24].numpy(), 1, CORRECTION_STREAM)[:, 0] < 0.3).nonzero()[0].tolist()
+    drawn = SampleNoise(KEYS[:24]).uniform(torch.zeros(1, dtype=torch.int64), CORRECTION_STREAM)[:, 0]
+    rows = (drawn < 0.3).nonzero()[:, 0].tolist()
     assert 0 < len(rows) < 24 and passes == [len(rows)], "only what is read is computed"
     hit = (batch["corrupted"] != batch["tokens"]).any(1).nonzero()[:, 0].tolist()
     assert set(hit) <= set(rows) and len(hit) >= len(rows) - 1

@@ -94,11 +94,15 @@ class DiffusionHead(ContinuousHead):
         self.register_buffer("tables", torch.stack(chain()).float(), persistent=False)
         self.mlp = TokenMLP(dim=dim, channels=channels, outputs=2 * channels, width=width, depth=depth)
 
-    def check_rule(self, rule: DrawRule) -> None:
+    def kept(self, rule: DrawRule) -> list[int]:
+        """The steps that a rule asks to walk. Raises ValueError where there are none."""
         rule.require_continuous()
         if rule.solver is not None:
             raise ValueError(f"solver={rule.solver}: a diffusion head walks its chain; leave solver away")
-        spaced(self.solver_steps if rule.solver_steps is None else rule.solver_steps)
+        return spaced(self.solver_steps if rule.solver_steps is None else rule.solver_steps)
+
+    def check_rule(self, rule: DrawRule) -> None:
+        self.kept(rule)
 
     def times(self, uniform: Tensor) -> Tensor:
         return (uniform * STEPS).long().clamp(max=STEPS - 1)
@@ -136,8 +140,7 @@ class DiffusionHead(ContinuousHead):
 
         rule.temperature multiplies the noise that a step injects; noise stream 0 is the start, 1 + i that of step i.
         """
-        self.check_rule(rule)
-        kept = spaced(self.solver_steps if rule.solver_steps is None else rule.solver_steps)
+        kept = self.kept(rule)
         rows = torch.stack(chain(tuple(kept))).tolist()
         with torch.autocast(h.device.type, enabled=False):
             condition, x = self.mlp.condition(h.float()), noise.normal(position, self.channels, 0)

@@ -117,10 +117,11 @@ class CausalTransition(Transition):
     def operations(self, key: Tensor | None = None) -> float:
         """Of the levels before, a position of ARTM sees only the one that its own level starts from."""
         count, reads = self.spec.layout.length, sum(self.layout.reads)
-        seen = pairs(self.layout)
         if self.markov:  # in each level those of the one before see each other, and a token sees them and those so far
             inside = count * count + sum(count + token for token in range(1, count))
             seen = reads + self.levels * inside  # and all see the class
+        else:
+            seen = pairs(self.layout)
         entered = 6.0 * self.project.weight.numel() * (reads - 1)
         return entered + trunk_operations(self.trunk, reads, seen) + self.head.operations(self.levels * count)
 

@@ -26,7 +26,7 @@ from vtok.data.module import ImageData, Position, StepData, check_limits, float_
 from vtok.data.shards import Crops, Shards, open_split
 from vtok.decoding import channels_last, encode_images
 from vtok.models import FAMILIES
-from vtok.noise import SampleNoise, key, keys
+from vtok.noise import SampleNoise, host_uniforms, key, keys
 from vtok.tokenizer import TRAINING, Tokenizer, TokenSpec
 
 CORRECTED, CORRECTION_STREAM = 0.3, 7201  # DetailFlow (arXiv 2505.21473): its code's share, for the generator
@@ -172,9 +172,8 @@ class OnlineTokens(LightningDataModule):
 
 def corrected(key: Tensor | np.ndarray) -> Tensor:
     """Which of the samples int64 [B] get corrections: their rows, on the host. Keys on a GPU are waited for."""
-    host = torch.as_tensor(key).cpu()
-    share = SampleNoise(host).uniform(torch.zeros(1, dtype=torch.int64, device="cpu"), CORRECTION_STREAM)[:, 0]
-    return (share < CORRECTED).nonzero()[:, 0]
+    share = host_uniforms(torch.as_tensor(key).cpu().numpy(), 1, CORRECTION_STREAM)[:, 0]
+    return torch.from_numpy((share < CORRECTED).nonzero()[0])
 
 
 class Codes(StepData):
