@@ -144,6 +144,10 @@ OVERFITTED: dict[str, list[str]] = {
 }  # fmt: skip
 OVERFIT_STEPS = (300, 600, 900, 1200, 1500)  # where a run is measured, until it reaches what is wanted
 FLOW = {"dar", "flextok"}  # decoders that draw
+OVERFIT_NOTE = [
+    "A row has the bits and the training that few steps ask for, written as options in its JSON: flextok trains without",
+    "nested dropout and without images of no registers, and is drawn in one step; retok keeps all tokens of most images.",
+]
 
 
 def main() -> None:
@@ -355,6 +359,7 @@ def page(found: list[Mapping[str, Any]], studies: list[Mapping[str, Any]]) -> st
         if kind == "overfit":
             low = [m["family"] for m in members if m["psnr_mean"] < wanted(m["family"])]
             low = [family for family in low if family != "block_mean"]
+            lines += ["", *OVERFIT_NOTE]
         lines += ["", f"Below what is wanted: {', '.join(low) or 'none'}."]
         if old := [m["family"] for m in ranked if m["family"] in ("kl", *FLOW) and "drawn" not in m]:
             lines += [f"Measured on posteriors' means (kl) or one draw for all images: {', '.join(old)}."]
