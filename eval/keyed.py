@@ -4,7 +4,8 @@ Continuous tokens: there is no likelihood in closed form, so the family's own lo
 keyed by the image; the baseline is the same loss, at the same times and noises, with the best Gaussian for each place
 in the network's place (vgen/gaussian.py). In it are the mean and variance of the training latents at each place and
 channel. Both are squared errors of what the family predicts (velocity, or noise and a bound in bits for MAR's diffusion
-head), not nats; a generator that has learned anything of neighbours or classes is below the baseline.
+head), not nats; a generator that has learned anything of neighbours or classes is below the baseline. For a diffusion
+head the variational bound of both is measured beside it ("bound"), which is in nats.
 
 Masked generators of ids (MaskGIT): the mean cross-entropy of the tokens that a mask hides, the mask being keyed by the
 image; the baseline is the entropy of the codes' histogram at each place, the mean over places.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from eval.progress import progress_bar
+from vgen.heads_diffusion import DiffusionHead
 from vtok.noise import sample_seeds
 
 Loss = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -61,9 +63,15 @@ def flow_losses(
         lambda batch: generator.gaussian_loss(batch, moments), tokens, labels, text="baseline", **common
     )
     unit = "the family's own loss; histogram: of the best Gaussian for each place"
-    return figures(generator, generator.loss, gaussian, tokens, labels, unit, common) | {
-        "histogram_images": len(train_tokens)
-    }
+    found = figures(generator, generator.loss, gaussian, tokens, labels, unit, common)
+    if isinstance(generator.head, DiffusionHead):
+        with generator.head.in_nats():
+            bounds = [
+                mean_loss(loss, tokens, labels, text="variational bound", **common)[0]
+                for loss in (generator.loss, lambda batch: generator.gaussian_loss(batch, moments))
+            ]
+        found["bound"] = {"held_out": bounds[0], "histogram": bounds[1], "below_histogram": bounds[1] - bounds[0]}
+    return found | {"histogram_images": len(train_tokens)}
 
 
 def masked_losses(

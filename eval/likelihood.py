@@ -10,9 +10,9 @@ Three figures, in nats a token:
   lose less is decided on the paired differences per image by a one-sided t test and a sign test.
 
 Continuous tokens have no likelihood and no codes: there held_out is the family's own loss, and histogram that of the
-best Gaussian for each place at the same times and noises, in the same units. MaskGIT, whose steps choose what they
-decide: held_out is the mean over the tokens that a random mask hides, histogram that of the codes of each place. For
-both see eval/keyed.py.
+best Gaussian for each place at the same times and noises, in the same units; for a diffusion head also both in nats, a
+variational bound. MaskGIT, whose steps choose what they decide: held_out is the mean over the tokens that a random mask
+hides, histogram that of the codes of each place. For both see eval/keyed.py.
 """
 
 from __future__ import annotations
@@ -194,6 +194,8 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     for name, value in result.items():
         if isinstance(value, float):
             print(f"{name} {value:.4f} {unit}")
+    for name, value in result.get("bound", {}).items():
+        print(f"bound: {name} {value:.4f} nats a hidden token")
     if "labels" in result:
         test = result["labels"]
         print(
@@ -201,7 +203,10 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
             f"t {test['t']:.2f}, one-sided p {test['p_value']:.3g} (sign test {test['sign_p_value']:.3g})"
         )
     named = {k: result[k] for k in ("held_out", "histogram", "below_histogram", "shuffled") if k in result}
-    write_json(out, result | {"metrics": {f"loss[{k}]": v for k, v in named.items()}})  # as eval.compare reads them
+    metrics = {f"loss[{k}]": v for k, v in named.items()} | {
+        f"bound[{k}]": v for k, v in result.get("bound", {}).items()
+    }
+    write_json(out, result | {"metrics": metrics})  # as eval.compare reads them
     print(f"wrote {out}")
     return result
 

@@ -135,7 +135,7 @@ OVERFITTED: dict[str, list[str]] = {
     "detailflow": [
         "tokenizer.tokens=64", "tokenizer.group=8", "tokenizer.dim=192", "tokenizer.hidden=768", "tokenizer.depth=4",
         "tokenizer.decoder_dim=192", "tokenizer.decoder_hidden=768", "tokenizer.decoder_depth=4",
-        "tokenizer.quantizer.vocab_size=4096",
+        "tokenizer.quantizer.vocab_size=4096", "batch_size=16",
     ],
     # at a higher rate, or with fewer images, their latents soon say nothing
     "gigatok": [*SLOWER, "tokenizer.auxiliary_until=0.0"],
@@ -145,8 +145,9 @@ OVERFITTED: dict[str, list[str]] = {
 OVERFIT_STEPS = (300, 600, 900, 1200, 1500)  # where a run is measured, until it reaches what is wanted
 FLOW = {"dar", "flextok"}  # decoders that draw
 OVERFIT_NOTE = [
-    "A row has the bits and the training that few steps ask for, written as options in its JSON: flextok trains without",
-    "nested dropout and without images of no registers, and is drawn in one step; retok keeps all tokens of most images.",
+    "A row has the bits and the training that few steps ask for, written as options in its JSON: flextok trains",
+    "without nested dropout and without images of no registers, and is drawn in one step; retok keeps all tokens of",
+    "most images.",
 ]
 
 

@@ -89,6 +89,24 @@ def test_the_diffusion_predictor_is_a_minimum():
     assert all(best < loss(*other) for other in [(0.9, 0.0), (1.1, 0.0), (1.0, -0.5), (1.0, 0.5)])
 
 
+def test_the_bound_of_gaussian_data_is_their_entropy():
+    """The steps back from Gaussian data are Gaussian, so the bound is tight: the entropy of the data in its bins."""
+    head = DiffusionHead(dim=4, channels=2, width=8, depth=1, repeats=1, clip=0.1)
+    drawer = torch.Generator().manual_seed(0)
+    mean, variance = torch.tensor([0.1, -0.2]), torch.tensor([0.3, 0.05])
+    t = torch.arange(1000).repeat(200)
+    target = mean + variance.sqrt() * torch.randn(len(t), 2, generator=drawer)
+    noise, h = torch.randn(len(t), 2, generator=drawer), torch.cat([mean, variance]).expand(len(t), -1)
+    with head.in_nats():
+        found = head.denoising_loss(h, target, t, noise, head.gaussian())  # the bound on the last step is its mass
+    entropy = 0.5 * (2 * torch.pi * torch.e * variance).log() - torch.tensor(2 / 255).log()
+    assert float(found.mean()) == pytest.approx(float(entropy.sum()), rel=0.01)
+    own = head.denoising_loss(h, target, t, noise)  # outside it is the loss of training
+    with head.in_nats():
+        assert not torch.allclose(own, head.denoising_loss(h, target, t, noise))
+    torch.testing.assert_close(own, head.denoising_loss(h, target, t, noise))
+
+
 @every_family
 def test_no_untrained_model_beats_the_baseline_on_gaussian_data(name):
     model = make(name)
@@ -271,4 +289,5 @@ def test_the_command_measures_continuous_tokens(tmp_path):
     data.sources.val.labels = np.arange(12) % 4  # the source draws its labels with its images
     evaluate(config, data)
     result = json.loads((folder / "eval" / "likelihood.json").read_text())
+    assert "bound" not in result
     assert result["below_histogram"] == pytest.approx(result["histogram"] - result["held_out"])

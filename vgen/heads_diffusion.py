@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -90,7 +92,7 @@ class DiffusionHead(ContinuousHead):
     ) -> None:
         super().__init__(channels=channels, repeats=repeats)
         spaced(solver_steps)
-        self.solver_steps, self.clip = solver_steps, clip
+        self.solver_steps, self.clip, self.measuring = solver_steps, clip, False
         self.register_buffer("tables", torch.stack(chain()).float(), persistent=False)
         self.mlp = TokenMLP(dim=dim, channels=channels, outputs=2 * channels, width=width, depth=depth)
 
@@ -110,19 +112,35 @@ class DiffusionHead(ContinuousHead):
     def gaussian(self) -> Network:
         return functools.partial(noise_network, self.tables)
 
+    @contextmanager
+    def in_nats(self) -> Iterator[None]:
+        """Inside, the loss is the variational bound on -log p of a token's latents in bins of 2 / 255, in nats, of all
+        steps as `draw` walks them, clip included; the distance of the last noise from a normal one, about 0, is left
+        out. Each token and draw of a time is an unbiased estimate."""
+        self.measuring = True
+        try:
+            yield
+        finally:
+            self.measuring = False
+
     def denoising_loss(
         self, h: Tensor, target: Tensor, t: Tensor, noise: Tensor, network: Network | None = None
     ) -> Tensor:
-        """Squared error of eps plus the variational bound in bits, which trains the variance alone; t int64 [..]."""
+        """Squared error of eps plus the variational bound in bits, which trains the variance alone; t int64 [..].
+        `in_nats`: the bound alone."""
         signal, spread, mean_data, mean_noisy, low, high = self.tables[:, t].unsqueeze(-1)
         noisy = signal * target + spread * noise
         eps, fraction = (network or self.mlp)(noisy, t / STEPS, h).float().chunk(2, dim=-1)
         log_variance = _between(fraction, low, high)
         data = (noisy - spread * eps.detach()) / signal
+        if self.measuring and self.clip is not None and network is None:
+            data = data.clamp(-self.clip, self.clip)
         gap = mean_data * (target - data)  # between the true and the predicted posterior mean
         kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + gap**2 * (-log_variance).exp())
         mean = mean_data * data + mean_noisy * noisy
         bound = torch.where(t.unsqueeze(-1) == 0, -_binned_log_prob(target, mean, 0.5 * log_variance), kl)
+        if self.measuring:
+            return STEPS * bound.sum(-1)
         return ((noise - eps) ** 2).mean(-1) + bound.mean(-1) / math.log(2)
 
     def draw(
