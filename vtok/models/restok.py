@@ -183,6 +183,14 @@ class ResTok(Tokenizer):
     def last_layer(self) -> nn.Parameter:
         return self.cnn_decoder.conv_out.weight
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Tables, codes, and what reads patches and codes, as in the original."""
+        encoder, decoder = self.encoder, self.decoder
+        found = [self.fill, encoder.image_level, encoder.latent_level, encoder.embed.weight]
+        found += [decoder.latent_level, decoder.mask, *(layer.weight for layer in decoder.embed)]
+        found += [self.semantic_mask] if self.semantic else []
+        return [*found, *self.quantizer.parameters()]
+
 
 class LevelEncoder(nn.Module):
     """Features [B, channels, h, w] to latents [B, N, out] and image levels; see ResTok."""

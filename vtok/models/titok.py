@@ -199,6 +199,15 @@ class TiTok(Tokenizer):
     def last_layer(self) -> nn.Parameter:
         return self.head.last_layer
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Tables, codes, and what reads patches and codes: all that the original calls token or embedding."""
+        found = [part for half in (self.encoder, self.decoder) for part in (half.register, half.position)]
+        found += [self.encoder.latents, self.encoder.latent_position, self.encoder.embed.conv.weight]
+        found += [self.decoder.mask, self.decoder.latent_position, self.decoder.embed.weight]
+        found += [] if self.decoder.text_position is None else [self.decoder.text_position]
+        found += [self.head.codes.weight] if isinstance(self.head, ProxyHead) else []
+        return [*found, *self.quantizer.parameters()]
+
     def fresh_start(self) -> str | None:
         if self.stage == "proxy" and not self.head.copied:
             raise ValueError(
