@@ -38,9 +38,6 @@ COPY = re.compile(r"(Encoder|Decoder|Block|Trunk|Discriminator|PatchGAN|LitToken
 # but these, each with what it does that the one class does not
 OTHERS = {
     "vtok/layers/cnn.py ResidualBlock": "the convolutions of which Encoder and Decoder are made",
-    "vtok/layers/cnn_maskgit.py MaskGITEncoder": "average pooling, and blocks whose shortcut reads the branch",
-    "vtok/layers/cnn_maskgit.py MaskGITDecoder": "its blocks are those of MaskGITEncoder",
-    "vtok/layers/cnn_maskgit.py ResidualBlock": "its shortcut reads the branch, a slip of the published port",
     "vtok/layers/pixel_flow.py FlowBlock": "a Block inside, and the condition that modulates each patch of it",
     "vtok/layers/qformer.py QFormerEncoder": "layers of self- and cross-attention with positions in each: not a Trunk",
     "vtok/layers/qformer.py QFormerDecoder": "as QFormerEncoder, from tokens to a grid",

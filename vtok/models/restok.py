@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vtok.config import describe
 from vtok.layers.cnn import to_map
-from vtok.layers.cnn_maskgit import MaskGITDecoder, MaskGITEncoder
+from vtok.layers.cnn_maskgit import maskgit_decoder, maskgit_encoder
 from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_sums, replace_dropped
 from vtok.layers.rope import rope_2d
 from vtok.layers.trunk import Trunk
@@ -73,8 +73,8 @@ class ResTok(Tokenizer):
         if not 1 <= stages <= encoder[1]:
             raise ValueError(f"stages={stages} must lie between 1 and the encoder's depth {encoder[1]}")
         shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups)
-        self.cnn_encoder = MaskGITEncoder(out_channels=width, **shape)
-        self.cnn_decoder = MaskGITDecoder(in_channels=width, **shape)
+        self.cnn_encoder = maskgit_encoder(out_channels=width, **shape)
+        self.cnn_decoder = maskgit_decoder(in_channels=width, **shape)
         options = dict(levels=levels, theta=theta)
         self.encoder = LevelEncoder(
             size=encoder, channels=width, out=quantizer.width, legacy_reshape=legacy_reshape, stages=stages, **options

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vtok.checkpoint import best_weights, load_module
 from vtok.config import Configured, describe
 from vtok.layers.cnn import to_map
-from vtok.layers.cnn_maskgit import MaskGITDecoder
+from vtok.layers.cnn_maskgit import maskgit_decoder
 from vtok.layers.trunk import Trunk
 from vtok.layers.vit import NARROW, PatchEmbed, initialise, positions, table, together, unpatchify
 from vtok.layout import SequenceLayout
@@ -76,7 +76,7 @@ class ProxyHead(Configured, nn.Module):
         initialise(self.project, width=dim)
         self.codes = nn.Embedding(codes, width)
         shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups)
-        self.cnn = MaskGITDecoder(in_channels=width, **shape)
+        self.cnn = maskgit_decoder(in_channels=width, **shape)
         self.patch, self.copied = self.cnn.stride, weights is not None
         if weights is not None:
             from vtok.models import FAMILIES  # the table of families imports nothing; this module is one of them
