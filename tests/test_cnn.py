@@ -132,7 +132,7 @@ def test_options_of_maskgits_vqgan():
 )
 def test_wrong_options_are_named(options, word):
     with pytest.raises(ValueError, match=word):
-        Encoder(out_channels=4, channels=8, **options)
+        Encoder(out_channels=4, channels=8, **({"groups": 4} | options))
 
 
 def test_maps_and_tokens_are_inverse():
