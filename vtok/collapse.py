@@ -98,6 +98,7 @@ class CodeUse(L.Callback):
                 if step in self.scales:
                     axes.plot(range(1, len(self.scales[step]) + 1), self.scales[step], ".-", color=shade)
             axes.set_yscale("log")
+            axes.set_xticks(range(1, len(self.scales[steps[-1]]) + 1))
             axes.set_xlabel("scale, coarse to fine")
             axes.set_title("perplexity of each scale", fontsize="medium")
         canvas.draw()
