@@ -1,4 +1,5 @@
-"""What each family is made of: its file, its own lines, and the shared modules that it uses.
+"""What each family is made of: its file, its own lines, the shared modules that it uses, and its configurations with
+the parts that they put in: several families are one network with other quantizers.
 
     python scripts/families.py
 
@@ -37,9 +38,6 @@ COPY = re.compile(r"(Encoder|Decoder|Block|Trunk|Discriminator|PatchGAN|LitToken
 # but these, each with what it does that the one class does not
 OTHERS = {
     "vtok/layers/cnn.py ResidualBlock": "the convolutions of which Encoder and Decoder are made",
-    "vtok/layers/cnn_maskgit.py MaskGITEncoder": "average pooling, and blocks whose shortcut reads the branch",
-    "vtok/layers/cnn_maskgit.py MaskGITDecoder": "its blocks are those of MaskGITEncoder",
-    "vtok/layers/cnn_maskgit.py ResidualBlock": "its shortcut reads the branch, a slip of the published port",
     "vtok/layers/pixel_flow.py FlowBlock": "a Block inside, and the condition that modulates each patch of it",
     "vtok/layers/qformer.py QFormerEncoder": "layers of self- and cross-attention with positions in each: not a Trunk",
     "vtok/layers/qformer.py QFormerDecoder": "as QFormerEncoder, from tokens to a grid",
@@ -104,6 +102,15 @@ def model_files() -> dict[str, str]:
     return {p.relative_to(ROOT).as_posix(): p.read_text() for p in paths if p.name != "__init__.py"}
 
 
+def configurations() -> dict[str, dict[tuple[str, ...], list[str]]]:
+    """Path of a model file -> the classes that its configurations put in -> the names of these configurations."""
+    found: dict[str, dict[tuple[str, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted((ROOT / "configs/tokenizer").glob("*.yaml")) + sorted((ROOT / "configs/model").glob("*.yaml")):
+        model, *parts = re.findall(r"_target_: ([\w.]+)", path.read_text())
+        found[model.rpartition(".")[0].replace(".", "/") + ".py"][tuple(dict.fromkeys(parts))].append(path.stem)
+    return found
+
+
 def classes() -> dict[str, list[str]]:
     """Class name -> files of the packages that define it."""
     found: dict[str, list[str]] = defaultdict(list)
@@ -146,16 +153,19 @@ def broken() -> list[str]:
 
 
 def main() -> int:
+    configured = configurations()
     for path, text in model_files().items():
         own = path.removesuffix(".py").replace("/", ".")
         shared = [name for name in imported(text) if name != own]
         print(f"{path}  {len(code_lines(text))} lines of code ({len(text.splitlines())} in all)")
         print(f"    uses {', '.join(shared)}")
+        for parts, names in configured.get(path, {}).items():
+            print(f"    {', '.join(names)}" + (f": with {', '.join(parts)}" if parts else ""))
     print()
     for part, (name, place) in ONE_OF.items():
         print(f"{part}: {name} in {place}")
     sentences = broken()
-    print("\n".join(["", *(sentences or [f"no copies of {COPIED} or more lines between model files"])]))
+    print("\n".join(["", *(sentences or [f"no copies of {COPIED} or more lines of code between model files"])]))
     return 1 if sentences else 0
 
 

@@ -109,10 +109,30 @@ def test_a_shift_of_the_stride_shifts_the_features():
     torch.testing.assert_close(module(moved)[..., 14:18, 15:19], module(x)[..., 13:17, 13:17], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("options, word", (({"groups": 3}, "groups"), ({"multipliers": []}, "multipliers")))
-def test_wrong_widths_are_named(options, word):
+def test_options_of_maskgits_vqgan():
+    """Averages of 2 x 2 between the levels, and a block that loses its input where the width changes."""
+    encoder = Encoder(out_channels=4, **SMALL, downsample="average", shortcut="branch", bias=False)
+    x = torch.randn(1, 8, 4, 6)
+    want = x.unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5))
+    torch.testing.assert_close(encoder.levels[0].resample(x), want)
+    block, same = encoder.levels[1].blocks[0], encoder.levels[0].blocks[0]
+    nn.init.zeros_(block.conv2.weight)
+    nn.init.zeros_(same.conv2.weight)
+    assert not block(x).any() and torch.equal(same(x), x)
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    (
+        ({"groups": 3}, "groups"),
+        ({"multipliers": []}, "multipliers"),
+        ({"downsample": "max"}, "downsample='max': choose asymmetric, symmetric or average"),
+        ({"shortcut": "both"}, "shortcut='both': choose input or branch"),
+    ),
+)
+def test_wrong_options_are_named(options, word):
     with pytest.raises(ValueError, match=word):
-        Encoder(out_channels=4, channels=8, **options)
+        Encoder(out_channels=4, channels=8, **({"groups": 4} | options))
 
 
 def test_maps_and_tokens_are_inverse():

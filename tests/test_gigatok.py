@@ -40,6 +40,10 @@ def test_published_sizes(name):
         model = instantiate(config.tokenizer, _convert_="all")
     count = sum(p.numel() for p in model.parameters())
     assert count == COUNTS[name] and model.spec.layout.length == tokens
+    if not name.endswith("small"):  # all sizes have the same convolutions
+        network = getattr(model, "network", model)
+        inside = [sum(p.numel() for p in part.parameters()) for part in (network.encoder, network.decoder)]
+        assert inside == [26_143_232, 50_161_155]
     assert f"{count:,} parameters" in (CONFIGS / "tokenizer" / f"{name}.yaml").read_text()
 
 

@@ -87,6 +87,7 @@ def test_spans_and_steps():
 def test_published_token_counts():
     assert SequenceLayout.scales((1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).length == 680
     assert SequenceLayout.scales((1, 2, 3, 4, 6, 9, 13, 18, 24, 32)).length == 2240
+    assert SequenceLayout.scales((1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)).length == 9451
 
 
 def test_tiles_cover_the_grid_once():

@@ -50,6 +50,7 @@ def test_lpips_is_the_formula_on_torchvisions_vgg(lpips_folder):
     features.load_state_dict({k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features")})
     heads = torch.load(lpips_folder / HEADS_FILE)
     a, b = torch.rand(2, 2, 3, 32, 32).mul(2).sub(1)
+    a[0] = torch.linspace(-1, 1, a[0].numel()).view_as(a[0])  # a ramp
     want, x, y = torch.zeros(2), a, b
     shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
     scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)

@@ -175,8 +175,43 @@ def test_recipes_of_convolutional_tokenizers(name):
     assert (config.schedule.kind, config.clip, config.ema, config.data.crop) == ("constant", 1.0, 0.9999, "random")
 
 
+# the other tokenizers: rate, betas, decay, batch, steps, warm-up, end of the cosine (1.0: constant), clip, EMA; epochs
+# of 1,281,167 images without the last part of a batch. Of 1d-tokenizer's, ResTok's and GigaTok's files, and the scripts
+# of Hita, DetailFlow and D-AR; FlexTok's is ours
+OLD = (0.9, 0.95)
+NUMBERS = {
+    "titok": (1e-4, (0.9, 0.99), 1e-4, 256, 1_000_000, 10_000, 0.1, 1.0, 0.999),
+    "titok_stage2": (1e-4, (0.9, 0.999), 1e-4, 256, 500_000, 5_000, 0.1, 1.0, 0.999),
+    "titok_onestage": (1e-4, (0.9, 0.999), 1e-4, 256, 1_000_000, 10_000, 0.1, 1.0, 0.999),
+    "titok_vae": (1e-4, (0.9, 0.999), 1e-4, 256, 1_000_000, 10_000, 0.1, 1.0, 0.999),
+    "hita": (1e-4, OLD, 0.0, 256, 50 * 5004, 4 * 5004, 1.0, 1.0, 0.9999),
+    "gigatok": (1e-4, OLD, 1e-4, 128, 100 * 10_009, 0, 0.1, 10.0, None),
+    "retok": (1e-4, OLD, 1e-4, 128, 250 * 10_009, 0, 0.1, 10.0, None),
+    "retok_stage2": (1e-4, OLD, 1e-4, 128, 50 * 10_009, 0, 0.1, 10.0, None),
+    "restok": (1e-4, OLD, 1e-4, 256, 1_000_000, 5_000, 0.1, 10.0, 0.9999),
+    "detailflow": (1e-4, OLD, 0.0, 256, 250 * 5004, 5004, 0.1, 1.0, None),
+    "dar": (2e-4, OLD, 0.0, 512, 100 * 2502, 500, 1.0, 1.0, 0.999),
+    "flextok": (2e-4, OLD, 0.05, 512, 500_000, 5_000, 0.01, 1.0, 0.9999),
+}
+ELSEWHERE = {"kl16", "flexvar", "ifsq", "magvit2", "ibq", "maskgit_vqgan", *TRAINED}  # tests/test_cnn_recipes.py, above
+
+
+def test_every_tokenizers_recipe_is_pinned():
+    files = [p for p in (CONFIGS / "experiment").glob("*_imagenet256.yaml") if "override /tokenizer" in p.read_text()]
+    assert {p.stem.removesuffix("_imagenet256") for p in files} == set(NUMBERS) | ELSEWHERE
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIGS / "experiment").glob("*_imagenet256.yaml")))
-def test_objectives_of_experiments_are_well_formed(name):
+def test_experiments_have_well_formed_objectives_and_published_numbers(name):
     config = experiment(name)
     if config.get("model") is None:
         check(OmegaConf.to_container(config.objective, resolve=False), name)
+    if (row := NUMBERS.get(name.removesuffix("_imagenet256"))) is None:
+        return
+    rate, betas, decay, batch, steps, warmup, end, clip, ema = row
+    pair = [config.optimizer] if config.objective.gan is None else [config.optimizer, config.discriminator_optimizer]
+    for section in pair:
+        assert (section.lr, tuple(section.betas), section.weight_decay) == (rate, betas, decay)
+    assert (config.batch_size, config.steps, config.clip, config.ema) == (batch, steps, clip, ema)
+    schedule = {"kind": "constant", "final": 0.0} if end == 1.0 else {"kind": "cosine", "final": end}
+    assert dict(config.schedule) == schedule | {"warmup": warmup}

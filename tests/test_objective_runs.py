@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from drawn import dino_state
 from forks import torchrun
 from PIL import Image
 from runs import TOKENIZER, digest, everything, losses, run, run_all, state
+from tokenizers import make
 
 from vtok.collapse import POINTS, CodeUse, curve
-from vtok.lit import Lit
+from vtok.lit import Lit, LitTokenizer
 from vtok.losses.dino import FILE
 from vtok.losses.objective import TokenizerObjective
+from vtok.optim import Recipe
+from vtok.tokenizer import Reconstruction
 
 DIFF_AUG = "{_target_: vtok.losses.augment.DiffAug, prob: 0.5}"
 STRONG = "{_target_: vtok.losses.augment.DiffAug, prob: 1.0, cutout: 0.5}"
@@ -224,3 +228,34 @@ def test_dead_codes_leave_the_right_of_the_figure_empty(tmp_path):
         line = colourful[colourful.sum(1).argmax()]  # the row of the level curve; the legend's sample is shorter
         shares.append(np.ptp(np.flatnonzero(line)) / sheet.shape[1])
     assert shares[0] > 0.8 and shares[1] == pytest.approx(shares[0] / 4, rel=0.1)
+
+
+def test_scales_are_counted_apart_and_drawn(tmp_path):
+    """One code at the coarsest scale of all pictures: among 21 tokens an image it shows in its own curve only."""
+    torch.manual_seed(0)
+    tokenizer = make("var").eval()
+    ids = torch.randint(32, (6, 21))
+    ids[:, 0] = 7
+    tokenizer.forward = lambda images, **options: Reconstruction(images, ids)
+    rates = {"lr": 1e-3}
+    objective = TokenizerObjective(perceptual_weight=0.0)
+    lit = LitTokenizer(tokenizer, objective, Recipe(rates, {}, 9), discriminator_optimizer=rates)
+    found = lit.validate_module(tokenizer, {"image": torch.zeros(6, 3, 16, 16), "key": torch.arange(6)}, "")
+    lit.histograms = {k: v for k, v in found.items() if k.startswith("count_")}
+    named = lit.finish_validation({}, lit.histograms)
+    assert {k for k in named if "step" not in k} == {"usage", "perplexity", "dead"}
+    for k, (a, b) in enumerate(((0, 1), (1, 5), (5, 21))):
+        _, times = np.unique(ids[:, a:b].numpy(), return_counts=True)
+        share = times / times.sum()
+        assert float(named[f"usage_step_{k:02d}"]) == pytest.approx(len(times) / 32)
+        assert float(named[f"perplexity_step_{k:02d}"]) == pytest.approx(
+            np.exp(-(share * np.log(share)).sum()), rel=1e-5
+        )
+    assert float(named["perplexity_step_00"]) == 1 and float(named["perplexity"]) > 20
+    callback, again = CodeUse(tmp_path), CodeUse(tmp_path)
+    callback.on_validation_end(SimpleNamespace(global_step=10, is_global_zero=True, loggers=[]), lit)
+    sheet = np.asarray(Image.open(tmp_path / "code_use_0000010.png"))
+    again.load_state_dict(callback.state_dict())
+    assert (again.draw() == sheet).all()
+    again.load_state_dict({"history": callback.history})  # of an earlier version: all codes alone
+    assert 2 * again.draw().shape[1] == sheet.shape[1]

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import generators
 import pytest
+import references
+import tokenizers
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from vtok.config import instantiate
+from vtok.convert import convert
 from vtok.data.imagefolder import ImageFolder
 from vtok.optim import make_optimizer, rate
 
@@ -327,6 +330,34 @@ def test_weight_decay_is_left_out_where_the_original_does(name):
     }
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
     assert all(id(p) in spared for p in model.parameters() if p.dim() < 2 and p.requires_grad)
+
+
+# in the names of parameters that do not decay: utils/train_utils.py of bytedance/1d-tokenizer and Kwai-Kolors/ResTok
+NO_DECAY = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed", "mask_latent_token")
+
+
+@pytest.mark.parametrize("name", ["titok", "titok_one_stage", "tatitok_vq", "titok_vae", "restok"])
+def test_tokenizers_leave_out_the_weight_decay_that_the_original_does(name):
+    """Every tensor of a published file is filled with a number of its own, by which it is known after conversion."""
+    family = "restok" if name == "restok" else "titok"
+    state, _, _, info = references.read(name)
+    numbered = {key: torch.full_like(value, float(i + 1)) for i, (key, value) in enumerate(sorted(state.items()))}
+    module = convert(family, numbered, info["ctor"])
+    keys, spared = sorted(state), set()
+    for group in make_optimizer([module], lr=1.0, weight_decay=0.1).param_groups:
+        spared |= {id(p) for p in group["params"] if group["weight_decay"] == 0}
+    made_of = {n: {keys[int(v) - 1] for v in p.unique()} for n, p in module.named_parameters() if p.dim() >= 2}
+    parameters = dict(module.named_parameters())
+    assert len(made_of) > 20
+    for own, theirs in made_of.items():
+        (wanted,) = {any(part in key for part in NO_DECAY) for key in theirs}
+        assert (id(parameters[own]) in spared) == wanted, (own, theirs)
+
+
+def test_restok_spares_the_mask_of_its_second_pass_too():
+    model = tokenizers.make("restok")
+    names = {n for n, p in model.named_parameters() if any(p is q for q in model.undecayed())}
+    assert "semantic_mask" in names and not any(n.startswith("align_") for n in names)  # feat_mask_token; vf_proj
 
 
 def test_flexvar_spares_the_offsets_of_a_shared_modulation_too():

@@ -24,7 +24,7 @@ from runs import LLAMAGEN, TOKENIZER, VAR, everything, losses, run, state, token
 from tokenizers import make
 
 from vtok import ckpt_files, rng
-from vtok.checkpoint import CheckpointError, load_module
+from vtok.checkpoint import CheckpointError, load_module, write_atomic
 from vtok.ckpt_files import AtomicCheckpointIO, file_hash, link, newest_whole, side, sweep, verify
 from vtok.lit import Lit
 from vtok.models import FAMILIES
@@ -335,6 +335,24 @@ def test_stale_temporary_files_are_swept(tmp_path):
     (tmp_path / f"last.ckpt.tmp.{alive}").write_bytes(b"x")
     assert [p.name for p in sweep(tmp_path)] == [f"last.ckpt.tmp.{gone}"]
     assert (tmp_path / f"last.ckpt.tmp.{alive}").exists()
+
+
+def test_two_writers_of_one_number_do_not_meet(tmp_path):
+    """Processes of two machines that share a folder may have the same number: each has a file of its own."""
+    path = tmp_path / "recipe.json"
+
+    def slow(file) -> None:
+        file.write(b"first ")
+        write_atomic(path, lambda other: other.write(b"second"))  # begins and ends while the first is not done
+        assert path.read_bytes() == b"second"
+        file.write(b"half")
+
+    write_atomic(path, slow)
+    assert path.read_bytes() == b"first half" and list(tmp_path.iterdir()) == [path]
+    (left := tmp_path / f"recipe.json.tmp.{os.getpid()}").write_bytes(b"of a killed one")
+    write_atomic(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and left.read_bytes() == b"of a killed one"
+    assert sweep(tmp_path) == [left]
 
 
 def test_verification_is_not_about_the_zip_alone(tmp_path):

@@ -6,7 +6,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.families import broken, classes, code_lines, copies, imported, model_files, second_classes  # noqa: E402
+from scripts.families import (  # noqa: E402
+    broken,
+    classes,
+    code_lines,
+    configurations,
+    copies,
+    imported,
+    model_files,
+    second_classes,
+)
 
 
 def test_shared_parts_are_one_class_and_model_files_hold_no_copies():
@@ -49,3 +58,15 @@ def test_lines_and_imports_are_read_from_the_code():
     assert [line for _, line in code_lines(text)] == ["import torch", "from vtok.flow import times", "x = 1"]
     assert imported(text) == ["vtok.flow"]
     assert "vtok/models/cnn.py" in model_files()
+
+
+def test_families_of_one_network_are_told_by_what_their_configurations_put_in():
+    """Every configuration stands under one model file, which holds the class that it builds."""
+    found = configurations()
+    cnn = found["vtok/models/cnn.py"]
+    assert cnn[("vtok.quantize.ibq.IBQ",)] == ["ibq_1024", "ibq_16384", "ibq_262144", "ibq_8192", "ibq_small"]
+    assert {"kl16", "kl_small"} == set(cnn[("vtok.quantize.kl.KL",)])
+    assert found["vtok/models/flextok.py"][("vtok.quantize.fsq.FSQ",)] == ["flextok_small"]  # the others have a VAE too
+    named = [name for parts in found.values() for names in parts.values() for name in names]
+    there = [p.stem for group in ("tokenizer", "model") for p in (ROOT / "configs" / group).glob("*.yaml")]
+    assert sorted(named) == sorted(there) and set(found) <= set(model_files())

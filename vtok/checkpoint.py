@@ -16,7 +16,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,10 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Any], None], *, size:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    temporary: Path | None = None
     try:
-        with open(temporary, "wb") as file:
+        temporary, opened = _beside(path)
+        with opened as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -53,15 +54,28 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Any], None], *, size:
         number = full_disk(error)
         if number is None:
             raise
-        free = shutil.disk_usage(path.parent).free + temporary.stat().st_size
+        free = shutil.disk_usage(path.parent).free + (0 if temporary is None else temporary.stat().st_size)
         raise no_space(number, path, size, free) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _beside(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file path.tmp.PID. Where another machine's process of the same number, as in containers, writes the same
+    path, or a killed one left its file, path.tmp.1.PID and so on."""
+    number = 0
+    while True:
+        temporary = path.with_name(f"{path.name}.tmp.{f'{number}.' if number else ''}{os.getpid()}")
+        try:
+            return temporary, open(temporary, "xb")
+        except FileExistsError:
+            number += 1
 
 
 def no_space(number: int, path: Path, size: int | None, free: int) -> OSError:

@@ -1,7 +1,8 @@
 """A figure of how a tokenizer's codes are used, over the steps of training: collapse shows as curves that fall early.
 
 Each validation counts every code over the whole held-out set (vtok.lit). The curve of a validation is the codes' use in
-descending order, relative to equal use, against the share of the codes; the codes right of its end are dead.
+descending order, relative to equal use, against the share of the codes; the codes right of its end are dead. Tokens in
+scales (VAR, FlexVAR) get one more panel, the perplexity of each: coarse scales have too few tokens to show in the rest.
 """
 
 from __future__ import annotations
@@ -33,17 +34,22 @@ class CodeUse(L.Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.history: dict[int, list[dict[str, Any]]] = {}  # step -> per part: curve, usage, perplexity, dead
+        self.scales: dict[int, list[float]] = {}  # step -> perplexity per scale
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": self.history, "scales": self.scales}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = dict(state_dict["history"])
+        self.scales = dict(state_dict.get("scales", {}))  # none in checkpoints of earlier versions
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         counts = {k: v for k, v in pl_module.histograms.items() if not k.endswith("_raw")}
         if not counts:
             return
+        scales = [counts.pop(name) for name in list(counts) if name.startswith("count_step_")]
+        if scales:
+            self.scales[trainer.global_step] = [float(perplexity(histogram)) for histogram in scales]
         self.history[trainer.global_step] = [
             {
                 "curve": curve(histogram),
@@ -59,22 +65,24 @@ class CodeUse(L.Callback):
             show_picture(trainer, "code_use", sheet)
 
     def draw(self) -> np.ndarray:
-        """The figure, uint8 [H, W, 3]: a panel a part, a curve a validation, from light to dark."""
+        """The figure, uint8 [H, W, 3]: a panel a part, and one of the scales; a curve a validation, light to dark."""
         from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         steps = sorted(self.history)
-        parts = len(self.history[steps[-1]])
-        figure = Figure(figsize=(5 * parts, 3.5), layout="constrained")
+        shades = [colormaps["viridis_r"](0.1 + 0.9 * (number + 1) / len(steps)) for number in range(len(steps))]
+        newest = self.history[steps[-1]]
+        parts, panels = len(newest), len(newest) + (steps[-1] in self.scales)
+        figure = Figure(figsize=(5 * panels, 3.5), layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        for part, axes in enumerate(np.atleast_1d(figure.subplots(1, parts))):
-            for number, step in enumerate(steps):
+        every = np.atleast_1d(figure.subplots(1, panels))
+        for part, axes in enumerate(every[:parts]):
+            for step, shade in zip(steps, shades):
                 used = self.history[step][part]["curve"].numpy()
-                shade = colormaps["viridis_r"](0.1 + 0.9 * (number + 1) / len(steps))
-                label = f"step {step}" if number in (0, len(steps) - 1) else None
+                label = f"step {step}" if step in (steps[0], steps[-1]) else None
                 axes.plot(np.linspace(0, 1, POINTS), np.where(used > 0, used, np.nan), color=shade, label=label)
-            last = self.history[steps[-1]][part]
+            last = newest[part]
             axes.set_yscale("log")
             axes.set_xlim(0, 1)
             axes.set_xlabel("share of the codes, by use")
@@ -85,5 +93,13 @@ class CodeUse(L.Callback):
                 fontsize="medium",
             )
             axes.legend()
+        for axes in every[parts:]:
+            for step, shade in zip(steps, shades):
+                if step in self.scales:
+                    axes.plot(range(1, len(self.scales[step]) + 1), self.scales[step], ".-", color=shade)
+            axes.set_yscale("log")
+            axes.set_xticks(range(1, len(self.scales[steps[-1]]) + 1))
+            axes.set_xlabel("scale, coarse to fine")
+            axes.set_title("perplexity of each scale", fontsize="medium")
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()

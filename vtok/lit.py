@@ -25,8 +25,9 @@ from torch import distributed as dist
 from vtok import rng
 from vtok.config import describe
 from vtok.fsdp import is_sharded, shard, whole
+from vtok.layout import SequenceLayout
 from vtok.optim import Recipe, average, check_arguments, check_optimizer, make_optimizer, rate, set_decay, set_rate
-from vtok.quantize.statistics import COUNTED, perplexity, usage
+from vtok.quantize.statistics import COUNTED, count_ids, perplexity, usage
 from vtok.watch import shown_images
 
 SKIPS_IN_A_ROW = 10  # with on_nan=skip: more non-finite steps than this are not bad luck
@@ -426,20 +427,34 @@ class LitTokenizer(Lit):
         found = {k + suffix: v.float() * rows for k, v in terms.items()}
         error = (recon.images.float().clamp(-1, 1) - images.float()).square().flatten(1).mean(1)
         found["psnr" + suffix] = (-10 * torch.log10((error / 4).clamp(min=1e-10))).sum()
-        if module.spec.discrete:
-            start = 0
-            for index, part in enumerate(module.spec.parts):
-                ids = recon.tokens[:, start : start + part.count].reshape(-1)
-                start += part.count
-                if part.vocab_size > COUNTED:
-                    continue
-                counted, one = torch.zeros(part.vocab_size, device=ids.device), torch.ones(len(ids), device=ids.device)
-                found[f"count_{index}{suffix}"] = counted.scatter_add_(0, ids, one)
+        if not module.spec.discrete:
+            return found
+        ids, start = recon.tokens, 0
+        for index, part in enumerate(module.spec.parts):
+            if part.vocab_size <= COUNTED:
+                chosen = ids[:, start : start + part.count]
+                found[f"count_{index}{suffix}"] = count_ids(chosen, part.vocab_size, everywhere=False)
+                if module.quantizer.scales and ids.shape[1] == module.spec.layout.length:
+                    found |= self._counts_of_scales(chosen, module.spec.layout, part.vocab_size, suffix)
+            start += part.count
         return found
+
+    @staticmethod
+    def _counts_of_scales(ids: Tensor, layout: SequenceLayout, vocab_size: int, suffix: str) -> dict[str, Tensor]:
+        """The histogram of every scale: the coarse ones collapse first, and have few tokens among all."""
+        spans = (layout.written(k, k + 1) for k in range(layout.steps))
+        counts = (count_ids(ids[:, a:b], vocab_size, everywhere=False) for a, b in spans)
+        return {f"count_step_{k:02d}{suffix}": one for k, one in enumerate(counts)}
 
     def finish_validation(self, means: dict[str, Tensor], counts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Share of codes in use, perplexity and number of dead codes over the whole held-out set, per part of the
-        tokens that is counted; with several the plain names are their means, and the sum of the dead."""
+        tokens that is counted; with several the plain names are their means, and the sum of the dead. Of tokens in
+        scales also usage and perplexity of each, at most the number of its tokens in that set."""
+        for name, histogram in counts.items():
+            if name.startswith("count_step_"):
+                place = name.removeprefix("count_")  # with _raw
+                means |= {f"usage_{place}": usage(histogram), f"perplexity_{place}": perplexity(histogram)}
+        counts = {k: v for k, v in counts.items() if not k.startswith("count_step_")}
         for raw in ("", "_raw"):
             parts = {k: v for k, v in counts.items() if k.endswith("_raw") == bool(raw)}
             found = [(usage(h), perplexity(h), (h == 0).sum().float()) for h in parts.values()]

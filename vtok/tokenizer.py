@@ -306,6 +306,10 @@ class Tokenizer(Configured, nn.Module):
         """Weight of the last decoder layer: the adaptive GAN weight compares gradients there."""
         raise NotImplementedError
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters without weight decay beside those of fewer than two dimensions (vtok/optim.py)."""
+        return []
+
     def fresh_start(self) -> str | None:
         """What to tell a user who trains it from random weights, if anything; ValueError where that is of no use."""
         return None

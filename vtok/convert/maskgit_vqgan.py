@@ -39,9 +39,9 @@ def cnn_rules(half: str, name: str, levels: int) -> list[Rule]:
         Rule(rf"{at}(conv_in|norm_out|conv_out)\.{WB}", rf"{name}.\1.\2"),
         Rule(
             rf"{at}(down|up)\.(\d+)\.block\.(\d+)\.{LAYER}\.{WB}",
-            lambda m: f"{name}.levels.{level(m)}.{m[3]}.{layer(m[4])}.{m[5]}",
+            lambda m: f"{name}.levels.{level(m)}.blocks.{m[3]}.{layer(m[4])}.{m[5]}",
         ),
-        Rule(rf"{at}(up)\.(\d+)\.upsample_conv\.{WB}", lambda m: f"{name}.upsamples.{level(m)}.conv.{m[3]}"),
+        Rule(rf"{at}(up)\.(\d+)\.upsample_conv\.{WB}", lambda m: f"{name}.levels.{level(m)}.resample.conv.{m[3]}"),
         Rule(rf"{at}mid\.(\d+)\.{LAYER}\.{WB}", lambda m: f"{name}.mid.{m[1]}.{layer(m[2])}.{m[3]}"),
     ]
 

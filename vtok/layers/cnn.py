@@ -17,6 +17,8 @@ from vtok.layers.attention import attend
 from vtok.layers.cnn_adaptive import AdaptiveGroupNorm, DepthToSpaceUpsample
 from vtok.layers.dropout import Dropout
 
+Shortcut = Literal["input", "branch"]
+
 
 class Encoder(nn.Module):
     """Images [B, in_channels, H, W] to features [B, out_channels, H / s, W / s], s = 2 ** (levels - 1).
@@ -25,7 +27,8 @@ class Encoder(nn.Module):
     blocks: residual blocks a level. attention: after each block of the last level. mid_attention: between the two
     middle blocks. groups: of every GroupNorm; must divide all widths. out_kernel: of the last convolution.
     mid_blocks: residual blocks in the middle; the attention stands behind the first. bias: of the convolutions of the
-    residual blocks, and of the encoder's first. downsample: "asymmetric" pads right and bottom; "symmetric" all sides.
+    residual blocks, and of the encoder's first. downsample: a convolution that pads "asymmetric", right and bottom, or
+    "symmetric", all sides; or "average", of 2 x 2. shortcut: see ResidualBlock.
     """
 
     def __init__(
@@ -43,11 +46,12 @@ class Encoder(nn.Module):
         out_kernel: int = 3,
         mid_blocks: int = 2,
         bias: bool = True,
-        downsample: Literal["asymmetric", "symmetric"] = "asymmetric",
+        downsample: Literal["asymmetric", "symmetric", "average"] = "asymmetric",
+        shortcut: Shortcut = "input",
     ) -> None:
         super().__init__()
-        if downsample not in ("asymmetric", "symmetric"):
-            raise ValueError(f"downsample={downsample!r}: choose asymmetric or symmetric")
+        if downsample not in ("asymmetric", "symmetric", "average"):
+            raise ValueError(f"downsample={downsample!r}: choose asymmetric, symmetric or average")
         widths = level_widths(channels, multipliers, groups)
         last = len(widths) - 1
         self.stride = 2**last
@@ -55,12 +59,14 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList()
         width = channels
         for i, wide in enumerate(widths):
-            level = Level(width, wide, blocks, attention and i == last, groups, dropout, bias)
+            level = Level(width, wide, blocks, attention and i == last, groups, dropout, bias, shortcut)
             self.levels.append(level)
-            if i < last:
+            if i < last and downsample == "average":
+                level.resample = nn.AvgPool2d(2)
+            elif i < last:
                 level.resample = Downsample(wide, symmetric=downsample == "symmetric")
             width = wide
-        self.mid = _middle(width, mid_blocks, mid_attention, groups, dropout, bias)
+        self.mid = _middle(width, mid_blocks, mid_attention, groups, dropout, bias, shortcut)
         self.norm_out = norm(width, groups)
         self.conv_out = nn.Conv2d(width, out_channels, out_kernel, padding=out_kernel // 2)
 
@@ -97,6 +103,7 @@ class Decoder(nn.Module):
         bias: bool = True,
         upsample: Literal["nearest", "depth_to_space"] = "nearest",
         adaptive: bool = False,
+        shortcut: Shortcut = "input",
     ) -> None:
         super().__init__()
         if upsample not in ("nearest", "depth_to_space"):
@@ -106,12 +113,12 @@ class Decoder(nn.Module):
         self.stride = 2**last
         width = widths[0]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.mid = _middle(width, mid_blocks, mid_attention, groups, dropout, bias)
+        self.mid = _middle(width, mid_blocks, mid_attention, groups, dropout, bias, shortcut)
         self.levels, self.adaptive = nn.ModuleList(), nn.ModuleList()
         for i, wide in enumerate(widths):
             if adaptive:
                 self.adaptive.append(AdaptiveGroupNorm(width, in_channels, groups))
-            level = Level(width, wide, blocks, attention and i == 0, groups, dropout, bias)
+            level = Level(width, wide, blocks, attention and i == 0, groups, dropout, bias, shortcut)
             self.levels.append(level)
             if i < last:
                 level.resample = Upsample(wide) if upsample == "nearest" else DepthToSpaceUpsample(wide)
@@ -132,11 +139,19 @@ class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where asked; then `resample`, if set."""
 
     def __init__(
-        self, width: int, wide: int, blocks: int, attention: bool, groups: int, dropout: float, bias: bool = True
+        self,
+        width: int,
+        wide: int,
+        blocks: int,
+        attention: bool,
+        groups: int,
+        dropout: float,
+        bias: bool = True,
+        shortcut: Shortcut = "input",
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(width if i == 0 else wide, wide, groups, dropout, bias) for i in range(blocks)
+            ResidualBlock(width if i == 0 else wide, wide, groups, dropout, bias, shortcut) for i in range(blocks)
         )
         self.attention = nn.ModuleList(Attention2d(wide, groups) for _ in range(blocks if attention else 0))
         self.resample: nn.Module | None = None
@@ -150,20 +165,37 @@ class Level(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(dropout(silu(norm(conv(silu(norm(x))))))), with a 1 x 1 convolution of x where the width changes."""
+    """x + h, h = conv(dropout(silu(norm(conv(silu(norm(x))))))), with a 1 x 1 convolution of x where the width changes.
 
-    def __init__(self, width: int, wide: int, groups: int, dropout: float = 0.0, bias: bool = True) -> None:
+    shortcut: "branch" is a slip of the published port of MaskGIT's VQGAN, on which its weights depend: that convolution
+    reads h, and x is lost there.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        wide: int,
+        groups: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        shortcut: Shortcut = "input",
+    ) -> None:
         super().__init__()
+        if shortcut not in ("input", "branch"):
+            raise ValueError(f"shortcut={shortcut!r}: choose input or branch")
         self.norm1 = norm(width, groups)
         self.conv1 = nn.Conv2d(width, wide, 3, padding=1, bias=bias)
         self.norm2 = norm(wide, groups)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=bias)
-        self.shortcut = nn.Conv2d(width, wide, 1, bias=bias) if width != wide else nn.Identity()
+        self.of_branch = shortcut == "branch" and width != wide
+        read = wide if self.of_branch else width
+        self.shortcut = nn.Conv2d(read, wide, 1, bias=bias) if width != wide else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(h if self.of_branch else x) + h
 
 
 class Attention2d(nn.Module):
@@ -224,9 +256,11 @@ def level_widths(channels: int, multipliers: Sequence[int], groups: int) -> list
     return widths
 
 
-def _middle(width: int, blocks: int, attention: bool, groups: int, dropout: float, bias: bool) -> nn.Sequential:
+def _middle(
+    width: int, blocks: int, attention: bool, groups: int, dropout: float, bias: bool, shortcut: Shortcut
+) -> nn.Sequential:
     middle: list[nn.Module] = [Attention2d(width, groups)] if attention else []
-    first, *rest = (ResidualBlock(width, width, groups, dropout, bias) for _ in range(blocks))
+    first, *rest = (ResidualBlock(width, width, groups, dropout, bias, shortcut) for _ in range(blocks))
     return nn.Sequential(first, *middle, *rest)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vtok.config import describe
 from vtok.layers.cnn import from_map, to_map
-from vtok.layers.cnn_maskgit import MaskGITDecoder, MaskGITEncoder
+from vtok.layers.cnn_maskgit import maskgit_decoder, maskgit_encoder
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Part, Quantizer, Tokenizer, TokenSpec
@@ -37,8 +37,8 @@ class MaskGITVQGAN(Tokenizer):
     ) -> None:
         super().__init__()
         shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups, dropout=dropout)
-        self.encoder = MaskGITEncoder(out_channels=quantizer.width, **shape)
-        self.decoder = MaskGITDecoder(in_channels=quantizer.channels, **shape)
+        self.encoder = maskgit_encoder(out_channels=quantizer.width, **shape)
+        self.decoder = maskgit_decoder(in_channels=quantizer.channels, **shape)
         self.quantizer = quantizer
         self.stride = self.encoder.stride
         self.spec = self.spec_for(image_size)

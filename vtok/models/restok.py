@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vtok.config import describe
 from vtok.layers.cnn import to_map
-from vtok.layers.cnn_maskgit import MaskGITDecoder, MaskGITEncoder
+from vtok.layers.cnn_maskgit import maskgit_decoder, maskgit_encoder
 from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_sums, replace_dropped
 from vtok.layers.rope import rope_2d
 from vtok.layers.trunk import Trunk
@@ -73,8 +73,8 @@ class ResTok(Tokenizer):
         if not 1 <= stages <= encoder[1]:
             raise ValueError(f"stages={stages} must lie between 1 and the encoder's depth {encoder[1]}")
         shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups)
-        self.cnn_encoder = MaskGITEncoder(out_channels=width, **shape)
-        self.cnn_decoder = MaskGITDecoder(in_channels=width, **shape)
+        self.cnn_encoder = maskgit_encoder(out_channels=width, **shape)
+        self.cnn_decoder = maskgit_decoder(in_channels=width, **shape)
         options = dict(levels=levels, theta=theta)
         self.encoder = LevelEncoder(
             size=encoder, channels=width, out=quantizer.width, legacy_reshape=legacy_reshape, stages=stages, **options
@@ -182,6 +182,14 @@ class ResTok(Tokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         return self.cnn_decoder.conv_out.weight
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Tables, codes, and what reads patches and codes, as in the original."""
+        encoder, decoder = self.encoder, self.decoder
+        found = [self.fill, encoder.image_level, encoder.latent_level, encoder.embed.weight]
+        found += [decoder.latent_level, decoder.mask, *(layer.weight for layer in decoder.embed)]
+        found += [self.semantic_mask] if self.semantic else []
+        return [*found, *self.quantizer.parameters()]
 
 
 class LevelEncoder(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vtok.checkpoint import best_weights, load_module
 from vtok.config import Configured, describe
 from vtok.layers.cnn import to_map
-from vtok.layers.cnn_maskgit import MaskGITDecoder
+from vtok.layers.cnn_maskgit import maskgit_decoder
 from vtok.layers.trunk import Trunk
 from vtok.layers.vit import NARROW, PatchEmbed, initialise, positions, table, together, unpatchify
 from vtok.layout import SequenceLayout
@@ -76,7 +76,7 @@ class ProxyHead(Configured, nn.Module):
         initialise(self.project, width=dim)
         self.codes = nn.Embedding(codes, width)
         shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups)
-        self.cnn = MaskGITDecoder(in_channels=width, **shape)
+        self.cnn = maskgit_decoder(in_channels=width, **shape)
         self.patch, self.copied = self.cnn.stride, weights is not None
         if weights is not None:
             from vtok.models import FAMILIES  # the table of families imports nothing; this module is one of them
@@ -198,6 +198,15 @@ class TiTok(Tokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         return self.head.last_layer
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Tables, codes, and what reads patches and codes: all that the original calls token or embedding."""
+        found = [part for half in (self.encoder, self.decoder) for part in (half.register, half.position)]
+        found += [self.encoder.latents, self.encoder.latent_position, self.encoder.embed.conv.weight]
+        found += [self.decoder.mask, self.decoder.latent_position, self.decoder.embed.weight]
+        found += [] if self.decoder.text_position is None else [self.decoder.text_position]
+        found += [self.head.codes.weight] if isinstance(self.head, ProxyHead) else []
+        return [*found, *self.quantizer.parameters()]
 
     def fresh_start(self) -> str | None:
         if self.stage == "proxy" and not self.head.copied:
