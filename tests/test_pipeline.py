@@ -106,6 +106,16 @@ def test_mistakes_are_named(pipeline):
         pipeline(torch.tensor([0, 6]), SEEDS[:2])
     with pytest.raises(ValueError, match="labels and seeds"):
         pipeline(LABELS, SEEDS[:3])
+    for labels, seeds, said in (
+        ([3, 7], SEEDS[:2], "labels must be an int64 tensor .* got list"),
+        (3, 0, "labels must be an int64 tensor .* got int"),
+        (LABELS, SEEDS.float(), "seeds must be an int64 tensor .* got a tensor of torch.float32"),
+        (LABELS, 0, "seeds must be an int64 tensor .* got int"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pipeline(labels, seeds)
+    with pytest.raises(ValueError, match="guidance='2' must be a number or a Guidance"):
+        pipeline(LABELS, SEEDS, guidance="2")
     generator, _ = parts("var")
     _, tokenizer = parts("llamagen")
     with pytest.raises(ValueError, match="pass the tokenizer of that run"):
