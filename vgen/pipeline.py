@@ -82,8 +82,9 @@ class Pipeline:
                 spec, self.size = tokenizer.spec_for(size), size
         if (spec.layout, spec.parts) != (generator.spec.layout, generator.spec.parts):
             raise ValueError(
-                f"at {size} px the tokenizer emits {spec.parts} in {spec.layout}, the generator was trained on "
-                f"{generator.spec.parts} in {generator.spec.layout}; pass the tokenizer of that run (tokenizer_from=)"
+                f"at {size} px the tokenizer emits {spec}, the generator was trained on {generator.spec}"
+                f"{', in another order' if str(spec) == str(generator.spec) else ''}; pass the tokenizer of that run "
+                "(tokenizer_from=)"
             )
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
         self.chunk, self.class_names = chunk, class_names or []

@@ -64,6 +64,11 @@ class TokenSpec:
         if counted != self.layout.length:
             raise ValueError(f"parts hold {counted} tokens, the layout {self.layout.length}")
 
+    def __str__(self) -> str:
+        kinds = ("latents" if p.vocab_size is None else f"tokens of {p.vocab_size} codes" for p in self.parts)
+        parts = " and ".join(f"{p.count} {kind}, {p.channels} wide" for p, kind in zip(self.parts, kinds))
+        return f"{parts}, in {self.layout.steps} steps"
+
     @property
     def discrete(self) -> bool:
         return all(part.vocab_size is not None for part in self.parts)
