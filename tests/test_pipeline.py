@@ -118,9 +118,7 @@ def test_mistakes_are_named(pipeline):
         pipeline(LABELS, SEEDS, guidance="2")
     generator, _ = parts("var")
     _, tokenizer = parts("llamagen")
-    said = (
-        r"emits 64 tokens of 32 codes, 4 wide, in 64 steps, .* on 85 tokens of 32 codes, 4 wide, in 4 steps; pass the"
-    )
+    said = "emits 16 tokens of 24 codes, 6 wide, in 16 steps, .* 30 tokens of 24 codes, 6 wide, in 4 steps; pass the"
     with pytest.raises(ValueError, match=said):
         Pipeline(generator, tokenizer)
 
