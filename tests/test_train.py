@@ -622,10 +622,11 @@ def test_a_sweep_has_two_run_directories(tmp_path):
     again = ("-m", *small, "name=s", "resume=auto", "logger=none")
     done = command(*again, "optimizer.lr=5e-4,1e-3,2e-3", folder=tmp_path)
     assert done.returncode == 2 and "optimizer.lr: 0.001 -> 0.0005; pass another name=" in done.stderr, done.stderr
-    done = command(*again, "optimizer.lr=1e-3,2e-3,3e-3", "steps=3", folder=tmp_path)
+    done = command(*again, "optimizer.lr=1e-3,2e-3,3e-3", "steps=3", "data.workers=1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     reached = [state(tmp_path / "outputs" / "sweeps" / "s" / job)["global_step"] for job in ("0", "1", "2")]
-    assert reached == [3, 3, 3], "a longer training, and a value behind the others"
+    assert reached == [3, 3, 3], "a longer training by another loader, and a value behind the others"
+    assert "steps: 2 -> 3" in done.stdout and "data.workers" not in done.stdout.replace("data.workers=1", "")
 
 
 def test_more_workers_than_cores_are_said_once(monkeypatch):
