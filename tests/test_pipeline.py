@@ -207,7 +207,7 @@ def test_grid_npz_and_folder_hold_the_same_images(tmp_path):
         sample(settings(source, dotted, **chosen, tokenizer_from=str(other), overwrite=False))
 
 
-def test_a_folder_begun_in_chunks_of_64_is_finished_in_them(tmp_path):
+def test_a_folder_begun_in_chunks_of_64_is_finished_in_them(tmp_path, capsys):
     """As versions wrote it that had no other default: nothing that is there is made again."""
     source, out = exported(tmp_path / "model"), tmp_path / "folder"
     sample(settings(source, out, per_class=1, chunk=64))
@@ -224,7 +224,10 @@ def test_a_folder_begun_in_chunks_of_64_is_finished_in_them(tmp_path):
     hook.remove()
     assert set(rows) == {64} and {p.name: p.read_bytes() for p in out.glob("*.png")} == wanted
     assert json.loads((out / "metadata.json").read_text())["chunk"] == 64
+    assert "removed" not in capsys.readouterr().out
     sample(settings(source, out, per_class=1, seed=1))  # another job: images are drawn anew, in chunks of its own
+    said = f"note: removed {len(wanted)} images of {out}, made with another seed (0, now 1)\n"
+    assert said in capsys.readouterr().out
     assert json.loads((out / "metadata.json").read_text())["chunk"] == 8
     assert all((out / name).read_bytes() != png for name, png in wanted.items())
 
