@@ -1,7 +1,9 @@
 """Write a published model, or a run of ours, as our folder: model.safetensors and config.json, with its tokenizer.
 
     python scripts/convert.py from=zoo:var-d16 out=outputs/var_d16
-    python scripts/convert.py from=mine.pt family=llamagen kind=generator config=mine.json out=outputs/mine
+    python scripts/convert.py from=vq.pt family=llamagen kind=tokenizer config=vq.json out=outputs/vq
+    python scripts/convert.py from=mine.pt family=llamagen kind=generator config=mine.json tokenizer_from=outputs/vq \
+      out=outputs/mine
     python scripts/convert.py from=outputs/my_run out=outputs/mine
     python scripts/convert.py from=model.safetensors family=siglip2 start=detailflow_128 out=outputs/start
 
@@ -35,8 +37,9 @@ def main(config: Any) -> None:
 
 def convert(config: Any) -> Path:
     """The command of configs/convert.yaml; returns the folder written."""
-    from vgen.published import convert_file, entry_of, load_entry, load_generator
+    from vgen.published import convert_file, entry_of, load_entry, load_generator, on_tokens_of
     from vtok.checkpoint import file_hash, save_folder
+    from vtok.tokenizer import Tokenizer
     from vtok.weight_files import read_weights
 
     out, source = Path(config["out"]), config["from"]
@@ -64,6 +67,12 @@ def convert(config: Any) -> Path:
             module = started(config, state, arguments)
         else:
             module = convert_file(config["kind"], config["family"], state, arguments, Path(source))
+        if config["kind"] == "generator" and (place := config["tokenizer_from"]):
+            tokenizer = Tokenizer.load(place, trust=config["trust"])
+            module = on_tokens_of(module, tokenizer)
+            save_folder(tokenizer, out / "tokenizer")
+        elif any(value.isnan().any() for name, value in module.state_dict().items() if name.startswith("quantizer.")):
+            raise ValueError(f"{source} lacks the codebook that it reads: pass tokenizer_from=<run or folder of it>")
         save_folder(module, out, converted_from={"file": Path(source).name, "sha256": file_hash(source)})
     print(f"wrote {out}")
     return out

@@ -1,12 +1,15 @@
 """Write the weights of a run as one safetensors folder for sharing: no optimizer state, no paths, no pickle.
 
     python scripts/export.py from=outputs/imagenet_var out=exported/var
+    hf upload <owner>/<name> exported/var
 
-A generator's folder holds its tokenizer too. `scripts/convert.py from=<run>` does the same, beside published files.
+A generator's folder holds its tokenizer too, and a model card, README.md. `scripts/convert.py from=<run>` does the
+same, beside published files.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,14 +43,45 @@ def export(run: Path, out: Path, *, weights: str = "ema", trust: Sequence[str] =
     if is_folder(run):
         raise ValueError(f"{run} is an exported folder already; copy it")
     file, known = find_checkpoint(run), Families(FAMILIES, trust)
-    described = read_checkpoint(file)["module"]
+    checkpoint = read_checkpoint(file)
+    described = checkpoint["module"]
     module = load_module(file, known, weights)
     extra = {"kind": described.get("kind"), "weights": weights}
     if described.get("class_names"):
         extra["class_names"] = list(described["class_names"])
     if extra["kind"] == "generator":
-        save_folder(load_module(file.parent.parent / "tokenizer", known), out / "tokenizer", kind="tokenizer")
+        tokenizer = load_module(file.parent.parent / "tokenizer", known)
+        save_folder(tokenizer, out / "tokenizer", kind="tokenizer")
     save_folder(module, out, **extra)
+    if extra["kind"] == "generator":
+        from vgen.hub import model_card
+
+        card = model_card(module, tokenizer, facts(file.parent.parent, int(checkpoint["global_step"]), weights))
+        (out / "README.md").write_text(card)
+
+
+def facts(run: Path, step: int, weights: str) -> dict[str, str]:
+    """What a model card tells, by title: how a run was trained up to `step`, what the held-out set gave for these
+    weights, and by which versions; no places of files. Nothing of a checkpoint that lies outside of its run."""
+    from omegaconf import OmegaConf
+
+    from vtok.loggers import read_rows
+
+    if not (run / "config.yaml").is_file():
+        return {}
+    config = OmegaConf.load(run / "config.yaml")
+    found = {
+        "data": str(config.data.get("_target_", "")).rpartition(".")[2],
+        "training": f"{step:,} of {config.steps:,} steps of {config.batch_size} images, learning rate "
+        f"{config.optimizer.lr:g}, {config.precision}, seed {config.seed}; {weights} weights, ema {config.ema}",
+    }
+    name = "val/loss" if weights == "ema" else "val/loss_raw"
+    if seen := [row for row in read_rows(run / "metrics.csv") if name in row and int(row["step"]) <= step]:
+        found["held-out loss"] = f"{float(seen[-1][name]):.4g} at step {seen[-1]['step']}"
+    if (run / "versions.json").is_file():
+        by = json.loads((run / "versions.json").read_text())
+        found["versions"] = ", ".join(f"{n} {by[n]}" for n in ("vtok-vgen", "torch", "git_commit") if by.get(n))
+    return found
 
 
 if __name__ == "__main__":

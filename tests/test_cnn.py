@@ -10,8 +10,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from vtok.checkpoint import load_folder, save_folder
+from vtok.checkpoint import CheckpointError, load_folder, save_folder
 from vtok.config import build, describe, instantiate
+from vtok.data.transforms import to_uint8
 from vtok.layers.cnn import Attention2d, Decoder, Downsample, Encoder, Upsample, from_map, to_map
 from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES
@@ -20,7 +21,7 @@ from vtok.models.var import VARTokenizer
 from vtok.quantize.fsq import FSQ
 from vtok.quantize.residual import MultiScaleVQ
 from vtok.quantize.vq import VQ
-from vtok.tokenizer import TokenSpec
+from vtok.tokenizer import Tokenizer, TokenSpec
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "tokenizer").glob("*.yaml"))
 SMALL = dict(channels=8, multipliers=[1, 2], blocks=1, groups=4)
@@ -142,6 +143,40 @@ def test_maps_and_tokens_are_inverse():
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    (
+        (lambda x: x.permute(0, 2, 3, 1), r"expected float \[B, 3, H, W\] in \[-1, 1\]"),
+        (lambda x: to_uint8(x).permute(0, 3, 1, 2), "torch.uint8, expected float"),
+        (lambda x: to_uint8(x).permute(0, 3, 1, 2).float(), r"images reach 25\d, .* images / 127.5 - 1 from 0..255"),
+        (lambda x: x.numpy(), "images are a ndarray, expected a float tensor"),
+        (lambda x: x[..., :15], "must be multiples of the stride 2"),
+    ),
+)
+def test_images_that_are_none_are_named(change, said):
+    with pytest.raises(ValueError, match=said):
+        tokenizer("vq").encode(change(images()))
+
+
+def test_a_tokenizer_is_loaded_by_its_class(tmp_path):
+    """Tokenizer.load of a folder, a checkpoint's mistakes, and the way to published ones."""
+    made = tokenizer("vq").eval()
+    save_folder(made, tmp_path / "vq")
+    for cls in (Tokenizer, CNNTokenizer):
+        found = cls.load(tmp_path / "vq")
+        assert not found.training and torch.equal(found.encode(images()), made.encode(images()))
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    for cls, path, said in (
+        (VARTokenizer, tmp_path / "vq", "vq holds a CNNTokenizer, expected a VARTokenizer"),
+        (Tokenizer, tmp_path / "run", "run holds a generator: give its tokenizer, .*run/tokenizer"),
+        (Tokenizer, "zoo:llamagen-vq16", r"`python scripts/convert.py from=zoo:llamagen-vq16 out=<folder>` makes it"),
+        (Tokenizer, "hf:me/mine", "`hf download me/mine --local-dir <folder>` makes it"),
+        (Tokenizer, tmp_path / "none", "none does not exist: give a run directory"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            cls.load(path)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 """Published files: what wraps the weights, what is refused and in which words, and how much memory loading takes."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from references import read
 from safetensors.torch import save_file
 
+from scripts.convert import convert as convert_command
+from vgen.models import FAMILIES
+from vgen.pipeline import Pipeline
 from vgen.published import convert_file
-from vtok.checkpoint import CheckpointError
+from vtok.checkpoint import CheckpointError, save_folder
+from vtok.config import build, describe
+from vtok.models.cnn import CNNTokenizer
+from vtok.models.var import VARTokenizer
+from vtok.quantize.residual import MultiScaleVQ
+from vtok.quantize.vq import VQ
 from vtok.weight_files import choose, read_weights, strip_prefixes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +152,61 @@ def test_half_precision_files_become_float32_of_their_own(tmp_path):
     with torch.no_grad():
         module.trunk.norm.weight.add_(1)
     assert torch.equal(read_weights(file)["norm.weight"], state["norm.weight"].bfloat16())
+
+
+def own_tokenizer(quantizer, size, **options):
+    """Of stride 2, where the converters of generators suppose 16."""
+    cls = VARTokenizer if isinstance(quantizer, MultiScaleVQ) else CNNTokenizer
+    shape = dict(channels=8, multipliers=[1, 2], blocks=1, groups=4, attention=False, mid_attention=False)
+    return cls(image_size=size, quantizer=quantizer, z_channels=None, **shape, **options).eval()
+
+
+def converted(folder, family, tokenizer, **changes):
+    """scripts/convert.py of folder/gpt.pt with that tokenizer; the Pipeline of what it wrote."""
+    save_folder(tokenizer, folder / "tokenizer")
+    config = OmegaConf.load(ROOT / "configs" / "convert.yaml")
+    given = dict(family=family, kind="generator", config=str(folder / "gpt.json"), out=str(folder / "out"))
+    given |= {"from": str(folder / "gpt.pt"), "tokenizer_from": str(folder / "tokenizer")}
+    return Pipeline.load(convert_command(OmegaConf.merge(config, given, changes)))
+
+
+def test_a_generator_is_converted_onto_a_tokenizer_of_its_own(tmp_path):
+    """A file of LlamaGen tells neither the stride nor the width of codes; the logits are those of the file alone."""
+    state, _, _, info = read("llamagen_gpt")
+    torch.save({"model": state}, tmp_path / "gpt.pt")
+    (tmp_path / "gpt.json").write_text(json.dumps(info["ctor"]))
+    alone = convert_file("generator", "llamagen", state, info["ctor"], tmp_path / "gpt.pt")
+    torch.manual_seed(0)
+    pipeline = converted(tmp_path, "llamagen", own_tokenizer(VQ(vocab_size=64, channels=5), 32))  # at 8 px 16 tokens
+    spec = pipeline.generator.spec
+    assert (spec.image_size, spec.parts[0].channels) == (8, 5)
+    assert pipeline(torch.tensor([3, 7]), torch.tensor([0, 1])).shape == (2, 8, 8, 3)
+    tokens = torch.randint(64, (2, 16))
+    ours, theirs = (
+        m.log_prob(m.arrange(tokens), m.conditioner(torch.tensor([3, 7]))) for m in (pipeline.generator, alone)
+    )
+    assert torch.equal(ours, theirs)
+    wrong = own_tokenizer(VQ(vocab_size=32, channels=5), 8)
+    said = "emits 16 tokens of 32 codes, 5 wide, in 16 steps, the generator writes 16 tokens of 64 codes"
+    with pytest.raises(ValueError, match=said):
+        converted(tmp_path, "llamagen", wrong, overwrite=True)
+
+
+def test_a_var_file_without_its_codebook_takes_the_tokenizers(tmp_path):
+    """As a training of VAR's writes it, if the quantizer is left out; without one nothing is written."""
+    state, _, _, info = read("var")
+    whole = convert_file("generator", "var", state, info["ctor"], tmp_path / "gpt.pt")
+    torch.save({k: v for k, v in state.items() if "quant" not in k}, tmp_path / "gpt.pt")
+    (tmp_path / "gpt.json").write_text(json.dumps(info["ctor"]))
+    quantizer = build(describe(whole.quantizer), FAMILIES)
+    quantizer.load_state_dict(whole.quantizer.state_dict())
+    tokenizer = own_tokenizer(quantizer, 2 * whole.spec.quantizer["arguments"]["sides"][-1], projection=3)
+    with pytest.raises(ValueError, match="lacks the codebook that it reads: pass tokenizer_from="):
+        converted(tmp_path, "var", tokenizer, tokenizer_from=None)
+    pipeline = converted(tmp_path, "var", tokenizer)
+    assert pipeline.generator.spec.image_size == tokenizer.spec.image_size
+    ours, theirs = pipeline.generator.state_dict(), whole.state_dict()
+    assert set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 MEMORY = """

@@ -54,8 +54,16 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 
 
 def test_every_exported_name_is_there(site):
-    code = "import vtok, vgen; print(all([getattr(m, n) for m in (vtok, vgen) for n in m.__all__]))"
-    assert run(site, code).strip() == "True"
+    """Every family and quantizer too, listed by dir() before torch is imported, and with its own docstring."""
+    code = """
+import sys, vtok, vgen
+from vgen.models import FAMILIES
+both = [(m, n) for m in (vtok, vgen) for n in m.__all__]
+assert all(n in dir(m) for m, n in both) and set(FAMILIES) <= {n for _, n in both} and "torch" not in sys.modules
+print([n for m, n in both if getattr(m, n).__name__ != n or (getattr(m, n).__doc__ or n).startswith(n)])
+"""
+    assert run(site, code).strip() == "[]"
+    assert all((site / name / "py.typed").is_file() for name in ("vtok", "vgen"))
 
 
 def test_digits_travel_with_the_package(site):

@@ -106,9 +106,20 @@ def test_mistakes_are_named(pipeline):
         pipeline(torch.tensor([0, 6]), SEEDS[:2])
     with pytest.raises(ValueError, match="labels and seeds"):
         pipeline(LABELS, SEEDS[:3])
+    for labels, seeds, said in (
+        ([3, 7], SEEDS[:2], "labels must be an int64 tensor .* got list"),
+        (3, 0, "labels must be an int64 tensor .* got int"),
+        (LABELS, SEEDS.float(), "seeds must be an int64 tensor .* got a tensor of torch.float32"),
+        (LABELS, 0, "seeds must be an int64 tensor .* got int"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pipeline(labels, seeds)
+    with pytest.raises(ValueError, match="guidance='2' must be a number or a Guidance"):
+        pipeline(LABELS, SEEDS, guidance="2")
     generator, _ = parts("var")
     _, tokenizer = parts("llamagen")
-    with pytest.raises(ValueError, match="pass the tokenizer of that run"):
+    said = "emits 16 tokens of 24 codes, 6 wide, in 16 steps, .* 30 tokens of 24 codes, 6 wide, in 4 steps; pass the"
+    with pytest.raises(ValueError, match=said):
         Pipeline(generator, tokenizer)
 
 
@@ -129,7 +140,7 @@ def test_a_tokenizer_whose_tokens_lie_otherwise_is_refused():
     generator, tokenizer = parts("llamagen")
     line = replace(generator.spec, layout=SequenceLayout.levels((1,) * generator.spec.layout.length))
     other = LlamaGen(line, CLASSES, depth=1, width=16, heads=2, multiple_of=8, position="rope_1d")
-    with pytest.raises(ValueError, match="pass the tokenizer of that run"):
+    with pytest.raises(ValueError, match="in another order; pass the tokenizer of that run"):
         Pipeline(other, tokenizer)
 
 
@@ -196,7 +207,7 @@ def test_grid_npz_and_folder_hold_the_same_images(tmp_path):
         sample(settings(source, dotted, **chosen, tokenizer_from=str(other), overwrite=False))
 
 
-def test_a_folder_begun_in_chunks_of_64_is_finished_in_them(tmp_path):
+def test_a_folder_begun_in_chunks_of_64_is_finished_in_them(tmp_path, capsys):
     """As versions wrote it that had no other default: nothing that is there is made again."""
     source, out = exported(tmp_path / "model"), tmp_path / "folder"
     sample(settings(source, out, per_class=1, chunk=64))
@@ -213,7 +224,10 @@ def test_a_folder_begun_in_chunks_of_64_is_finished_in_them(tmp_path):
     hook.remove()
     assert set(rows) == {64} and {p.name: p.read_bytes() for p in out.glob("*.png")} == wanted
     assert json.loads((out / "metadata.json").read_text())["chunk"] == 64
+    assert "removed" not in capsys.readouterr().out
     sample(settings(source, out, per_class=1, seed=1))  # another job: images are drawn anew, in chunks of its own
+    said = f"note: removed {len(wanted)} images of {out}, made with another seed (0, now 1)\n"
+    assert said in capsys.readouterr().out
     assert json.loads((out / "metadata.json").read_text())["chunk"] == 8
     assert all((out / name).read_bytes() != png for name, png in wanted.items())
 

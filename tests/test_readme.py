@@ -1,5 +1,5 @@
-"""Every shell block of the README, run line by line in an empty folder that links to the clone; and the commands that
-README, docs and configurations print, composed."""
+"""Every shell block of the README, run line by line in an empty folder that links to the clone, then the Python block
+that reads what they left; and the commands that README, docs and configurations print, composed."""
 
 import itertools
 import re
@@ -96,6 +96,11 @@ def test_blocks_run(folder):
         small = ["batch_size=8"] if words[1] == "train.py" else []
         done = command(*words[1:], *small, folder=folder, **env)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    (folder / "loads.py").write_text(code + "print(tuple(tokens.shape), tuple(copies.shape), tuple(images.shape))")
+    done = command("loads.py", folder=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].endswith("(1, 3, 32, 32) (2, 32, 32, 3)")
     assert Image.open(folder / "outputs/readme/grid.png").size[0] > 8 * 64
     samples = np.load(folder / "outputs/readme/samples.npz")
     assert samples["arr_0"].shape[0] == 40 and np.bincount(samples["arr_1"]).tolist() == [4] * 10

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import forks
@@ -20,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from runs import CONFIGS, LLAMAGEN, TOKENIZER, VAR, everything, losses, run, run_all, state, tokenizer_folder
 from torch import nn
+from torch.utils.data import DataLoader
 
 from vgen.models import FAMILIES
 from vgen.models.llamagen import LlamaGen
@@ -612,8 +614,37 @@ def test_a_sweep_has_two_run_directories(tmp_path):
         rates.append(yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["lr"])
         (log,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
         assert log.stem == f"run-{(folder / 'wandb_id.txt').read_text().strip()}", "a run of its own for every job"
+        assert f"\x03s {job}".encode() in log.read_bytes(), "and a name, which stands behind its length"
+        assert f"job {job}: " in done.stdout and f"optimizer.lr={rates[-1]}" in done.stdout
     assert rates == [1e-3, 2e-3]
+    assert "anonymous" not in done.stdout + done.stderr, "a warning of W&B's about what nobody set"
     assert not (tmp_path / "outputs" / "s").exists()
+    again = ("-m", *small, "name=s", "resume=auto", "logger=none")
+    done = command(*again, "optimizer.lr=5e-4,1e-3,2e-3", folder=tmp_path)
+    assert done.returncode == 2 and "optimizer.lr: 0.001 -> 0.0005; pass another name=" in done.stderr, done.stderr
+    done = command(*again, "optimizer.lr=1e-3,2e-3,3e-3", "steps=3", "data.workers=1", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    reached = [state(tmp_path / "outputs" / "sweeps" / "s" / job)["global_step"] for job in ("0", "1", "2")]
+    assert reached == [3, 3, 3], "a longer training by another loader, and a value behind the others"
+    assert "steps: 2 -> 3" in done.stdout and "data.workers" not in done.stdout.replace("data.workers=1", "")
+
+
+def test_more_workers_than_cores_are_said_once(monkeypatch):
+    """In one line of ours, where torch warns of every loader that it may freeze."""
+    from vgen.training import crowded
+    from vtok.callbacks import quiet
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert crowded(1) is None
+    assert crowded(2) == "note: 2 loader workers share 1 CPU core: data.workers=1 may be faster"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quiet()
+        DataLoader([1], num_workers=2)
+        assert not said
+        warnings.simplefilter("always")
+        DataLoader([1], num_workers=2)
+        assert len(said) == 1, "torch warns no more: then quiet() need not name it"
 
 
 def test_of_many_processes_one_writes_the_id_of_wandb(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from vgen.zoo import GENERATORS, ZOO, lines
 from vtok import counters
 from vtok.checkpoint import CheckpointError, file_hash, read_config
 from vtok.layers.packed import packable
+from vtok.loggers import read_rows
 from vtok.zoo import TOKENIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,7 +244,11 @@ def test_a_run_is_exported_alike_by_both_commands(tmp_path):
     for name, source in (("b", tmp_path / "run"), ("c", checkpoint)):
         convert(config_of("convert", **{"from": str(source), "out": str(tmp_path / name)}))
     found = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.*")} for n in "abc"]
-    assert found[0] == found[1] == found[2] and len(found[0]) == 4  # weights and config, of both
+    assert found[0] == found[1] == found[2] and len(found[0]) == 5  # weights and config, of both, and the card
+    card = (tmp_path / "a" / "README.md").read_text()
+    (row,) = (r for r in read_rows(tmp_path / "run" / "metrics.csv") if "val/loss" in r)
+    assert f"- held-out loss: {float(row['val/loss']):.4g} at step 1" in card and str(tmp_path) not in card
+    assert "- data: Fake\n" in card and "- training: 1 of 1 steps of 8 images, learning rate 0.001, 32-true" in card
     assert read_config(tmp_path / "a")["kind"] == "generator" and read_config(tmp_path / "a")["weights"] == "ema"
     with pytest.raises(ValueError, match="exported folder already"):
         convert(config_of("convert", **{"from": str(tmp_path / "a"), "out": str(tmp_path / "d")}))

@@ -50,6 +50,8 @@ class Chunks:
                 )
             for path in old:
                 path.unlink()
+            if old:
+                print(f"note: removed {len(old)} images of {self.out}, made with another {different}")
         if found != ours:
             write_json(self.out / "metadata.json", record)
 

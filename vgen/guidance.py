@@ -44,6 +44,8 @@ Schedule = Callable[[Progress], float]
 
 
 class Guidance(Protocol):
+    """How the outputs of `streams` condition streams (the first conditional, the others null) become one."""
+
     streams: int
 
     def __call__(self, out: Tensor, progress: Progress) -> Tensor:

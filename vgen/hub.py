@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 
+from vgen.generator import Generator
 from vgen.pipeline import Pipeline
 from vtok.checkpoint import CheckpointError, save_folder
+from vtok.tokenizer import Tokenizer
 
 FILES = ["config.json", "model.safetensors", "tokenizer/config.json", "tokenizer/model.safetensors", "README.md"]
 
@@ -58,7 +61,7 @@ class HubPipeline(Pipeline, ModelHubMixin, library_name="vtok-vgen", tags=["imag
         extra = {"class_names": self.class_names} if self.class_names else {}
         save_folder(self.generator, save_directory, **extra)
         save_folder(self.tokenizer, Path(save_directory) / "tokenizer")
-        (Path(save_directory) / "README.md").write_text(model_card(self, self.card))
+        (Path(save_directory) / "README.md").write_text(model_card(self.generator, self.tokenizer, self.card))
 
     @classmethod
     def _from_pretrained(
@@ -84,9 +87,8 @@ class HubPipeline(Pipeline, ModelHubMixin, library_name="vtok-vgen", tags=["imag
         return cls(loaded.generator, loaded.tokenizer, chunk=chunk, class_names=loaded.class_names, card=card)
 
 
-def model_card(pipeline: Pipeline, facts: dict[str, Any]) -> str:
+def model_card(generator: Generator, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> str:
     """README.md of a repository: what the model is, how to sample from it, and `facts` by title."""
-    generator, tokenizer = pipeline.generator, pipeline.tokenizer
     spec, count = generator.spec, sum(p.numel() for p in generator.parameters())
     kinds = ", ".join("continuous" if part.vocab_size is None else f"{part.vocab_size:,} codes" for part in spec.parts)
     lines = [
@@ -104,6 +106,14 @@ def model_card(pipeline: Pipeline, facts: dict[str, Any]) -> str:
         "",
         "```bash",
         "python sample.py from=hf:<owner>/<name> out=grid.png",
+        "```",
+        "",
+        "```python",
+        "import torch",
+        "from vgen import Pipeline",
+        "",
+        'pipeline = Pipeline.load("hf:<owner>/<name>")',
+        "images = pipeline(torch.tensor([0]), torch.tensor([0]))  # labels, seeds to uint8 [N, H, W, 3]",
         "```",
         "",
     ]

@@ -82,8 +82,9 @@ class Pipeline:
                 spec, self.size = tokenizer.spec_for(size), size
         if (spec.layout, spec.parts) != (generator.spec.layout, generator.spec.parts):
             raise ValueError(
-                f"at {size} px the tokenizer emits {spec.parts} in {spec.layout}, the generator was trained on "
-                f"{generator.spec.parts} in {generator.spec.layout}; pass the tokenizer of that run (tokenizer_from=)"
+                f"at {size} px the tokenizer emits {spec}, the generator was trained on {generator.spec}"
+                f"{', in another order' if str(spec) == str(generator.spec) else ''}; pass the tokenizer of that run "
+                "(tokenizer_from=)"
             )
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
         self.chunk, self.class_names = chunk, class_names or []
@@ -237,7 +238,11 @@ class Pipeline:
         does with 384 px models before evaluation); None leaves them as decoded.
         chunk: `chunk_of` the whole job, where these images are a part of one; None: they are all.
         """
-        if len(labels) != len(seeds) or labels.dim() != 1 or len(labels) == 0:
+        for name, value in (("labels", labels), ("seeds", seeds)):
+            if not isinstance(value, Tensor) or value.is_floating_point():
+                got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name} must be an int64 tensor [N], as torch.tensor([3, 7]), got {got}")
+        if labels.shape != seeds.shape or labels.dim() != 1 or len(labels) == 0:
             shapes = f"{tuple(labels.shape)}, {tuple(seeds.shape)}"
             raise ValueError(f"labels and seeds must be [N] with N >= 1, got {shapes}")
         low, high, known = int(labels.min()), int(labels.max()), self.generator.num_classes
@@ -296,4 +301,6 @@ def _from_disk(path: str | os.PathLike, weights: str, tokenizer: str | os.PathLi
 
 
 def _guide(value: Guidance | float) -> Guidance:
+    if not callable(value) and not isinstance(value, (int, float)):
+        raise ValueError(f"guidance={value!r} must be a number or a Guidance (vgen/guidance.py)")
     return guidance(float(value)) if isinstance(value, (int, float)) else value

@@ -6,7 +6,9 @@ own client. A file that is elsewhere, or a machine without a network, gets a mes
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import os
 import re
 import warnings
@@ -17,8 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
+from vgen.generator import Generator
+from vgen.models import FAMILIES
 from vgen.zoo import GENERATORS, ZOO, GeneratorEntry
-from vtok.checkpoint import CheckpointError
+from vtok.checkpoint import CheckpointError, load_strict
+from vtok.config import build, describe
+from vtok.tokenizer import Tokenizer, TokenSpec
 from vtok.weight_files import read_weights, settle, without_weights
 from vtok.zoo import TOKENIZERS, Entry
 
@@ -125,6 +131,35 @@ def merged(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     for key, value in changes.items():
         found[key] = merged(found.get(key, {}), value) if isinstance(value, Mapping) else value
     return found
+
+
+def on_tokens_of(generator: Generator, tokenizer: Tokenizer) -> Generator:
+    """A generator converted from its file alone, on the tokens of `tokenizer`, whose widths of codes, image size and
+    quantizer no such file tells. ValueError where number, order or vocabularies of the tokens differ, or the widths of
+    latents, which its weights have learned."""
+    own = generator.spec
+
+    def kind(spec: TokenSpec) -> tuple:
+        return spec.layout, [(p.count, p.vocab_size, p.vocab_size is None and p.channels) for p in spec.parts]
+
+    spec = tokenizer.spec
+    if kind(spec) != kind(own):
+        with contextlib.suppress(ValueError):  # it has one size: then the comparison below decides
+            spec = tokenizer.spec_for(math.isqrt(own.layout.length) * tokenizer.stride)
+    if kind(spec) != kind(own):
+        order = " in another order" if str(spec) == str(own) else ""
+        raise ValueError(f"tokenizer_from emits {tokenizer.spec}, the generator writes {own}{order}: pass its own")
+    generator.accepts(spec)
+    said = describe(generator)
+    with without_weights():
+        fitted = build({**said, "arguments": {**said["arguments"], "spec": spec.to_config()}}, FAMILIES)
+    state = generator.state_dict()
+    if any(key.startswith("quantizer.") for key in state):  # of which `adopt` takes over all
+        state = {key: value for key, value in state.items() if not key.startswith("quantizer.")}
+        state |= {f"quantizer.{key}": value.clone() for key, value in tokenizer.quantizer.state_dict().items()}
+    load_strict(fitted, state, "the generator")
+    fitted.adopt(tokenizer)
+    return fitted.eval()
 
 
 def load_generator(

@@ -81,6 +81,8 @@ def train(config: DictConfig) -> float | None:
     if config.precision.startswith("bf16") and on_cpu and not cpu_has_bf16():
         say(SLOW_BF16.format("precision=32-true"))
     resumed = runs.resume_from(folder, config.resume, config.ckpt_path, config.overwrite, say=say)
+    if resumed and _job() is not None:
+        check_job(config, folder)
     seed_all(key(config.seed))
     check_teacher(config, trust)
     check_fit(config, trust)
@@ -122,6 +124,8 @@ def train(config: DictConfig) -> float | None:
             overwrite=config.overwrite,
         )
     say(summary(config, lit, data, trainer, batch, step))
+    if note := crowded(config.data.get("workers") or 0):
+        say(note)
     for logger in trainer.loggers:
         logger.log_hyperparams({**plain, "versions": runs.versions()})
     if step >= trainer.max_steps:
@@ -143,13 +147,23 @@ def train(config: DictConfig) -> float | None:
     return float(value)
 
 
+def check_job(config: DictConfig, folder: Path) -> None:
+    """Raise ValueError where a sweep's job would go on with the run of another job: their folders are numbered, so a
+    value that is added in front, or a second sweep of the same name, moves them. Longer trainings are no other run."""
+    names = [name for name in PART_OF_THE_RUN if name != "steps"]
+    for line in runs.changes(folder, OmegaConf.to_container(config, resolve=True), names)[:1]:
+        raise ValueError(
+            f"job {_job()} of this sweep would go on with another run, {folder}: {line}; pass another name=, or add "
+            "new values behind the old ones, since jobs are numbered in their order"
+        )
+
+
 def settle(config: DictConfig) -> DictConfig:
     """The configuration with the run directory decided, types checked, and `auto` values filled in."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
     config = config.copy()
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if _job() is not None:
         config.run_dir = HydraConfig.get().runtime.output_dir  # every job of a sweep has its own
     if config.get("model") is None and _cached(config):
         raise ValueError(f"{TRAINS_ON_IMAGES} (data=codes trains a generator: pass model=<name>)")
@@ -216,6 +230,16 @@ def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
     )
     data.setup()
     return data
+
+
+def crowded(workers: int) -> str | None:
+    """What to tell who has more loader workers than cores, for each process that trains; None where there is room."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers <= cores:
+        return None
+    return (
+        f"note: {workers} loader workers share {cores} CPU core{'s' * (cores > 1)}: data.workers={cores} may be faster"
+    )
 
 
 def build_module(config: DictConfig, data: Any, trust: tuple[str, ...]) -> Lit:
@@ -480,8 +504,11 @@ def build_loggers(config: DictConfig, folder: Path, trust: tuple[str, ...], *, f
     loggers = []
     for section in (config.logger or {}).values():
         section = section.copy()
-        if str(section._target_).endswith("WandbLogger") and not section.get("id"):
-            section.id = _wandb_id(folder, fresh)
+        if str(section._target_).endswith("WandbLogger"):
+            if not section.get("id"):
+                section.id = _wandb_id(folder, fresh)
+            if _job() is not None:
+                section.name = f"{section.name} {_job()}"  # a sweep's runs differ in their names
         loggers.append(instantiate(section, trust=trust, _convert_="all"))
     return loggers
 
@@ -509,6 +536,15 @@ def _choice(group: str) -> str:
     return str(HydraConfig.get().runtime.choices.get(group)) if HydraConfig.initialized() else "..."
 
 
+def _job() -> int | None:
+    """The number of this job in a sweep (-m), None where there is none."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return int(HydraConfig.get().job.num) if sweep else None
+
+
 def _overrides() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
@@ -525,6 +561,7 @@ def summary(config: DictConfig, lit: Lit, data: Any, trainer: L.Trainer, batch: 
     vocabularies = ", ".join("continuous" if p.vocab_size is None else str(p.vocab_size) for p in spec.parts)
     parts = ", ".join(f"{k} {_size(v)}" for k, v in need.items() if v)
     lines = {
+        "sweep": None if _job() is None else f"job {_job()}: {' '.join(_overrides())}",
         "run directory": config.run_dir,
         "trains": f"{type(lit.module).__name__} ({lit.kind}), {count:,} parameters, {trainable:,} trainable",
         "tokens": f"{spec.layout.length} in {spec.layout.steps} steps, vocabulary {vocabularies}, "

@@ -65,6 +65,7 @@ def quiet() -> None:
         ".*in eval mode at the start of training.*",  # the averaged copy
         ".*LeafSpec.*",
         ".*does not have many workers.*",
+        "This DataLoader will create",  # more workers than cores: vgen.training.crowded says it once
         ".*`IterableDataset` has `__len__`.*",
         ".*Checkpoint directory .* exists.*",
     ):

@@ -224,6 +224,13 @@ def find_checkpoint(path: str | os.PathLike, name: str = "last") -> Path:
         if candidate.is_file():
             return candidate
     if not path.exists():
+        place, _, name = str(path).partition(":")
+        make = {"zoo": f"python scripts/convert.py from={path} out=", "hf": f"hf download {name} --local-dir "}
+        if place in make:
+            raise CheckpointError(
+                f"{path} is read here from a folder: `{make[place]}<folder>` makes it once, then give that folder "
+                "(tokenizer/ in it, where a generator's tokenizer is meant)"
+            )
         raise CheckpointError(f"{path} does not exist: give a run directory, a .ckpt file or an exported folder")
     raise CheckpointError(f"{path} holds no checkpoints/{name}.ckpt and no config.json")
 

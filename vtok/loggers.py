@@ -73,6 +73,7 @@ class SafeWandbLogger(WandbLogger):
         super().__init__(
             project=project, name=name, save_dir=save_dir, id=id, resume=resume, offline=offline, settings=settings
         )
+        self._wandb_init.pop("anonymous", None)  # Lightning's null, of which W&B warns
         self._given_up, self._timeout = False, timeout
         # in an outage W&B's own telemetry would delay the exit, and the end of a run would wait for ever
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

@@ -61,6 +61,7 @@ SECTIONS = (
     "data", "tokenizer", "model", "objective", "trainer", "logger", "callbacks", "optimizer", "discriminator_optimizer",
     "schedule", "pictures",
 )  # fmt: skip
+SAME_BATCHES = ("data.workers",)  # under any number of them
 SECTION_OF = {"tokenizer": "tokenizer", "generator": "model"}  # the group of what a run trains
 
 
@@ -203,7 +204,8 @@ def changes(folder: Path, config: Mapping[str, Any], names: Sequence[str]) -> li
         return []
     old = OmegaConf.to_container(OmegaConf.load(path))
     before, now = (completed({n: c.get(n) for n in names}, {}) for c in (old, config))
-    return [f"{name}: {there} -> {here}" for name, there, here in differences(before, now)]
+    found = [change for change in differences(before, now) if change[0] not in SAME_BATCHES]
+    return [f"{name}: {there} -> {here}" for name, there, here in found]
 
 
 def keep_tokenizer(tokenizer: Configured, folder: Path, *, resumed: bool) -> None:

@@ -8,9 +8,11 @@ continuous latents [B, L, C]; channels come last inside tokens. Straight-through
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ TRAINING = {
     "nested", "null_drop", "repa_block", "repa_side", "repa_width", "restart", "rotation", "sample_weight",
     "scale_weight", "semantic", "stage", "stochastic", "temperature", "time", "vision", "vision_channels",
 }  # fmt: skip
+
+FAR = 10.0  # no image in [-1, 1] reaches it, not resized or as normalised noise; one in 0..255 does
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class TokenSpec:
         counted = sum(part.count for part in self.parts)
         if counted != self.layout.length:
             raise ValueError(f"parts hold {counted} tokens, the layout {self.layout.length}")
+
+    def __str__(self) -> str:
+        kinds = ("latents" if p.vocab_size is None else f"tokens of {p.vocab_size} codes" for p in self.parts)
+        parts = " and ".join(f"{p.count} {kind}, {p.channels} wide" for p, kind in zip(self.parts, kinds))
+        return f"{parts}, in {self.layout.steps} steps"
 
     @property
     def discrete(self) -> bool:
@@ -230,6 +239,31 @@ class Tokenizer(Configured, nn.Module):
     # whether forward(host_key=) is taken: `key` as an array on the host, from which it draws what decides shapes
     host_draws: bool = False
 
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        weights: Literal["ema", "raw"] = "ema",
+        device: str | torch.device = "cpu",
+        trust: Sequence[str] = (),
+    ) -> Self:
+        """From a run directory, a .ckpt in it or an exported folder, in eval mode: `Tokenizer.load("outputs/mine")`.
+
+        weights: ema or raw. trust: modules of yours that a run may name (docs/add_a_paper). Raises CheckpointError, a
+        ValueError, for what holds none, or another class than that by which `load` was called.
+        """
+        from vtok.checkpoint import CheckpointError, load_module
+        from vtok.config import Families
+        from vtok.models import FAMILIES
+
+        if (inside := Path(path) / "tokenizer").is_dir():
+            raise CheckpointError(f"{path} holds a generator: give its tokenizer, {inside}")
+        found = load_module(path, Families(FAMILIES, trust), weights)
+        if not isinstance(found, cls):
+            raise CheckpointError(f"{path} holds a {type(found).__name__}, expected a {cls.__name__}")
+        return found.to(device)
+
     def spec_for(self, size: int) -> TokenSpec:
         """Specification of the tokens of size x size images; ValueError where the family cannot take them."""
         raise NotImplementedError
@@ -334,11 +368,16 @@ class Tokenizer(Configured, nn.Module):
 
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless images are float [B, 3, H, W] with sides that the stride divides; both sides alike
-        unless the family `grows` by any H x W, for decode(size=) is one side."""
+        unless the family `grows` by any H x W, for decode(size=) is one side. On the CPU also where they are of another
+        range by far, as 0..255; a GPU would be waited for."""
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images are a {type(images).__name__}, expected a float tensor [B, 3, H, W] in [-1, 1]")
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images are {tuple(images.shape)} {images.dtype}, expected float [B, 3, H, W] in [-1, 1]")
         if images.shape[2] % self.stride or images.shape[3] % self.stride:
             raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the stride {self.stride}")
+        if images.device.type == "cpu" and images.numel() and (largest := float(images.amax())) > FAR:
+            raise ValueError(f"images reach {largest:.4g}, expected values in [-1, 1]: images / 127.5 - 1 from 0..255")
         if images.shape[2] != images.shape[3] and self.grows != "any":
             raise ValueError(
                 f"{type(self).__name__} takes square images, got {tuple(images.shape[2:])}: decode(size=) is one side; "

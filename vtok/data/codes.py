@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vtok import counters
-from vtok.checkpoint import CheckpointError, Weights, load_module, weights_hash
-from vtok.config import Families, completed, describe, differences, imported
+from vtok.checkpoint import CheckpointError, Weights, weights_hash
+from vtok.config import completed, describe, differences, imported
 from vtok.data.ahead import Ahead
 from vtok.data.module import ImageData, Position, StepData, check_limits, float_images
 from vtok.data.shards import Crops, Shards, open_split
@@ -39,9 +39,7 @@ def frozen(tokenizer: str | Path | Tokenizer, weights: Weights = "ema", *, trust
     trust: modules of yours that may hold its class.
     """
     if not isinstance(tokenizer, torch.nn.Module):
-        if (inside := Path(tokenizer) / "tokenizer").is_dir():
-            raise ValueError(f"{tokenizer} holds a generator: give its tokenizer, {inside}")
-        tokenizer = load_module(tokenizer, Families(FAMILIES, trust), weights)
+        tokenizer = Tokenizer.load(tokenizer, weights=weights, trust=trust)
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"tokenizer={type(tokenizer).__name__} is not a tokenizer; give a tokenizer's run or folder")
     return tokenizer.requires_grad_(False).eval()
