@@ -59,6 +59,8 @@ def test_the_head_sees_one_scale_at_a_time_and_the_loss_weighs_scales_by_their_c
 def test_one_euler_step_by_hand_with_the_gate_of_the_guidance():
     model, noise = make("flowar"), SampleNoise(sample_seeds(0, 0, 3))
     cond, null = model.conditioner(LABELS), model.conditioner.null(3)
+    rows = []
+    model.head.net.register_forward_pre_hook(lambda _, args: rows.append(len(args[0].x)))
     done = ancestral(
         model,
         Cond.cat([cond, null]),
@@ -68,6 +70,7 @@ def test_one_euler_step_by_hand_with_the_gate_of_the_guidance():
     )
     a, b = 5, 21
     x = noise.normal(torch.arange(a, b), CHANNELS)
+    assert rows == [3, 3] + [3, 6] * 2, "two steps a scale; the first scale is not guided"
     states = [model(done, row)[:, a:b] for row in (cond, null)]
     c = model.head(x, torch.full((3,), 1.0), states[0])  # time 1 is above 0.6: unguided
     x = x - 0.5 * c

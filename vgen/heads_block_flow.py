@@ -173,9 +173,10 @@ class BlockFlowHead(nn.Module):
         """
         low, high = span
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            time = torch.full((len(h),), low + t * (high - low), device=h.device)
-            return self(x.repeat(guide.streams, 1, 1), time, h)
+        def velocity(x: Tensor, t: float, streams: int) -> Tensor:
+            count = streams * len(x)
+            time = torch.full((count,), low + t * (high - low), device=h.device)
+            return self(x.repeat(streams, 1, 1), time, h[:count])
 
         if known is not None:
             begin = noise.normal(position, self.channels) * rule.temperature if start is None else start
