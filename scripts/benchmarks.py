@@ -285,7 +285,7 @@ Measured on:
 What decides a sampling step of few rows is how fast the weights are read, and then the small operations between the
 products. Rows marked `packed` have weights in the order of the CPU's matrix kernels, `packed=false` gives the stored
 one. LlamaGen-B's bf16 rows were measured while its head was read in float32; in float16, as now, a step of 2 rows is
-16 % shorter and one of 4 rows 8 % (docs/architecture.md), which is not in these ratios yet. VAR-d16 in bf16 is at 61 %
+14 % shorter and one of 4 rows 7 % (docs/architecture.md), which is not in these ratios yet. VAR-d16 in bf16 is at 61 %
 of the roofline, 64 % with compiled blocks (`eval.throughput` with two threads), and could be 3.8 times as fast as the
 original at most.
 
