@@ -22,7 +22,7 @@ from vgen.heads_factorised import FactorisedHead
 from vgen.models.hita import PartHead
 from vtok.counters import STORED
 from vtok.layers.attention import Attention
-from vtok.layers.packed import PackedLinear
+from vtok.layers.packed import HalfLinear, PackedLinear
 from vtok.layers.trunk import Trunk, pays
 from vtok.low_bit import LowBit
 
@@ -85,6 +85,8 @@ def sampling(
         asked.taken.add("graph.replayed")
     if not compiled and (packed or (packed is None and any(isinstance(m, PackedLinear) for m in generator.modules()))):
         asked.taken.add("linear.packed")
+    if any(isinstance(m, HalfLinear) for m in generator.modules()):
+        asked.taken.add("linear.half")
     return asked
 
 

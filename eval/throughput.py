@@ -51,14 +51,15 @@ from vtok.acceleration import compile_blocks, light_weights, peak_rate, training
 from vtok.cli import entry
 from vtok.data.ahead import Ahead
 from vtok.decoding import channels_last, decode_images, encode_images, light_tokenizer
-from vtok.layers.packed import PackedLinear
+from vtok.layers.packed import HalfLinear, PackedLinear
 from vtok.layers.trunk import Trunk
 from vtok.noise import SampleNoise
 
 PARTS = ("encode", "decode", "sample", "train", "online")
 LEARNING = {"train", "online"}  # those that change weights
 PRODUCTS = {  # operations of what PyTorch's counter does not know: shapes of x and the weight in
-    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x.numel() * weight[0]
+    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x.numel() * weight[0],
+    torch.ops.quantized.linear_dynamic_fp16: lambda x, *_, out_shape, **__: 2 * x.numel() * out_shape[-1],
 }
 OPTIONS = ("compile", "prefixes", "cuda_graphs", "packed", "quant", "encode_ahead")
 STEPS = ("steps", "solver_steps")  # of sampling
@@ -131,7 +132,8 @@ def weight_bytes(
 def stored(module: nn.Module, *, recurse: bool = True) -> list[Tensor]:
     """All weights, packed ones too."""
     inside = module.modules() if recurse else [module]
-    packed = [t for m in inside if isinstance(m, PackedLinear) for t in (m.weight, m.bias) if t is not None]
+    kinds = (PackedLinear, HalfLinear)
+    packed = [t for m in inside if isinstance(m, kinds) for t in (m.weight, m.bias) if t is not None]
     return [*module.parameters(recurse), *packed]
 
 
@@ -160,6 +162,8 @@ class Taken(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
     def __call__(self, tensor: Tensor) -> bool:
+        if tensor.is_meta:  # of a HalfLinear, whose product reads all of it
+            return True
         return any(self.holder(piece) in self.seen for piece in pieces(tensor))
 
     @staticmethod

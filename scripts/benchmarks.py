@@ -2,8 +2,8 @@
 
     python scripts/benchmarks.py
 
-A cell without a row says "not measured". versus: the JSON of eval.versus that the repository keeps; gpu: the folder of
-scripts/bench_gpu.py, which may be empty.
+A cell without a row says "not measured". versus: the JSON of eval.versus that the repository keeps; profiles: that of
+eval.throughput; gpu: the folder of scripts/bench_gpu.py, which may be empty.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eval.peers import LIGHT_IMAGES, LIGHT_TOLERANCE  # noqa: E402
+from eval.shares import line  # noqa: E402
 from eval.throughput import mfu, steps  # noqa: E402
 from scripts.bench_gpu import ROWS, VERSUS, compiled, measured  # noqa: E402
 from vtok.cli import entry  # noqa: E402
@@ -45,6 +46,12 @@ WANTED = [  # title, peer, sizes (the first is what the command takes), part, ba
     ("decoding, TiTok-L", "titok", "titok_l32", "decode", (1,), 1.1),
 ]
 
+PROFILED = [  # tokenizer, model, part, batch, dtype
+    ("llamagen_vq16", "llamagen_b", "sample", 1, "bfloat16"),
+    ("var_vqvae", "var_d16", "sample", 1, "bfloat16"),
+    ("llamagen_vq16", "llamagen_b", "train", 2, "float32"),
+    ("kl16", "mar_b", "train", 2, "float32"),
+]
 THROUGHPUT = "python -m eval.throughput tokenizer=llamagen_vq16"
 FAST = [  # path, command with the key, the key, where it is shown to change nothing but rounding
     (
@@ -122,6 +129,27 @@ FAST = [  # path, command with the key, the key, where it is shown to change not
 def paths_table() -> str:
     lines = ["| path | command | key to vary | equality |", "|" + "---|" * 4]
     return "\n".join(lines + [f"| {name} | `{command}` | {key} | {where} |" for name, command, key, where in FAST])
+
+
+def profile_commands() -> str:
+    return "\n".join(
+        f"    python -m eval.throughput tokenizer={tokenizer} model={model} parts=[{part}] batches=[{batch}] "
+        f"dtype={dtype} device=cpu threads=1 repeats=1 profile=true out=docs/profiles.json"
+        for tokenizer, model, part, batch, dtype in PROFILED
+    )
+
+
+def profile_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each command, of rows of eval.throughput."""
+    lines = ["| | batch | dtype | what one run of it takes | where |", "|" + "---|" * 5]
+    for tokenizer, model, part, batch, dtype in PROFILED:
+        key = {"tokenizer": tokenizer, "model": model, "part": part, "batch": batch, "dtype": dtype}
+        found = [row for row in rows if row["profile"] and all(row[k] == value for k, value in key.items())]
+        for row in found:
+            lines.append(f"| {part}, {model} | {batch} | {dtype} | {line(row['profile'])} | {row['device']} |")
+        if not found:
+            lines.append(f"| {part}, {model} | {batch} | {dtype} | {NONE} | |")
+    return "\n".join(lines)
 
 
 def cpu_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -219,7 +247,12 @@ def growth_table(scaling: Mapping[str, Any] | None) -> str:
     return "\n".join([*lines, "", f"{scaling['device']}, {scaling['date']}.", "", "![growth](scaling/scaling.png)"])
 
 
-def page(rows: Sequence[Mapping[str, Any]], gpu: Path, scaling: Mapping[str, Any] | None = None) -> str:
+def page(
+    rows: Sequence[Mapping[str, Any]],
+    gpu: Path,
+    scaling: Mapping[str, Any] | None = None,
+    profiles: Sequence[Mapping[str, Any]] = (),
+) -> str:
     devices = sorted({f"{row['device']}, {row['date']}, torch {row['versions']['torch']}" for row in rows})
     where = "\n".join(f"- {device}" for device in devices) or f"- {NONE}"
     return f"""# Benchmarks
@@ -251,22 +284,28 @@ Measured on:
 
 What decides a sampling step of few rows is how fast the weights are read, and then the small operations between the
 products. Rows marked `packed` have weights in the order of the CPU's matrix kernels, `packed=false` gives the stored
-one. In bf16, of 19.9 ms a step of LlamaGen-B with compiled blocks (profile of 256 steps) 12.1 are products, the
-float32 head's among them, 1.6 attention, 0.7 finding the compiled block for the step, 0.2 top-k, the rest small
-operations, so four times the original is missed by a twentieth; without compiling the small ones are the more. VAR-d16
-in bf16 is at 61 % of the roofline, 64 % with compiled blocks, and could be 3.8 times as fast as the original at most.
+one. LlamaGen-B's bf16 rows were measured while its head was read in float32; in float16, as now, a step of 2 rows is
+14 % shorter and one of 4 rows 7 % (docs/architecture.md), which is not in these ratios yet. VAR-d16 in bf16 is at 61 %
+of the roofline, 64 % with compiled blocks (`eval.throughput` with two threads), and could be 3.8 times as fast as the
+original at most.
 
 What limits many rows is the rate of the products, 195 to 199 billion operations a second on these two threads (the
 `matmul_rate` that `eval.throughput` writes): sampling of VAR-d16 at batch 8 reaches 91 % of the roofline by it, so that
 the ratio could be 1.28 at most, and xAR-B 78 %. Tensors above 32 MiB were the other limit: fresh memory for each costs
 more than writing it, which memory that is kept does not (VAR's VQVAE was 1.10 and 1.08 without).
 
-What limits a training step is the same: products are 84 to 87 % of it on both sides (PyTorch's profiler on LlamaGen-B,
-LlamaGen-L and MAR-B), by the same library, so that LlamaGen-B could be 1.4 at most were all else free: 0.31e12
-operations are 1.57 of the original's 2.2 s. What is gained lies in the rest: memory that is kept, dropout of four
-entries a draw, attention with dropout without PyTorch's kernel, and in MAR an encoder and a head that read what the
-batch shows and hides. Compiling the blocks (`compile=true`) gives little more. Against LlamaGen ours loses up to 3 %
-where the gradient of the gate, two products in one, is put together.
+What limits a training step is the same: products are most of it (next table), by the same library on both sides, so
+that LlamaGen-B could be 1.4 at most were all else free: 0.31e12 operations are 1.57 of the original's 2.2 s. What is
+gained lies in the rest: memory that is kept, dropout of four entries a draw, attention with dropout without PyTorch's
+kernel, and in MAR an encoder and a head that read what the batch shows and hides. Compiling the blocks (`compile=true`)
+gives little more. Against LlamaGen ours loses up to 3 % where the gradient of the gate, two products in one, is put
+together.
+
+Where the time goes, by PyTorch's profiler in one run of one thread (training: with the AdamW update):
+
+{profile_commands()}
+
+{profile_table(profiles)}
 
 ## Against the originals, one GPU, bf16
 
@@ -307,7 +346,9 @@ def run(config: Mapping[str, Any]) -> str:
     file = ROOT / config["versus"]
     rows = json.loads(file.read_text())["rows"] if file.is_file() else []
     grown = ROOT / config["scaling"]
-    text = page(rows, ROOT / config["gpu"], json.loads(grown.read_text()) if grown.is_file() else None)
+    profiled = ROOT / config["profiles"]
+    profiles = json.loads(profiled.read_text())["rows"] if profiled.is_file() else []
+    text = page(rows, ROOT / config["gpu"], json.loads(grown.read_text()) if grown.is_file() else None, profiles)
     Path(ROOT / config["out"]).write_text(text)
     print(f"wrote {config['out']}: {len(rows)} CPU rows, {len(list((ROOT / config['gpu']).glob('*.json')))} GPU files")
     return text

@@ -194,11 +194,37 @@ def test_kept_page_is_what_its_rows_give():
     kept = json.loads((ROOT / "docs" / "benchmarks.json").read_text())["rows"]
     lines = (ROOT / "docs" / "benchmarks.md").read_text()
     assert benchmarks.cpu_table(kept) in lines
+    profiles = json.loads((ROOT / "docs" / "profiles.json").read_text())["rows"]
+    assert benchmarks.profile_commands() in lines and benchmarks.profile_table(profiles) in lines
     grown = json.loads((ROOT / "docs" / "scaling" / "scaling.json").read_text())
     assert benchmarks.growth_table(grown) in lines
     points = [(r["axis"], r[r["axis"]]) for r in grown["rows"]]
     assert points == [(axis, value) for axis, values in scaling.AXES.items() for value in values]
     assert benchmarks.growth_table(None) == "Not measured."
+
+
+def test_a_profile_is_that_of_the_command_above_it():
+    """Every command composes to the settings by which its row is found; a command without a row says so."""
+    rows = []
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for number, text in enumerate(benchmarks.profile_commands().splitlines()):
+            choices = dict(part.split("=", 1) for part in text.split()[3:])
+            chosen = compose("eval_throughput", text.split()[3:])
+            assert chosen.profile and len(chosen.parts) == len(chosen.batches) == 1
+            profile = {"seconds": number + 0.5, "shares": {"products": 0.75, "other": 0.25}, "largest": {}}
+            row = {"tokenizer": choices["tokenizer"], "model": choices["model"], "dtype": chosen.dtype}
+            rows.append(
+                row | {"part": chosen.parts[0], "batch": chosen.batches[0], "profile": profile, "device": "a CPU"}
+            )
+    table = benchmarks.profile_table([*rows[1:], rows[0] | {"profile": None}])
+    assert (
+        table.count("not measured") == 1
+        and [f"{n}.5 s in operations" in table for n in range(4)] == [False] + [True] * 3
+    )
+    assert (
+        "| train, mar_b | 2 | float32 | 3.5 s in operations: products 75%, other 25% (of the others ) | a CPU |"
+        in table
+    )
 
 
 def test_growth_compares_the_last_quarter_with_the_second():

@@ -59,6 +59,8 @@ def test_the_head_sees_one_scale_at_a_time_and_the_loss_weighs_scales_by_their_c
 def test_one_euler_step_by_hand_with_the_gate_of_the_guidance():
     model, noise = make("flowar"), SampleNoise(sample_seeds(0, 0, 3))
     cond, null = model.conditioner(LABELS), model.conditioner.null(3)
+    rows = []
+    model.head.net.register_forward_pre_hook(lambda _, args: rows.append(len(args[0].x)))
     done = ancestral(
         model,
         Cond.cat([cond, null]),
@@ -68,6 +70,7 @@ def test_one_euler_step_by_hand_with_the_gate_of_the_guidance():
     )
     a, b = 5, 21
     x = noise.normal(torch.arange(a, b), CHANNELS)
+    assert rows == [3, 3] + [3, 6] * 2, "two steps a scale; the first scale is not guided"
     states = [model(done, row)[:, a:b] for row in (cond, null)]
     c = model.head(x, torch.full((3,), 1.0), states[0])  # time 1 is above 0.6: unguided
     x = x - 0.5 * c
@@ -75,6 +78,26 @@ def test_one_euler_step_by_hand_with_the_gate_of_the_guidance():
     torch.testing.assert_close(done.tokens[:, a:b], x - 0.5 * (u + 3.0 * (c - u)), rtol=1e-4, atol=1e-4)
     gate = guidance(3.0, "gate", high=0.6).schedule
     assert gate(Progress(1, 3, time=0.6)) == 2 and gate(Progress(2, 3, time=0.61)) == 1
+
+
+@pytest.mark.parametrize("name", ["flowar", "flowar_cross", "ecar"])
+def test_what_does_not_change_in_a_solve_is_computed_once_a_scale(name):
+    """The states and, with cross-attention, their keys: as often as there are scales, whatever the steps; a time is
+    embedded for one row. Tokens are those of the head as training calls it."""
+    model, noise = make(name), SampleNoise(sample_seeds(0, 0, 3))
+    head, rule = model.head, DrawRule(solver_steps=4)
+    cond, guide, calls = Cond.cat([model.conditioner(LABELS), model.conditioner.null(3)]), guidance(3.0), []
+    fixed = {"state": head.state} | ({"keys": head.net.blocks[-1].cross.kv} if head.cross else {})
+    for key, layer in fixed.items():
+        layer.register_forward_pre_hook(lambda _, args, key=key: calls.append(key))
+    head.time.register_forward_pre_hook(lambda _, args: calls.append(f"time of {len(args[0])}"))
+    got = ancestral(model, cond, noise=noise, guide=guide, rule=rule).tokens
+    assert {key: calls.count(key) for key in calls} == {key: 3 for key in fixed} | {"time of 1": 12}
+    at, head.condition = head.at, lambda h: (h, [])
+    head.at = lambda x, t, given: at(x, t.expand(len(x)), type(head).condition(head, given[0]))
+    want = ancestral(model, cond, noise=noise, guide=guide, rule=rule).tokens
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)  # a product of one row, or of six
+    assert calls.count("state") == 3 + 12 and calls.count("time of 6") == 12
 
 
 def test_sizes_are_near_those_that_others_report():
@@ -175,7 +198,7 @@ def test_a_perfect_velocity_ends_at_the_data(monkeypatch):
     model, data = make("ecar"), tokens_of(make("ecar"), 3)
     canvas, layout = model.arrange(data), model.layout
 
-    def velocity(x, t, h):
+    def velocity(x, t, condition):
         k = layout.sizes.index(x.shape[1])
         high, low = model.starts[k], model.ends[k]
         end = canvas.tokens[:, slice(*layout.written(k, k + 1))]
@@ -184,7 +207,7 @@ def test_a_perfect_velocity_ends_at_the_data(monkeypatch):
         error = (x - (1 - share) * (1 - low) * end - share * (1 - high) * start) / t[0]
         return (1 - high) * start + high * error - (1 - low) * end - low * error
 
-    monkeypatch.setattr(model.head, "forward", velocity)
+    monkeypatch.setattr(model.head, "at", velocity)
     noise = SampleNoise(sample_seeds(0, 0, 3))
     for steps in (1, 3):
         done = ancestral(model, model.conditioner(LABELS), noise=noise, rule=DrawRule(solver_steps=steps))

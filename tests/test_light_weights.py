@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters as compiled
 
 from eval import paths
 from eval.peers import Options
+from eval.throughput import counted
 from eval.versus import asked
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
@@ -25,8 +26,9 @@ from vgen.pipeline import Pipeline
 from vgen.sampling import sample
 from vtok import counters
 from vtok.acceleration import compile_blocks, light_weights
+from vtok.checkpoint import save_folder
 from vtok.decoding import channels_last, decode_images, encode_images, light_tokenizer
-from vtok.layers.packed import PackedLinear, linears, pack_linears, packable
+from vtok.layers.packed import HalfLinear, PackedLinear, can_halve, linears, pack_linears, packable
 from vtok.low_bit import quantize_weights
 from vtok.models.cnn import CNNTokenizer
 from vtok.noise import sample_seeds
@@ -55,22 +57,32 @@ def drawn(model, greedy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
 def test_packed_weights_draw_the_same_tokens(name, dtype, greedy):
-    """Joint biases (VAR's q and v) and plain ones; the sums may run in another order, hence values within rounding."""
+    """Joint biases (VAR's q and v) and plain ones; the sums may run in another order, hence values within rounding.
+    Heads of one position a step have their weights in float16 beside a bfloat16 trunk: the tokens of weights so
+    rounded."""
     needs_packing(dtype)
     plain = make(name).requires_grad_(False)
     light_weights(plain, dtype, packed=False)
     fast = copy.deepcopy(plain)
     before = [m for m in fast.modules() if type(m) is nn.Linear]
     light_weights(fast, dtype, packed=True)
-    after = [m for m in fast.modules() if isinstance(m, PackedLinear)]
+    after = [m for m in fast.modules() if isinstance(m, (PackedLinear, HalfLinear))]
     assert len(after) == len(before) > 0 and not any(type(m) is nn.Linear for m in fast.modules())
-    rule = drawn(plain, greedy)
+    rule, halved = drawn(plain, greedy), isinstance(getattr(fast.head, "linear", None), HalfLinear)
+    assert halved == (dtype == torch.bfloat16 and name in ("llamagen", "rar") and can_halve())
+    if halved:
+        weight = plain.head.linear.weight
+        weight.copy_(weight.half())
+    counters.reset()
     got, want = (draw(m, LABELS, sample_seeds(0, 0, 3), guidance(2.0), rule).tokens for m in (fast, plain))
     if plain.spec.discrete:
         assert torch.equal(got, want)
     else:
         # an untrained chain of denoising steps magnifies rounding by hundreds
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 if dtype == torch.float32 else 0.02)
+    taken, asked = counters.read(), paths.sampling(fast, dtype=dtype, guided=True, packed=True)
+    assert taken.get("linear.half", 0) == halved * plain.layout.steps and ("linear.half" in asked.taken) == halved
+    asked.check(taken, "sample")
 
 
 @pytest.mark.parametrize("name", ["llamagen", "var", "rar", "har", "xar_cell", "mar", "llamagen_factorised_depth"])
@@ -133,6 +145,7 @@ def test_compiling_on_the_cpu_without_a_compiler_says_so(monkeypatch):
         ("llamagen", torch.bfloat16, torch.float32),  # one position a step
         ("llamagen", torch.float32, torch.float32),
         ("llamagen", torch.float64, torch.float64),
+        ("rar", torch.bfloat16, torch.float32),  # its first step reads a start too
         ("var", torch.bfloat16, torch.bfloat16),
     ],
 )
@@ -161,6 +174,45 @@ def test_a_packed_layer_is_its_linear_layer(rows, bias):
     x = torch.randn(rows, 3, 48)
     torch.testing.assert_close(packed(x), linear(x))
     assert packed.weight.dtype == torch.float32 and not list(packed.parameters()) and not packed.state_dict()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_halved_layer_rounds_its_weights_to_11_bits_and_nothing_else(bias):
+    """By float64: of weights in float16 what float32 sums leave; of the layer's own 2 ** -11 a weight at most."""
+    if not can_halve():
+        pytest.skip("this build of PyTorch has no FBGEMM")
+    torch.manual_seed(0)
+    linear, x = nn.Linear(768, 900, bias=bias), torch.randn(2, 3, 768)
+    with torch.no_grad():
+        linear.weight[7, 5] = 1e6
+    with pytest.warns(UserWarning, match="out of range"):
+        half = HalfLinear(linear.weight, linear.bias)
+    assert half.weight.shape == linear.weight.shape and not list(half.parameters()) and not half.state_dict()
+    offset = 0 if linear.bias is None else linear.bias.detach().double()
+    weight, got = linear.weight.detach().double(), copy.deepcopy(half)(x).detach()
+    assert got.dtype == torch.float32
+    rounded = weight.clamp(max=65504).half().double()
+    torch.testing.assert_close(got.double(), x.double() @ rounded.T + offset, rtol=1e-5, atol=1e-5)
+    off = (got - (x.double() @ weight.T + offset)).abs()[..., 8:]
+    bound = 2**-11 * (x.double().abs() @ weight.abs().T)[..., 8:] + 1e-5
+    assert 0 < float((off / bound).max()) < 1
+
+
+def test_a_halved_head_is_counted_in_the_roofline_and_is_not_saved(tmp_path):
+    """Two bytes a weight, and the operations of its product, once a step."""
+    needs_packing(torch.bfloat16)
+    model = make("llamagen").requires_grad_(False)
+    run = lambda: draw(model, LABELS, sample_seeds(0, 0, 3), guidance(2.0), DrawRule())  # noqa: E731
+    light_weights(model, torch.bfloat16, packed=False)
+    plain = counted(run, model)
+    light_weights(model, torch.bfloat16, packed=True)
+    if not can_halve():
+        pytest.skip("this build of PyTorch has no FBGEMM")
+    weights, steps = model.head.linear.weight.numel(), model.layout.steps
+    operations, read = counted(run, model)
+    assert operations == plain[0] and read == plain[1] - 2 * weights * steps
+    with pytest.raises(ValueError, match="packed for sampling, which are not saved"):
+        save_folder(model, tmp_path / "model")
 
 
 def test_what_cannot_be_packed_says_so():

@@ -1,5 +1,7 @@
 """xAR: orders of entities, noisy context, the solver's context at time 0, guidance on the velocity, sizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from generators import CHANNELS, CLASSES, latent_spec, make, tokens_of, xar
@@ -98,6 +100,26 @@ def test_one_euler_step_by_hand_with_guidance_and_a_given_cell():
     rule, guide = DrawRule(solver="euler", solver_steps=1), ClassifierFree(Linear(3.0))
     done = ancestral(model, Cond.cat([cond, null]), noise=noise, guide=guide, rule=rule, canvas=given)
     torch.testing.assert_close(done.tokens, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_first_cell_runs_no_null_rows_but_where_they_are_kept(cached, monkeypatch):
+    """A rising scale is 1 there: 4 velocities of 3 rows; then each finished cell's encoding and 4 velocities with null
+    rows. The tokens are those of a guidance that is asked everywhere; edits may know all rows, and get them."""
+    model, noise, rule = make("xar_cell"), SampleNoise(sample_seeds(0, 0, 3)), DrawRule(solver_steps=4)
+    cond, rows = Cond.cat([model.conditioner(LABELS), model.conditioner.null(3)]), []
+    model.trunk.register_forward_pre_hook(lambda _, args: rows.append(len(args[0].x)))
+    guide, again = ClassifierFree(Linear(3.0)), 1 if cached else 0
+    run = lambda given: ancestral(model, given, noise=noise, guide=guide, rule=rule, cached=cached).tokens  # noqa: E731
+    got, fewer = run(cond), rows.copy()
+    assert fewer == [3] * 4 + [6] * 3 * (4 + again)
+    rows.clear()
+    edited = run(replace(cond, at={0: lambda h: h}))
+    monkeypatch.setattr("vgen.flow_draw.reads_null", lambda *_: True)
+    want = run(replace(cond, at={0: lambda h: h}))
+    assert set(rows) == {6}
+    for other in (edited, want):
+        torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-4)
 
 
 def test_an_image_drawn_in_one_step_is_guided_in_it():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vgen.guidance import Guidance, Progress
+from vgen.guidance import Guidance, Progress, reads_null
 from vgen.heads import DrawRule
 from vtok.flow import settle, solve, solve_stochastic, times
 from vtok.noise import SampleNoise
@@ -20,7 +20,7 @@ from vtok.noise import SampleNoise
 SOLVERS = ("euler", "heun", "ab2", "euler_maruyama")
 
 
-Velocity = Callable[[Tensor, float], Tensor]
+Velocity = Callable[[Tensor, float, int], Tensor]
 
 
 def pinned(velocity: Velocity, known: Tensor | None, tokens: Tensor, start: Tensor) -> Velocity:
@@ -29,7 +29,7 @@ def pinned(velocity: Velocity, known: Tensor | None, tokens: Tensor, start: Tens
     arXiv 2201.09865, without its resampling)."""
     if known is None:
         return velocity
-    return lambda x, t: velocity(torch.where(known[..., None], (1 - t) * tokens + t * start, x), t)
+    return lambda x, t, *streams: velocity(torch.where(known[..., None], (1 - t) * tokens + t * start, x), t, *streams)
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ class FlowDraw:
     ) -> Tensor:
         """Tokens float32 [B, n, channels].
 
-        velocity(x, t): of every guidance stream, [S * B, n, channels], at x float32 [B, n, channels]. position: int64
-        [n] or [B, n], keys the noise. start: x at time 1 where it is not fresh noise. span: the flow times that the
-        solver's times 0 and 1 are (E-CAR), for guidance. The state is float64: forty small steps add up.
+        velocity(x, t, streams): of the first `streams` guidance streams, [streams * B, n, channels], at x float32 [B,
+        n, channels]; of the conditional one alone where the scale is 1. position: int64 [n] or [B, n], keys the noise.
+        start: x at time 1 where it is not fresh noise. span: the flow times that the solver's times 0 and 1 are
+        (E-CAR), for guidance. The state is float64: forty small steps add up.
         """
         walk = self.of(rule)
         if walk is not self:
@@ -95,8 +96,11 @@ class FlowDraw:
             return noise.normal(position, channels, stream).to(wide) * rule.temperature
 
         def guided(x: Tensor, t: float) -> Tensor:
-            out = velocity(x.float(), t).to(wide)
-            return guide(out.unflatten(0, (guide.streams, -1)), replace(progress, time=low + t * (high - low)))
+            now = replace(progress, time=low + t * (high - low))
+            if not reads_null(guide, now):
+                return velocity(x.float(), t, 1).to(wide)
+            out = velocity(x.float(), t, guide.streams).to(wide)
+            return guide(out.unflatten(0, (guide.streams, -1)), now)
 
         x = normal(0) if start is None else start.to(wide)
         if self.solver == "euler_maruyama":

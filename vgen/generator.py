@@ -188,10 +188,12 @@ class Generator(Configured, nn.Module):
             return None
         weight = self.trunk.blocks[0].attention.qkv.weight
         dtype = torch.get_autocast_dtype(weight.device.type) if _autocast(weight) else weight.dtype
-        reads = (self.layout if layout is None else layout).reads
-        if dtype is torch.bfloat16 and weight.device.type == "cpu" and max(reads) == 1:
+        layout = self.layout if layout is None else layout
+        if dtype is torch.bfloat16 and weight.device.type == "cpu" and layout.single:
             dtype = torch.float32  # attention of one query to 256 keys in bfloat16 takes five times as long there
-        return self.trunk.cache(rows, sum(reads) + prefix, dtype=dtype, device=weight.device, kind=self.cache_kind)
+        return self.trunk.cache(
+            rows, sum(layout.reads) + prefix, dtype=dtype, device=weight.device, kind=self.cache_kind
+        )
 
     def draw(
         self,

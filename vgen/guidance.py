@@ -2,7 +2,8 @@
 
 One convention: c + (s - 1)(c - u), bitwise c at s = 1, which means off. VAR's published t is s = 1 + t. Null rows run
 from the first step to the last one that is guided, also at steps between whose scale is 1, since their cache must not
-have holes; without a cache, in guided steps alone. One step alone counts as the last: schedules have their whole scale
+have holes; without a cache, in guided steps alone. A solver that moves tokens runs them only at times whose scale is
+not 1: what it computes on the way is not kept. One step alone counts as the last: schedules have their whole scale
 there. Schedules: specs of the papers named at each class.
 """
 
@@ -187,13 +188,17 @@ SCHEDULES = {
 }
 
 
-def guided_steps(guide: Guidance, layout: SequenceLayout) -> list[bool]:
-    """Which steps of a layout have a scale that is not 1; all of them where the guidance or its schedule is none of
-    those here, which alone are known to say so before they are asked."""
+def reads_null(guide: Guidance, progress: Progress) -> bool:
+    """Whether the scale is not 1 there; true where the guidance or its schedule is none of those here, which alone are
+    known to say so before they are asked."""
     if type(guide) is not ClassifierFree or not isinstance(guide.schedule, tuple(SCHEDULES.values())):
-        return [True] * layout.steps
-    # Gate alone looks at the flow time, and is open at time 0 if at any
-    return [guide.schedule(Progress.of(layout, k)) != 1 for k in range(layout.steps)]
+        return True
+    return guide.schedule(progress) != 1
+
+
+def guided_steps(guide: Guidance, layout: SequenceLayout) -> list[bool]:
+    """Which steps of a layout read null rows at some flow time: Gate alone looks at it, open at time 0 if at any."""
+    return [reads_null(guide, Progress.of(layout, k)) for k in range(layout.steps)]
 
 
 def guidance(scale: float, schedule: str = "constant", **options: float) -> Unguided | ClassifierFree:

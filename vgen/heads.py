@@ -90,13 +90,17 @@ def draw_ids(logits: Tensor, rule: DrawRule, noise: SampleNoise, position: Tenso
 class CategoricalHead(nn.Module):
     """One softmax over the vocabulary. Logits and losses are float32: bf16 loses ties and small probabilities.
 
-    So is their product in sampling, and under autocast too. In training on CUDA under autocast to bf16 the product
-    takes rounded states and weights and sums in float32 (vgen/cross_entropy.py): between VAR's published head, whose
-    product rounds to TF32, and LlamaGen's and FlexVAR's, which round the logits too. In float32 it would bound the MFU
-    of training, by arithmetic: for LlamaGen-L on an H200 (its maker states 989 TFLOP/s in bf16 and 67 in float32, 14.8
-    times less) the head's products are 6 x 1024 x 16,384 x 256 = 25.8 of an image's 509 GFLOP, 5.1 %, so that not more
-    than 1 / (0.949 + 0.051 x 14.8) = 59 % could be reached; now all of it.
+    So is their product in sampling, and under autocast too; beside a trunk in bfloat16 on the CPU, with one position a
+    step, of weights kept in float16: logits are then off by 2e-4 of the largest (16,384 codes, width 768, random
+    weights), where a product in bfloat16, which rounds them too, would be off by 3e-3. In training on CUDA under
+    autocast to bf16 the product takes rounded states and weights and sums in float32 (vgen/cross_entropy.py): between
+    VAR's published head, whose product rounds to TF32, and LlamaGen's and FlexVAR's, which round the logits too. In
+    float32 it would bound the MFU of training, by arithmetic: for LlamaGen-L on an H200 (its maker states 989 TFLOP/s
+    in bf16 and 67 in float32, 14.8 times less) the head's products are 6 x 1024 x 16,384 x 256 = 25.8 of an image's 509
+    GFLOP, 5.1 %, so that not more than 1 / (0.949 + 0.051 x 14.8) = 59 % could be reached; now all of it.
     """
+
+    halves = ("linear",)  # what may be kept in float16 for sampling
 
     def __init__(self, *, dim: int, vocab_size: int, bias: bool = False) -> None:
         super().__init__()

@@ -44,11 +44,15 @@ class CrossBlock(nn.Module):
         self.ffn = FeedForward(dim=dim, hidden=int(dim * 8 / 3), kind="geglu", bias=True)
         self.by_time, self.by_place = nn.Linear(dim, 3 * dim), nn.Linear(dim, 3 * dim)
 
-    def forward(self, x: Tensor, time: Tensor, place: Tensor, state: Tensor) -> Tensor:
-        """x, state [R, n, W]; time [R, 1, W] and place [R, n, W] after their SiLU."""
+    def keys(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What the tokens attend to, of state [R, n, W]."""
+        return self.cross.keys(self.state_norm(state))
+
+    def forward(self, x: Tensor, time: Tensor, place: Tensor, keys: tuple[Tensor, Tensor]) -> Tensor:
+        """x [R, n, W]; time [R or 1, 1, W] and place [R, n, W] after their SiLU."""
         gate, scale, shift = self.by_time(time).chunk(3, dim=-1)
         x = x + gate * self.attention(torch.addcmul(shift, self.norm1(x), 1 + scale))
-        x = x + self.cross(self.query_norm(x), self.state_norm(state))
+        x = x + self.cross(self.query_norm(x), keys)
         gate, scale, shift = self.by_place(place).chunk(3, dim=-1)
         return x + gate * self.ffn(torch.addcmul(shift, self.norm2(x), 1 + scale))
 
@@ -61,10 +65,10 @@ class CrossBlocks(nn.Module):
         self.blocks = nn.ModuleList(CrossBlock(dim=dim, heads=heads) for _ in range(depth))
         self.norm, self.final = make_norm("rms", dim, 1e-6, affine=False), nn.Linear(dim, 2 * dim)
 
-    def forward(self, x: Tensor, time: Tensor, state: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, state: Tensor, keys: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         place = F.silu(time + state)
-        for block in self.blocks:
-            x = block(x, F.silu(time), place, state)
+        for block, seen in zip(self.blocks, keys, strict=True):
+            x = block(x, F.silu(time), place, seen)
         scale, shift = self.final(place).chunk(2, dim=-1)
         return torch.addcmul(shift, self.norm(x), 1 + scale)
 
@@ -110,10 +114,21 @@ class BlockFlowHead(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """Velocity float32 [R, n, C] of the tokens x [R, n, C] of one step at times t [R], given h [R, n, D]."""
+        return self.at(x, t, self.condition(h))
+
+    def condition(self, h: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """(state [R, n, W], what each block attends to) of h [R, n, D]: a solver computes it once for all its steps."""
+        with torch.autocast(h.device.type, enabled=False):
+            state = self.state(h.float())
+            return state, [block.keys(state) for block in self.net.blocks] if self.cross else []
+
+    def at(self, x: Tensor, t: Tensor, condition: tuple[Tensor, list[tuple[Tensor, Tensor]]]) -> Tensor:
+        """The same of condition(h), at times t [R], or [1] for all."""
+        state, keys = condition
         with torch.autocast(x.device.type, enabled=False):  # float32, as errors add up over a solve
-            x, time, state = self.input(x.float()), self.time(t)[:, None], self.state(h.float())
+            x, time = self.input(x.float()), self.time(t)[:, None]
             if self.cross:
-                return self.output(self.net(x, time, state))
+                return self.output(self.net(x, time, state, keys))
             rank = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
             return self.output(self.net(Inputs(x=x, rank=rank, pattern="full", vector=time + state)))
 
@@ -172,10 +187,12 @@ class BlockFlowHead(nn.Module):
         tokens, bool [B, n], are those of `given` [B, n, C]: the flow of the others sees them.
         """
         low, high = span
+        state, keys = self.condition(h)
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            time = torch.full((len(h),), low + t * (high - low), device=h.device)
-            return self(x.repeat(guide.streams, 1, 1), time, h)
+        def velocity(x: Tensor, t: float, streams: int) -> Tensor:
+            count, time = streams * len(x), x.new_full((1,), low + t * (high - low))
+            seen = [(k[:count], v[:count]) for k, v in keys]
+            return self.at(x.repeat(streams, 1, 1), time, (state[:count], seen))
 
         if known is not None:
             begin = noise.normal(position, self.channels) * rule.temperature if start is None else start

@@ -65,8 +65,8 @@ class FlowHead(ContinuousHead):
         with torch.autocast(h.device.type, enabled=False):
             condition = self.mlp.condition(h.float())
 
-            def velocity(x: Tensor, t: float) -> Tensor:
-                return self.mlp.at(x.repeat(guide.streams, 1, 1), t, condition)
+            def velocity(x: Tensor, t: float, streams: int) -> Tensor:
+                return self.mlp.at(x.repeat(streams, 1, 1), t, condition[: streams * len(x)])
 
             return self.walk(
                 velocity, self.channels, guide=guide, noise=noise, position=position, rule=rule, progress=progress

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vtok import pieces
 from vtok.config import Configured, build, describe
-from vtok.layers.packed import PackedLinear
+from vtok.layers.packed import HalfLinear, PackedLinear
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk, in the quota, in a file
 Weights = Literal["ema", "raw"]
@@ -125,7 +125,7 @@ def save_folder(module: Configured, folder: str | os.PathLike, **extra: Any) -> 
     """
     from safetensors.torch import save
 
-    if any(isinstance(m, PackedLinear) for m in module.modules()):
+    if any(isinstance(m, (PackedLinear, HalfLinear)) for m in module.modules()):
         name = type(module).__name__
         raise ValueError(f"{name} has weights packed for sampling, which are not saved: load it with packed=False")
     folder = Path(folder)

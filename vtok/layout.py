@@ -112,6 +112,11 @@ class SequenceLayout:
         return self.feeds or self.sizes
 
     @cached_property
+    def single(self) -> bool:
+        """Whether a step reads one position, as next token does; the first may read a start beside it (RAR)."""
+        return self.steps > 1 and max(self.reads[1:]) == 1
+
+    @cached_property
     def sides(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of the grid of every scale."""
         grid: dict[int, tuple[int, int]] = {}

@@ -158,10 +158,14 @@ class XAR(Generator):
         noised = Canvas(tokens, layout, time=time)
         position = torch.arange(a, b, device=tokens.device) if canvas.order is None else canvas.order[:, a:b]
 
-        def velocity(x: Tensor, t: float) -> Tensor:
+        def velocity(x: Tensor, t: float, streams: int) -> Tensor:
             tokens[:, a:b] = x.repeat(guide.streams, 1, 1)
             time[:, k] = t
-            return self.head(self(noised, cond, 0 if cache is None else k, k + 1, cache)[:, a - b :])
+            count, given, kept, seen = streams * len(x), cond, cache, noised
+            if count < len(tokens) and not cond.at:  # edits may know all rows
+                given, kept = cond.first(count), None if cache is None else cache.first(count)
+                seen = replace(noised, tokens=tokens[:count], time=time[:count])
+            return self.head(self(seen, given, 0 if cache is None else k, k + 1, kept)[:count, a - b :])
 
         if canvas.known is not None:
             start = noise.normal(position, self.channels) * rule.temperature

@@ -41,12 +41,22 @@ class ConditionAttention(nn.Module):
         self.q_norm = make_norm(qk_norm, dim // heads, eps) if normed else nn.Identity()
         self.k_norm = make_norm(qk_norm, dim // heads, eps) if normed else nn.Identity()
 
-    def forward(
-        self, x: Tensor, condition: Tensor, *, position: tuple[Tensor, Tensor] | None = None, mask: Mask = None
-    ) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def keys(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, heads, m, dim / heads] of a condition, for many x to attend to."""
         k, v = self.kv(condition).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
+        return self.k_norm(k), v
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor | tuple[Tensor, Tensor],
+        *,
+        position: tuple[Tensor, Tensor] | None = None,
+        mask: Mask = None,
+    ) -> Tensor:
+        """condition: [B, m, D], or its `keys`."""
+        q = self.q_norm(self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2))
+        k, v = self.keys(condition) if isinstance(condition, Tensor) else condition
         if position is not None:
             q = rotate(q, *position)
         q, k = q.to(v.dtype), k.to(v.dtype)  # norms leave float32 under autocast

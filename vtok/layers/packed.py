@@ -1,7 +1,8 @@
 """Linear layers whose weights were put once into the order that the CPU's matrix kernels read (oneDNN's blocks).
 
 A plain product of a few rows reads its weights in an order that does not suit it, and in bfloat16 brings them into that
-order on every call. Two rows of a small model, one image with guidance, take a third of the time when packed. For
+order on every call. Two rows of a small model, one image with guidance, take a third of the time when packed. A layer
+whose result stays float32 beside a trunk in bfloat16 has its weights in float16 (`HalfLinear`), half the bytes. For
 sampling on the CPU only: packed weights have no gradients and are not saved.
 """
 
@@ -44,10 +45,32 @@ class PackedLinear(nn.Module):
         return product(x, self.weight, self.bias)
 
 
-def float32_linear(linear: nn.Linear | PackedLinear, x: Tensor) -> Tensor:
+class HalfLinear(nn.Module):
+    """x weight^T + bias, float32 [.., out] of x float32 [.., in], with a weight [out, in] kept in float16 on the CPU.
+
+    FBGEMM's product: it reads 16 bits a weight, and multiplies and sums in float32, so that neither x nor the result is
+    rounded, and a weight to 11 bits (one beyond 65,504 becomes that). It is bound by the rate of float32 products from
+    some 16 rows on. oneDNN's product of bfloat16 would round the result to 8 bits too.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        given = None if bias is None else bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float().contiguous(), given)
+        # FBGEMM holds the numbers where no tensor shows them; this one says how many there are
+        self.weight, self.bias = torch.empty(weight.shape, dtype=torch.float16, device="meta"), given
+
+    def forward(self, x: Tensor) -> Tensor:
+        count("linear.half")
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+def float32_linear(linear: nn.Linear | PackedLinear | HalfLinear, x: Tensor) -> Tensor:
     """The layer in float32 whatever its weights' and x's dtype, outside autocast."""
     with torch.autocast(x.device.type, enabled=False):
-        if isinstance(linear, PackedLinear) and linear.weight.dtype is torch.float32:
+        if isinstance(linear, HalfLinear) or (
+            isinstance(linear, PackedLinear) and linear.weight.dtype is torch.float32
+        ):
             return linear(x.float())
         bias = None if linear.bias is None else linear.bias.float()
         return F.linear(x.float(), linear.weight.float(), bias)
@@ -60,6 +83,11 @@ def packable(weight: Tensor) -> bool:
     return weight.dtype is torch.float32 or (
         weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def can_halve() -> bool:
+    """Whether this build has FBGEMM's products of float32 with float16."""
+    return torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
 def linears(module: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
@@ -75,9 +103,10 @@ def can_pack(module: nn.Module) -> bool:
     return bool(found) and all(packable(linear.weight) for _, _, linear in found)
 
 
-def pack_linears(module: nn.Module, *, rows: int = 2) -> int:
+def pack_linears(module: nn.Module, *, rows: int = 2, halved: bool = False) -> int:
     """Pack every linear layer inside `module`, in place; returns how many. rows: of a typical product (2: one image
-    with guidance). Raises ValueError where the processor cannot."""
+    with guidance). halved: layers that their owner lists in `halves` become `HalfLinear`. Raises ValueError where the
+    processor cannot."""
     found = linears(module)
     for _, _, linear in found:
         if not packable(linear.weight):
@@ -88,7 +117,9 @@ def pack_linears(module: nn.Module, *, rows: int = 2) -> int:
         parent, name, linear = found.pop()
         folds = isinstance(parent, Attention) and name == "qkv"
         bias = parent.joint_bias() if folds else linear.bias
-        setattr(parent, name, PackedLinear(linear.weight, bias, rows=rows))
+        half = halved and name in getattr(parent, "halves", ())
+        packed = HalfLinear(linear.weight, bias) if half else PackedLinear(linear.weight, bias, rows=rows)
+        setattr(parent, name, packed)
         if folds:  # q and v have theirs inside now
             parent.q_bias = parent.v_bias = None
     return total
