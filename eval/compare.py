@@ -19,7 +19,7 @@ from typing import Any
 from eval.fid import CONFIGS
 from eval.protocol import Protocol
 from vtok.checkpoint import write_atomic
-from vtok.cli import entry
+from vtok.cli import check_place, entry
 
 MARKS = "*†‡§¶#"
 
@@ -53,6 +53,12 @@ def read_run(place: str | Path) -> Run:
     return run
 
 
+def read_runs(places: list[str]) -> list[Run]:
+    if not places:
+        raise ValueError("runs=[] names no run: give run directories, folders of results, or JSON files")
+    return [read_run(place) for place in places]
+
+
 def take_results(run: Run, file: Path) -> None:
     """Numbers of a JSON file that an evaluation wrote; any other JSON file is left alone."""
     try:
@@ -62,7 +68,10 @@ def take_results(run: Run, file: Path) -> None:
     if not isinstance(data, dict) or not isinstance(data.get("metrics"), dict):
         return
     described = data.get("protocol")
-    protocol = Protocol.from_json(described) if described else None
+    try:
+        protocol = Protocol.from_json(described) if described else None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}; measure it again, or leave it out of runs") from None
     run.commands += [data["command"]] if "command" in data else []
     for name, value in data["metrics"].items():
         if isinstance(value, dict):
@@ -74,11 +83,14 @@ def take_results(run: Run, file: Path) -> None:
 def read_curves(file: Path) -> dict[str, list[tuple[int, float]]]:
     """Columns of metrics.csv by name, each [(step, value)]."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    with open(file, newline="") as source:
-        for row in csv.DictReader(source):
-            for name, text in row.items():
-                if name and name not in ("step", "epoch") and text:
-                    curves.setdefault(name, []).append((int(float(row["step"])), float(text)))
+    try:
+        with open(file, newline="") as source:
+            for row in csv.DictReader(source):
+                for name, text in row.items():
+                    if name and name not in ("step", "epoch") and text:
+                        curves.setdefault(name, []).append((int(float(row["step"])), float(text)))
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is no metrics.csv of a training ({error}); leave its run out of runs") from None
     return curves
 
 
@@ -161,7 +173,9 @@ def grid_of(runs: list[Run], path: Path) -> bool:
     """The newest pictures of the runs below each other, each under its name. Whether there are any."""
     from PIL import Image, ImageDraw
 
-    found = [(run.name, Image.open(run.picture).convert("RGB")) for run in runs if run.picture]
+    from vtok.data.files import read_image
+
+    found = [(run.name, read_image(run.picture)) for run in runs if run.picture]
     if not found:
         return False
     bar = 16
@@ -177,10 +191,19 @@ def grid_of(runs: list[Run], path: Path) -> bool:
 
 def compare(places: list[str], out: Path, curves: list[str] | None = None) -> Mapping[str, Any]:
     """Print the table; write table.txt, curves.png and grid.png to `out`; returns rows and notes."""
-    runs = [read_run(place) for place in places]
+    from vtok.data.files import read_image
+
+    check_place("out", out, folder=True)
+    runs = read_runs(places)
+    known = sorted({name for run in runs for name in run.curves})
+    if unknown := sorted(set(curves or ()) - set(known)):
+        raise ValueError(f"curves={unknown[0]}: no run has it; there are {', '.join(known) or 'none'}")
     if len({run.name for run in runs}) < len(runs):
         for run, place in zip(runs, places):
             run.name = str(place)
+    for run in runs:  # one that cannot be read shows before anything is written
+        if run.picture:
+            read_image(run.picture)
     rows, notes = table(runs)
     text = as_text(rows, notes)
     print(text)
@@ -192,10 +215,11 @@ def compare(places: list[str], out: Path, curves: list[str] | None = None) -> Ma
     return {"rows": rows, "notes": notes}
 
 
-@entry("eval_compare", CONFIGS)
+@entry("eval_compare", CONFIGS, lists=("runs", "curves"))
 def main(config: Any) -> None:
     places = [config.runs] if isinstance(config.runs, str) else list(config.runs)
-    compare(places, Path(config.out), list(config.curves) if config.curves else None)
+    curves = [config.curves] if isinstance(config.curves, str) else config.curves
+    compare(places, Path(config.out), list(curves) if curves else None)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ from eval.moments import frechet_distance
 from eval.presets import settle
 from eval.protocol import Protocol, library_versions, metric_name
 from eval.references import DATA_SPLITS, described, find, reference_images, statistics_hash
-from eval.sources import Images
+from eval.sources import Images, npz_names
 from vtok.checkpoint import file_hash, weights_hash, write_json
-from vtok.cli import check_numbers, check_place, entry
+from vtok.cli import check_json, check_numbers, check_place, entry
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -59,13 +59,15 @@ def evaluate(
     *,
     pipeline: Any | None = None,
     real: Images | None = None,
+    reference_parts: Path | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The command: measures, prints, writes JSON to `out`; returns what it wrote.
 
     None where other tasks of the same job are not done yet: the last one to finish writes. pipeline: of `from`, where
     it is loaded already. real: the images of a `reference` that is a split of `data`, where they are listed already.
-    notes: more that the JSON keeps.
+    reference_parts: folder of what is measured of the reference's images, which stays: other evaluations against them
+    go on from it. notes: more that the JSON keeps.
     """
     from vgen.sampling import resolve_device
     from vtok.data.tasks import task_from_environment
@@ -73,8 +75,9 @@ def evaluate(
     config = settle(config)
     check_numbers(config)
     out = Path(config["out"] or default_out(config)) if config["samples"] or config["from"] else None
-    check_place("out", out)
-    check_place("save_reference", config.get("save_reference"))
+    if out is not None:
+        check_json("out", out)
+    check_saved(config)
     task = task_from_environment(config.get("task_id"), config.get("num_tasks"), os.environ)
     device = resolve_device(config["device"])
     extractor = make_extractor(config["extractor"], weights_path=config["weights_path"], device=device)
@@ -104,7 +107,8 @@ def evaluate(
     }  # fmt: skip
     if real is not None:
         about = {"device": device.type, "versions": versions}
-        jobs["real"] = Job(real, extractor, parts / "reference", about=about, text="reference", **common)
+        kept = reference_parts or parts / "reference"
+        jobs["real"] = Job(real, extractor, kept, about=about, text="reference", **common)
     if clouds:
         counts = " and ".join(f"{job.images.count} x {extractor.dim}" for job in jobs.values())
         size = 2 * sum(4 * job.images.count * extractor.dim for job in jobs.values()) / 2**20
@@ -124,6 +128,20 @@ def evaluate(
         raise
     shutil.rmtree(parts, ignore_errors=True)
     return result
+
+
+def check_saved(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where `save_reference` cannot be written, or would replace anything but other statistics."""
+    check_place("save_reference", path := config.get("save_reference"))
+    if path is None or not Path(path).exists():
+        return
+    read = [Path(config[name]).resolve() for name in ("reference", "samples") if config.get(name)]
+    try:
+        held = {"mu", "sigma"} <= set(npz_names(path))
+    except ValueError:
+        held = False
+    if not held or Path(path).resolve() in read:
+        raise ValueError(f"save_reference={path} is there and would be lost: give another save_reference=")
 
 
 def finish(

@@ -30,7 +30,7 @@ from eval.drawing import results_folder
 from eval.fid import CONFIGS
 from eval.keyed import flow_losses, masked_losses
 from eval.progress import progress_bar
-from vtok.cli import check_numbers, check_place, entry
+from vtok.cli import check_json, check_numbers, entry
 from vtok.data.transforms import to_float
 from vtok.noise import SampleNoise, sample_seeds
 
@@ -165,7 +165,7 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
 
     check_numbers(config)
     out = Path(config["out"] or results_folder(str(config["from"])) / "likelihood.json")
-    check_place("out", out)
+    check_json("out", out)
     dtype, quant = config.get("dtype", "float32"), config.get("quant")
     pipeline = Pipeline.load(
         config["from"],
@@ -176,6 +176,10 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
         quant=quant,
         trust=config.get("trust") or (),
     )
+    if data.image_size != (side := pipeline.generator.spec.image_size):
+        raise ValueError(f"data.image_size={data.image_size}: the generator works at {side} px; make them equal")
+    if 0 < (known := pipeline.generator.num_classes) < data.num_classes:
+        raise ValueError(f"data has {data.num_classes} classes, the generator {known}: choose the data of its training")
     held = from_data(data, "val", int(config["images"]))
     seen = from_data(data, "train", config["train_images"])
     batch = int(config["batch_size"])
@@ -211,11 +215,15 @@ def evaluate(config: Mapping[str, Any], data: Any) -> dict[str, Any]:
     return result
 
 
-@entry("eval_likelihood", CONFIGS)
+@entry("eval_likelihood", CONFIGS, whole={"images": 1})
 def main(config: Any) -> None:
     from vtok.config import instantiate
+    from vtok.data.module import ImageData
 
-    evaluate(config, instantiate(config.data))
+    data = instantiate(config.data)
+    if not isinstance(data, ImageData):
+        raise ValueError(f"data={type(data).__name__} gives no images; choose digits, cifar10, imagefolder, ...")
+    evaluate(config, data)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.compare import Run, plot_curves, read_run, table
+from eval.compare import Run, plot_curves, read_runs, table
 from eval.features import Extractor, make_extractor
 from eval.fid import CONFIGS
 from eval.measure import measure
 from eval.sources import Images, from_data, open_images
 from eval.sweep import lines, plot
 from vtok.checkpoint import write_atomic
-from vtok.cli import entry
+from vtok.cli import check_place, entry
 
 ROOM = 1100  # pixels of a picture that fit the width below: 16 pictures of 32 px a row, twice their size
 STYLE = """
@@ -79,10 +79,9 @@ def png(pixels: np.ndarray) -> bytes:
 
 def picture_tag(path: Path, text: str) -> str:
     """A stored picture, enlarged as the others are."""
-    from PIL import Image
+    from vtok.data.files import read_image
 
-    with Image.open(path) as picture:
-        return image_tag(png(np.asarray(picture.convert("RGB"))), text, pixels=True)
+    return image_tag(png(np.asarray(read_image(path))), text, pixels=True)
 
 
 def results_section(runs: list[Run]) -> str:
@@ -120,11 +119,14 @@ def sweeps_section(places: list[str]) -> str:
     parts = []
     for place in places:
         for file in sorted(Path(place).glob("eval/*/sweep.jsonl")) if Path(place).is_dir() else []:
-            found = [json.loads(line) for line in file.read_text().splitlines()]
+            try:
+                found = [json.loads(line) for line in file.read_text().splitlines()]
+                text = html.escape("\n".join(lines(found)))
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{file} is no result of eval.sweep ({error!r}); remove it, or run it again") from None
             with tempfile.TemporaryDirectory() as folder:
                 plot(found, Path(folder) / "sweep.png")
                 picture = (Path(folder) / "sweep.png").read_bytes()
-            text = html.escape("\n".join(lines(found)))
             parts.append(image_tag(picture, f"{Path(place).name}: {file.parent.name}") + f"<pre>{text}</pre>")
     return "".join(parts)
 
@@ -160,15 +162,15 @@ def neighbours_section(samples: Images, train: Images, extractor: Extractor, cou
     from vtok.callbacks import grid
 
     chosen = np.linspace(0, samples.count - 1, min(count, samples.count)).round().astype(int).tolist()
-    wanted = torch.cat([next(iter(part_of(samples, i))) for i in chosen])
+    wanted, first = torch.cat([next(iter(part_of(samples, i))) for i in chosen]), next(iter(part_of(train, 0)))
+    if first.shape[1:] != wanted.shape[1:]:
+        raise ValueError(f"samples are {tuple(wanted.shape[1:3])}, data {tuple(first.shape[1:3])}: set data.image_size")
     features = extractor(wanted).features.double().cpu()
     cloud = np.empty((train.count, extractor.dim), np.float32)
     measure(train, extractor, batch_size=64, keep=cloud, text="training images")
     order = torch.cdist(features, torch.from_numpy(cloud).double()).argsort(dim=1)[:, :nearest]
     shown = [torch.cat([next(iter(part_of(train, int(i)))) for i in order[:, rank]]) for rank in range(nearest)]
     rows = [image.numpy() for image in (wanted, *shown)]
-    if rows[1].shape[1:] != rows[0].shape[1:]:
-        raise ValueError(f"samples are {rows[0].shape[1:3]}, data {rows[1].shape[1:3]}: set data.image_size")
     text = (
         f"first row: samples evenly spaced over the file; below each its {nearest} nearest of {train.count} training "
         f"images by the features of {extractor.name}"
@@ -202,7 +204,7 @@ def report(
     places: list[str], out: Path, *, title: str, samples: Images | None, train: Images | None, extractor: Any | None
 ) -> str:
     """Write the page; returns it."""
-    runs = [read_run(place) for place in places]
+    runs = read_runs(places)
     commands = "\n".join(dict.fromkeys(c for run in runs for c in run.commands))
     near = neighbours_section(samples, train, extractor) if samples and train and extractor else ""
     text = page(
@@ -223,12 +225,14 @@ def report(
     return text
 
 
-@entry("eval_report", CONFIGS)
+@entry("eval_report", CONFIGS, texts=("title",), lists=("runs",))
 def main(config: Any) -> None:
     from vgen.sampling import resolve_device
     from vtok.config import instantiate
 
     places = [config.runs] if isinstance(config.runs, str) else list(config.runs)
+    check_place("out", config.out, endings=(".html", ".htm"))
+    read_runs(places)  # mistakes in them come before the features
     samples = open_images(config.samples) if config.samples else None
     train = from_data(instantiate(config.data), "train", config.train_images) if config.data else None
     if train is not None and samples is None:

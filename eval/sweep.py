@@ -3,9 +3,9 @@
     python -m eval.sweep from=outputs/my_run reference=val data=cifar10 images=5000 sweep.guidance=[1,1.5,2,3]
     python -m eval.sweep from=outputs/my_run protocol=adm sweep.guidance=[1.5,2] sweep.top_k=[0,900]
 
-One JSON file a setting, one line a setting in sweep.jsonl, a plot, and the best setting. A setting that is there is not
-drawn again, and one that was killed goes on where it was. Several processes (task_id and num_tasks, torchrun, a SLURM
-array) take every n-th setting.
+One JSON file a setting, one line a setting in sweep.jsonl, a plot, and the best setting. The images of the reference
+are measured once. A setting that is there is not drawn again, and one that was killed goes on where it was. Several
+processes (task_id and num_tasks, torchrun, a SLURM array) take every n-th setting.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from eval.drawing import results_folder, weights_hash
 from eval.fid import CONFIGS, evaluate
+from eval.presets import settle
 from eval.references import DATA_SPLITS
 from eval.sources import Images, from_data, same_images
-from vgen.sampling import SPEED, load_pipeline, resolve_device
+from vgen.sampling import SPEED, load_pipeline, resolve_device, rule_and_guidance
+from vgen.sampling import settings as drawn_by
 from vtok.checkpoint import write_atomic
 from vtok.cli import check_numbers, check_place, entry
 from vtok.config import defaults, differences
@@ -41,6 +44,8 @@ AXES = ("guidance", "schedule", "temperature", "top_k", "top_p", "steps", "solve
 
 def settings(axes: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every combination of the lists in `axes`; an axis that is null keeps the value of `config`."""
+    if not isinstance(axes, Mapping):
+        raise ValueError(f"sweep={axes}: give lists, sweep.<key>=[..], of {', '.join(AXES)}")
     unknown = set(axes) - set(AXES)
     if unknown:
         raise ValueError(f"sweep.{sorted(unknown)[0]}: choose of {', '.join(AXES)}")
@@ -65,9 +70,17 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
         raise ValueError("give from=<run or exported folder>: a sweep draws its samples")
     folder = Path(config["out"] or results_folder(str(config["from"])) / "sweep")
     chosen = settings(axes, config)
+    settle(config)  # or what is wrong with the protocol
     for setting in chosen:  # all of them before the first is measured
-        check_numbers({**config, **setting})
+        one = {**config, **setting}
+        check_numbers(one)
+        rule_and_guidance(drawn_by(one, say=lambda *_: None))
+        if setting["weights"] not in ("ema", "raw", None) and not str(config["from"]).startswith("zoo:"):
+            raise ValueError(f"weights={setting['weights']}: choose ema or raw")
     check_place("out", folder, folder=True)
+    reference = folder / "reference.parts"  # what one setting measures of the images there, the others take
+    if config.get("overwrite") and task[1] == 1:
+        shutil.rmtree(reference, ignore_errors=True)
     device, pipeline, loaded = resolve_device(config["device"]), None, None
     split = str(config["reference"])
     real = from_data(data, split) if data is not None and split in DATA_SPLITS else None  # a look at every file
@@ -84,8 +97,11 @@ def run(config: Mapping[str, Any], data: Any | None, axes: Mapping[str, Any], ta
             continue
         if loaded != (setting["weights"], setting["steps"]):  # steps change the loaded generator
             pipeline, loaded = load_pipeline(one, device), (setting["weights"], setting["steps"])
-        evaluate(one, data, pipeline=pipeline, real=real, notes={"asked": ours})
-    return records(folder, chosen)
+        evaluate(one, data, pipeline=pipeline, real=real, reference_parts=reference, notes={"asked": ours})
+    found = records(folder, chosen)
+    if len(found) == len(chosen):
+        shutil.rmtree(reference, ignore_errors=True)
+    return found
 
 
 def asked(config: Mapping[str, Any], real: Images | None) -> dict[str, Any]:

@@ -24,12 +24,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +47,7 @@ from eval.resident import Resident
 from eval.shares import line, shares
 from vtok import counters
 from vtok.acceleration import compile_blocks, light_weights, peak_rate, training_operations, utilisation
-from vtok.cli import entry
+from vtok.cli import check_json, check_place, check_whole_number, entry
 from vtok.data.ahead import Ahead
 from vtok.decoding import channels_last, decode_images, encode_images, light_tokenizer
 from vtok.layers.packed import HalfLinear, PackedLinear
@@ -62,6 +61,7 @@ PRODUCTS = {  # operations of what PyTorch's counter does not know: shapes of x 
     torch.ops.quantized.linear_dynamic_fp16: lambda x, *_, out_shape, **__: 2 * x.numel() * out_shape[-1],
 }
 OPTIONS = ("compile", "prefixes", "cuda_graphs", "packed", "quant", "encode_ahead")
+PLOTS = (".png", ".jpg", ".pdf", ".svg")
 STEPS = ("steps", "solver_steps")  # of sampling
 PROGRESS = 0.5  # share of training done, in the step that is timed
 
@@ -466,9 +466,20 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     from vtok.checkpoint import write_json
     from vtok.config import instantiate
 
-    unknown = set(config["parts"]) - set(PARTS)
-    if unknown or not config["batches"] or min(config["batches"]) < 1 or config["repeats"] < 1:
-        raise ValueError(f"parts must be of {', '.join(PARTS)}; batches and repeats at least 1")
+    parts, batches = config["parts"], config["batches"]
+    if isinstance(parts, str) or not isinstance(parts, Sequence) or not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts={parts}: give a list, of {', '.join(PARTS)}")
+    if isinstance(batches, str) or not isinstance(batches, Sequence) or not batches:
+        raise ValueError(f"batches={batches}: give a list of whole numbers")
+    for batch in batches:
+        check_whole_number("batches", batch, 1)
+    check_whole_number("repeats", config["repeats"], 1)
+    check_whole_number("data.image_size", config["data"]["image_size"], 1)
+    if config.get("model") is None and not {"encode", "decode"} & set(parts):
+        raise ValueError(f"parts={list(parts)} are of a generator: give model=<name>, or parts=[encode,decode]")
+    check_json("out", config["out"], "rows")
+    check_place("table", config["table"], endings=(".md", ".txt"))
+    check_place("plot", config["plot"], endings=PLOTS)
     if config["profile"] and config["cuda_graphs"]:
         raise ValueError("profile=true sees no operations inside CUDA graphs: pass cuda_graphs=false")
     device = resolve_device(config["device"])
@@ -492,7 +503,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     names |= {key: config[key] for key in OPTIONS}
     rows = [{**names, **row} for row in measure(config, tokenizer, generator)]
     out = Path(config["out"])
-    earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
+    earlier = check_json("out", out, "rows").get("rows", [])
     rows_all = [row for row in earlier if not any(same_settings(row, new) for new in rows)] + rows
     date = time.strftime("%Y-%m-%d")
     write_json(out, {"rows": rows_all, "versions": library_versions(), "date": date})
@@ -512,7 +523,7 @@ def same_settings(earlier: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     return options and all(earlier.get(k) == row.get(k) for k in key)
 
 
-@entry("eval_throughput", CONFIGS)
+@entry("eval_throughput", CONFIGS, whole={"num_classes": 0, "repeats": 1})
 def main(config: Any) -> None:
     evaluate(config)
 

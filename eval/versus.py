@@ -20,12 +20,11 @@ that our side took (vtok/counters.py); where one that the settings ask for was n
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,9 @@ from eval.protocol import library_versions
 from eval.throughput import describe, storage, wait
 from eval.tokenizer_peers import BUILDERS as TOKENIZERS
 from vtok import counters
-from vtok.cli import entry
+from vtok.cli import check_json, check_number, check_whole_number, entry
 
+PARTS = ("sample", "train", "encode", "decode")
 LEAST = 7  # turns, fewer are no measurement
 STEPPED = ("llamagen", "xar", "mar")  # peers whose sampling can be cut short
 ITSELF = 0.95, 1.05  # the ratio of a module against itself
@@ -230,6 +230,16 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     from vgen.sampling import resolve_device, resolve_dtype
     from vtok.checkpoint import write_json
 
+    for name in ("turns", "batch", "steps"):
+        if config[name] is not None:
+            check_whole_number(name, config[name])
+    check_number("least_seconds", config["least_seconds"])
+    parts = config["parts"]
+    if isinstance(parts, str) or not isinstance(parts, Sequence) or not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts={parts}: give a list, of {', '.join(PARTS)}")
+    if config["selftest"] and config["peer"] is not None:
+        raise ValueError(f"selftest=true times a small model of ours against itself: leave peer={config['peer']} away")
+    check_json("out", config["out"], "rows")
     if config["turns"] < LEAST:
         raise ValueError(f"turns={config['turns']}: a ratio is the median over at least {LEAST}")
     if config["clock"] not in CLOCKS:
@@ -259,26 +269,26 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     name, setting, differences = config["peer"], "", {}
     if config["selftest"]:
         run = itself(options)
-        parts, name = {"sample": (run, run)}, "itself"
+        timed, name = {"sample": (run, run)}, "itself"
     elif name is None:
         raise ValueError("pass peer=<family> and dir=<checkout of the original>, or selftest=true")
     else:
         both = pair(name, config["dir"], options)
+        if not set(parts) & set(both.parts):
+            raise ValueError(f"parts={list(parts)}: choose of {', '.join(both.parts)}")
         with exact():
-            checked = both.same() + (both.taught() if "train" in config["parts"] else [])
+            checked = both.same() + (both.taught() if "train" in parts else [])
             differences, setting = agree(checked), both.setting
         told = ", ".join(f"{k} {v:.1e}" for k, v in differences.items())
         print(f"{name}: same weights, same outputs ({told})", flush=True)
-        parts = {k: v for k, v in both.parts.items() if k in config["parts"]}
-        if not parts:
-            raise ValueError(f"parts={list(config['parts'])}: choose of {', '.join(both.parts)}")
+        timed = {k: v for k, v in both.parts.items() if k in parts}
     rows, clock, apart = [], CLOCKS[config["clock"]], config["apart"]
     if apart is None:
         apart = device.type == "cpu"
     peer = None if config["selftest"] else name
     given = (peer, config["dir"], options, torch.get_num_threads(), config["clock"])
     with closing(Apart(*given)) if apart else nullcontext() as other:
-        for part, (theirs, ours) in parts.items():
+        for part, (theirs, ours) in timed.items():
             counters.reset()  # only our side counts
             first = timer(theirs, device, clock) if other is None else other.timer(part)
             second = timer(held(ours, part, options), device, clock)
@@ -302,7 +312,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             )
     out, key = Path(config["out"]), ("peer", "size", "part", "batch", "dtype", "threads", "device", "setting", "clock")
     key += ("packed", "quant", "compile", "cuda_graphs", "compiled_original")
-    earlier = json.loads(out.read_text())["rows"] if out.is_file() else []
+    earlier = check_json("out", out, "rows").get("rows", [])
     done = {tuple(row.get(k) or None for k in key) for row in rows}  # rows of before have no storage: a plain one
     kept = [row for row in earlier if tuple(row.get(k) or None for k in key) not in done]
     write_json(out, {"rows": kept + rows})
@@ -316,7 +326,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-@entry("eval_versus", CONFIGS)
+@entry("eval_versus", CONFIGS, whole={"batch": 1, "turns": 1}, numbers={"least_seconds": (0, math.inf)})
 def main(config: Any) -> None:
     evaluate(config)
 

@@ -28,7 +28,7 @@ from eval.ocr import MISSING, ErrorRates, find_reader
 from eval.pixels import SIGMA, WINDOW, PixelErrors
 from eval.progress import progress_bar
 from vtok.checkpoint import write_atomic, write_json
-from vtok.cli import check_numbers, check_place, entry
+from vtok.cli import check_json, check_numbers, check_place, entry
 
 TASKS = ("pictures", "detail", "text")
 FITS = ("crop", "pad", "tiles")
@@ -185,11 +185,14 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}={config[key]}: choose {', '.join(known)}")
     check_numbers(config)
     out = Path(config["out"] or results_folder(str(config["from"])) / "vtbench.json")
-    check_place("out", out)
+    check_json("out", out)
     check_place("save", config["save"], folder=True)
-    reader = find_reader(str(config["ocr"]), list(config["languages"])) if "text" in folders else None
+    languages = [config["languages"]] if isinstance(config["languages"], str) else list(config["languages"])
+    reader = find_reader(str(config["ocr"]), languages) if "text" in folders else None
     if "text" in folders and reader is None and config["ocr"] != "none":
         print(f"text: pixels only, {MISSING}")
+    if config["save"] and Path(config["save"]).resolve() in [folder.resolve() for folder in folders.values()]:
+        raise ValueError(f"save={config['save']} is a folder of the pictures: give another save=")
     names = {task: listed(task, folder, read=reader is not None and task == "text") for task, folder in folders.items()}
     tokenizer = load_tokenizer(config).to(resolve_device(config["device"]))
     lpips = perceptual_distance(config["lpips"], config["lpips_path"])
@@ -216,7 +219,7 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-@entry("eval_vtbench", CONFIGS)
+@entry("eval_vtbench", CONFIGS, texts=("pictures", "detail", "text", "save", "ocr"), lists=("languages",))
 def main(config: Any) -> None:
     evaluate(config)
 

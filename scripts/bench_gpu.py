@@ -20,6 +20,7 @@ docs/benchmarks.md from the files.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eval.peers import SOURCES  # noqa: E402
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_place, entry  # noqa: E402
 
 LLAMAGEN, VAR, KL = "tokenizer=llamagen_vq16", "tokenizer=var_vqvae", "tokenizer=kl16"
 GRAPHS, COMPILE, IN_TURN = "cuda_graphs=true", "compile=true", "encode_ahead=false"
@@ -110,7 +111,11 @@ def compiled(peer: str, part: str) -> bool:
 
 def measured(file: Path) -> list[dict[str, Any]]:
     """The rows of a file, with its date and versions, if every one of them has numbers, else none."""
-    kept = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+    try:
+        kept = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+        kept["rows"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is no measurement ({error!r}): remove it, and its row is measured again") from None
     facts = {name: kept[name] for name in ("date", "versions") if name in kept}
     complete = all(row.get("ratio") or (row.get("images_per_second") and row.get("fraction")) for row in kept["rows"])
     return [facts | row for row in kept["rows"]] if complete else []
@@ -186,10 +191,19 @@ def run(config: Mapping[str, Any], *, start=subprocess.run, clock=time.monotonic
     return done
 
 
-@entry("bench_gpu", ROOT / "configs")
+@entry(
+    "bench_gpu",
+    ROOT / "configs",
+    whole={"repeats": 1},
+    numbers={"seconds": (0, math.inf), "row_seconds": (1, math.inf)},
+    lists=("only",),
+)
 def main(config: Any) -> None:
     import torch
 
+    config["only"] = [config["only"]] if isinstance(config["only"], str) else config["only"]
+    check_place("out", config["out"], folder=True)
+    left(Path(config["out"]), config["only"], config["peers"])  # or what is wrong with them
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device is at hand: nothing was measured; docs/benchmarks.md says so")
     run(config)

@@ -21,7 +21,7 @@ from eval.peers import LIGHT_IMAGES, LIGHT_TOLERANCE  # noqa: E402
 from eval.shares import line  # noqa: E402
 from eval.throughput import mfu, steps  # noqa: E402
 from scripts.bench_gpu import ROWS, VERSUS, compiled, measured  # noqa: E402
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_place, entry  # noqa: E402
 
 NONE = "not measured"
 LIGHT = 4.0  # wanted of sampling with our bf16 trunk against the original in float32
@@ -342,19 +342,30 @@ attention over the keys that are there, alone (tests/test_bench.py: all steps ru
 """
 
 
+def measurements(key: str, path: Path) -> dict[str, Any]:
+    """What a JSON file of rows holds. ValueError, naming its key, where it is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}={path} is no JSON file that can be read ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+        raise ValueError(f"{key}={path} holds no rows: give a file of the command that measures them")
+    return found
+
+
 def run(config: Mapping[str, Any]) -> str:
-    file = ROOT / config["versus"]
-    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
-    grown = ROOT / config["scaling"]
-    profiled = ROOT / config["profiles"]
-    profiles = json.loads(profiled.read_text())["rows"] if profiled.is_file() else []
-    text = page(rows, ROOT / config["gpu"], json.loads(grown.read_text()) if grown.is_file() else None, profiles)
+    check_place("out", ROOT / config["out"], endings=(".md",))
+    rows = measurements("versus", ROOT / config["versus"])["rows"]
+    profiles = measurements("profiles", ROOT / config["profiles"])["rows"]
+    if (gpu := ROOT / config["gpu"]).is_file():
+        raise ValueError(f"gpu={gpu} is a file: give the folder of scripts/bench_gpu.py")
+    text = page(rows, gpu, measurements("scaling", ROOT / config["scaling"]), profiles)
     Path(ROOT / config["out"]).write_text(text)
     print(f"wrote {config['out']}: {len(rows)} CPU rows, {len(list((ROOT / config['gpu']).glob('*.json')))} GPU files")
     return text
 
 
-@entry("benchmarks", ROOT / "configs")
+@entry("benchmarks", ROOT / "configs", texts=("versus", "gpu", "scaling", "profiles"))
 def main(config: Any) -> None:
     run(config)
 

@@ -16,10 +16,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import check_whole_number, entry  # noqa: E402
+from vtok.cli import check_place, entry  # noqa: E402
 
 
-@entry("cache_codes", ROOT / "configs")
+@entry("cache_codes", ROOT / "configs", whole={"shard_size": 1})
 def main(config: Any) -> None:
     from vgen.sampling import resolve_device
     from vtok.config import instantiate
@@ -28,9 +28,7 @@ def main(config: Any) -> None:
     from vtok.data.module import ImageData
     from vtok.data.tasks import task_from_environment
 
-    for name in ("shard_size", "batch_size"):
-        check_whole_number(name, config[name], 1)
-    check_whole_number("seed", config.seed)
+    check_place("out", config.out, folder=True)
     device = resolve_device(config.device)
     task = task_from_environment(config.task_id, config.num_tasks, os.environ)
     data = instantiate(config.data)

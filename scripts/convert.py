@@ -30,7 +30,12 @@ from vtok.cli import entry  # noqa: E402
 STARTS = {"flextok_vae": "FlexTokTokenizer", "siglip2": "DetailFlowTokenizer"}  # family: what it is a part of
 
 
-@entry("convert", ROOT / "configs")
+@entry(
+    "convert",
+    ROOT / "configs",
+    whole={"image_size": 1},
+    texts=("config", "weights", "family", "kind", "start", "inside"),
+)
 def main(config: Any) -> None:
     convert(config)
 
@@ -45,9 +50,10 @@ def convert(config: Any) -> Path:
     out, source = Path(config["out"]), config["from"]
     if source is None:
         raise ValueError("from= is missing: a published file, or zoo:<name> (`python -m vgen.zoo` lists them)")
-    free(out, config["overwrite"])
+    zoo = str(source).startswith("zoo:")
+    free(out, config["overwrite"], Path((zoo and config["weights"]) or source))
     consent = {"inside": config["inside"], "accept_license": bool(config["accept_license"])}
-    if str(source).startswith("zoo:"):
+    if zoo:
         known = entry_of(source)
         if known.kind == "generator":
             loaded, shown = load_generator(source, config["weights"], config["tokenizer_from"], **consent)
@@ -56,12 +62,14 @@ def convert(config: Any) -> Path:
             loaded = load_entry(known, config["weights"], **consent)
         facts = {"reported_fid": getattr(known, "fid", known.rfid), "evaluator": getattr(known, "evaluator", None)}
         _save(loaded, out, sampling=getattr(known, "sampling", None), **facts)
+    elif not Path(source).exists():
+        raise ValueError(f"from={source} does not exist: give a published file, a run of ours, or zoo:<name>")
     elif Path(source).is_dir() or (Path(source).suffix == ".ckpt" and config["family"] is None):
         export(Path(source), out, weights=config["weights"] or "ema", trust=config["trust"])
     else:
         if config["family"] is None or config["kind"] not in ("tokenizer", "generator"):
             raise ValueError("a file needs family=<converter> and kind=tokenizer or generator; or give from=zoo:<name>")
-        arguments = json.loads(Path(config["config"]).read_text()) if config["config"] else {}
+        arguments = arguments_of(config["config"]) if config["config"] else {}
         state = read_weights(source, config["inside"] or "auto")
         if config["family"] in STARTS:
             module = started(config, state, arguments)
@@ -76,6 +84,17 @@ def convert(config: Any) -> Path:
         save_folder(module, out, converted_from={"file": Path(source).name, "sha256": file_hash(source)})
     print(f"wrote {out}")
     return out
+
+
+def arguments_of(path: str) -> dict[str, Any]:
+    """The object that the JSON file of `config` holds."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config={path} is no JSON file that can be read ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"config={path} holds no object: give {{class: {{argument: value}}}}")
+    return found
 
 
 def started(config: Any, state: Any, arguments: Any) -> Any:

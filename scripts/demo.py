@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_place, entry  # noqa: E402
 
 # (lowest, highest) of each figure; see the README.
 WANTED = {
@@ -32,9 +32,12 @@ WANTED = {
 @entry("demo", ROOT / "configs")
 def main(config) -> None:
     from scripts.stages import Stages, curves, overrides, verdicts
+    from vgen.heads import DrawRule
     from vtok.checkpoint import write_json
 
     out = Path(config.out)
+    check_place("out", out, folder=True)
+    DrawRule(config.temperature, config.top_k, config.top_p)  # or what is wrong with them, before the trainings
     tokenizer, generator = out / "tokenizer", out / "generator"
     drawing = [f"from={generator}", f"seed={config.seed}", f"guidance={config.guidance}"]
     drawing += [f"temperature={config.temperature}", f"top_k={config.top_k}", f"top_p={config.top_p}"]

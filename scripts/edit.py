@@ -8,14 +8,14 @@ White in the mask is drawn anew, black is kept. Beside the edit stands a sheet: 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import check_whole_number, entry  # noqa: E402
+from vtok.cli import check_place, check_whole_number, entry  # noqa: E402
 
 TASKS = ("inpaint", "outpaint", "class", "prefix", "style")
 TINT = (255, 0, 255)  # of what is drawn anew, in the sheet
@@ -56,10 +56,12 @@ def check(config: Mapping[str, Any]) -> None:
     if task == "style" and (config["class"] is not None or config["count"] != 1):
         raise ValueError("task=style draws nothing: leave class= and count= away")
     if config["box"] is not None:
-        box = list(config["box"])
+        box = list(config["box"]) if isinstance(config["box"], Sequence) else []
         numbers = len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
         if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            raise ValueError(f"box={box}: give [left, top, right, bottom] as shares with left < right and top < bottom")
+            raise ValueError(
+                f"box={config['box']}: give [left, top, right, bottom] as shares with left < right and top < bottom"
+            )
 
 
 def check_files(config: Mapping[str, Any]) -> None:
@@ -102,6 +104,11 @@ def kept_pixels(config: Mapping[str, Any], size: int) -> Any:
     return kept
 
 
+def edits(out: Path, count: int) -> list[Path]:
+    """The files of `count` edits."""
+    return [out if i == 0 else out.with_stem(f"{out.stem}_{i}") for i in range(count)]
+
+
 def edit(config: Mapping[str, Any]) -> Path:
     """The command of configs/edit.yaml; returns the file written."""
     import torch
@@ -116,11 +123,17 @@ def edit(config: Mapping[str, Any]) -> Path:
 
     check(config)
     out, task, count = Path(config["out"]), config["task"], config["count"]
-    if out.suffix != ".png":
-        raise ValueError(f"out={out}: the ending must be .png")
+    check_place("out", out, endings=(".png",))
     if config["class"] is None and config["guidance"] not in (None, 1):
         raise ValueError("guidance needs class=: without a class both of its rows are the same; pass guidance=1")
+    for name in ("schedule", "schedule_options"):
+        if config["class"] is None and config[name]:
+            raise ValueError(f"{name}={config[name]} is of the guidance, which needs class=: leave it away")
     check_files(config)
+    written = {path.resolve() for path in (*edits(out, count), out.with_stem(f"{out.stem}_sheet"))}
+    for name in ("image", "mask", "style"):
+        if config[name] and Path(config[name]).resolve() in written:
+            raise ValueError(f"out={out} would replace {name}={config[name]}; give another out=")
     drawn = settings({} if task == "style" else config)  # which draws nothing
     if config["class"] is None:
         drawn |= {"guidance": 1.0, "schedule": "constant", "schedule_options": {}}
@@ -132,6 +145,8 @@ def edit(config: Mapping[str, Any]) -> Path:
         raise ValueError(f"class={config['class']}: this model is unconditional: leave class= away (task=inpaint)")
     if drawn["steps"] is not None:
         generator.set_steps(int(drawn["steps"]))
+    if config["keep_scales"] and len(generator.spec.layout.sides) == 1:
+        raise ValueError(f"keep_scales={config['keep_scales']}: this model's tokens have one scale; leave it away")
     size = generator.spec.image_size
     original = cropped(config["image"], size)
     keep = kept_pixels(config, size) if task in TASKS[:3] else None
@@ -168,9 +183,8 @@ def edit(config: Mapping[str, Any]) -> Path:
     if config["composite"]:
         edited = editing.composite(edited, torch.from_numpy(original), keep)
         columns["composite"] = list(edited.numpy())
-    for i, pixels in enumerate(edited.numpy()):
+    for path, pixels in zip(edits(out, len(edited)), edited.numpy(), strict=True):
         picture = Image.fromarray(pixels)
-        path = out if i == 0 else out.with_stem(f"{out.stem}_{i}")
         write_atomic(path, lambda file, picture=picture: picture.save(file, "PNG"))
     sheet = tiled(list(zip(*columns.values())), list(columns))
     write_atomic(out.with_stem(f"{out.stem}_sheet"), lambda file: sheet.save(file, "PNG"))
@@ -184,7 +198,7 @@ def edit(config: Mapping[str, Any]) -> Path:
     return out
 
 
-@entry("edit", ROOT / "configs")
+@entry("edit", ROOT / "configs", whole={"count": 1})
 def main(config: Any) -> None:
     edit(config)
 

@@ -18,20 +18,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_place, entry  # noqa: E402
 
 
 @entry("export", ROOT / "configs")
 def main(config: Any) -> None:
-    free(Path(config.out), config.overwrite)
+    free(Path(config.out), config.overwrite, Path(config["from"]))
     export(Path(config["from"]), Path(config.out), weights=config.weights, trust=config.trust)
     print(f"wrote {config.out}")
 
 
-def free(out: Path, overwrite: bool) -> None:
-    """Raise ValueError where `out` holds a model that is not to be replaced."""
-    if (out / "config.json").exists() and not overwrite:
+def free(out: Path, overwrite: bool, source: Path) -> None:
+    """Raise ValueError where `out` cannot be written, or holds a model that is not to be replaced: even with
+    `overwrite`, `source` is not, the file or folder that is read."""
+    check_place("out", out, folder=True)
+    files = [out / name for name in ("config.json", "model.safetensors")]
+    if any(file.exists() for file in files) and not overwrite:
         raise ValueError(f"{out} holds a model already; pass overwrite=true or another out=")
+    if source.resolve() in [out.resolve(), *(file.resolve() for file in files)]:
+        raise ValueError(f"out={out} would replace from={source}; pass another out=")
 
 
 def export(run: Path, out: Path, *, weights: str = "ema", trust: Sequence[str] = ()) -> None:
@@ -40,6 +45,8 @@ def export(run: Path, out: Path, *, weights: str = "ema", trust: Sequence[str] =
     from vtok.checkpoint import find_checkpoint, is_folder, load_module, read_checkpoint, save_folder
     from vtok.config import Families
 
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights={weights!r}: choose ema or raw")
     if is_folder(run):
         raise ValueError(f"{run} is an exported folder already; copy it")
     file, known = find_checkpoint(run), Families(FAMILIES, trust)

@@ -176,6 +176,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         measure(sys.argv[2], Path(sys.argv[3]))
         return
+    known = sorted(file.name.removesuffix(".json.gz") for file in MANIFESTS.glob("*.json.gz"))
+    if unknown := [name for name in sys.argv[1:] if name not in known]:
+        raise SystemExit(f"error: no model {unknown[0]} in {MANIFESTS.relative_to(ROOT)}: choose of {', '.join(known)}")
     for name in sys.argv[1:] or MODELS:
         with tempfile.TemporaryDirectory() as folder:
             run(name, Path(folder))

@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import entry, own_folder  # noqa: E402
 
 SMALL = (
     "data=fake", "data.image_size=16", "tokenizer=llamagen_vq16", "tokenizer.channels=8", "tokenizer.groups=4",
@@ -48,11 +48,9 @@ class Failed(ValueError):
     """A case ended in a traceback, said too much, ran code, or changed a file."""
 
 
-@entry("fuzz", ROOT / "configs")
+@entry("fuzz", ROOT / "configs", whole=dict.fromkeys(("images", "configs", "files", "payloads", "commands"), 0))
 def main(config: Any) -> None:
-    out = Path(config.out).resolve()
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    out = own_folder("out", Path(config.out).resolve(), ".fuzz", empty=True)
     draw, failed = random.Random(config.seed), []
     total = sum(int(config[kind]) for kind in ("images", "configs", "files", "payloads"))
     drawn, number = set(random.Random(f"{config.seed} commands").sample(range(total), min(total, config.commands))), 0

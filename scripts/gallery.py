@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import check_whole_number, entry  # noqa: E402
+from vtok.cli import check_place, entry  # noqa: E402
 
 
 def prefixes(tokenizer: Any) -> list[int]:
@@ -28,7 +28,7 @@ def prefixes(tokenizer: Any) -> list[int]:
     return [2**k for k in range(length.bit_length()) if 2**k < length] + [length]
 
 
-@entry("gallery", ROOT / "configs")
+@entry("gallery", ROOT / "configs", whole={"count": 1, "size": 1}, lists=("from", "names"))
 def main(config: Any) -> None:
     import numpy as np
     import torch
@@ -41,18 +41,18 @@ def main(config: Any) -> None:
     from vtok.data.tiles import reconstruct
     from vtok.data.transforms import center_crop, to_float, to_uint8
 
-    check_whole_number("seed", config.seed)
-    check_whole_number("count", config.count, 1)
-    if config.size is not None:
-        check_whole_number("size", config.size, 1)
+    check_place("out", config.out, endings=(".png",))
     paths = [config["from"]] if isinstance(config["from"], str) else list(config["from"])
-    titles = list(config.names) if config.names else [Path(path).name for path in paths]
+    names = [config.names] if isinstance(config.names, str) else config.names
+    titles = list(names) if names else [Path(path).name for path in paths]
     if len(titles) != len(paths) or not paths:
         raise ValueError(f"names={titles} must hold one name for each of from={paths}")
     source, device = Path(config["in"]), resolve_device(config.device)
     found = [source] if source.is_file() else [source / name for name in list_images(source, "in")]
     if not found:
         raise ValueError(f"in={source} holds no images; change in")
+    if Path(config.out).resolve() in {path.resolve() for path in found}:
+        raise ValueError(f"out={config.out} would replace that image of in={source}; give out=<another file>")
     tokenizers = [frozen(path, config.weights, trust=config.trust).to(device) for path in paths]
     chosen = np.linspace(0, len(found) - 1, min(config.count, len(found))).round().astype(int)
     size = config.size or max(t.spec.image_size for t in tokenizers)

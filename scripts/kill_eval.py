@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_place, entry  # noqa: E402
 
 
 def start(config: Any, out: Path, log: Path) -> subprocess.Popen:
@@ -67,9 +67,15 @@ def check(whole: Path, killed: Path, kills: Sequence[int]) -> list[str]:
     return [*lines, "metrics and moments are equal bit for bit"]
 
 
-@entry("kill_eval", ROOT / "configs")
+@entry(
+    "kill_eval", ROOT / "configs", whole={"images": 1, "kills": 1}, numbers={"seconds": (0, 3600)}, lists=("overrides",)
+)
 def main(config: Any) -> None:
+    for name in ("from", "reference"):
+        if not config[name].startswith(("zoo:", "hf:")) and not Path(config[name]).exists():
+            raise ValueError(f"{name}={config[name]} does not exist; change {name}")
     folder = Path(config.out)
+    check_place("out", folder, folder=True)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     for name in ("whole", "killed"):

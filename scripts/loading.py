@@ -24,18 +24,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import entry, own_folder  # noqa: E402
 
 ROWS, SHARDS = 16384, 64  # of the cached codes
 IMAGES, CODES = 64, 256  # a batch
+LEAST = 32  # images
 
 
-@entry("loading", ROOT / "configs")
+@entry(
+    "loading",
+    ROOT / "configs",
+    whole={"count": LEAST, "image_size": 1, "workers": 0},
+    numbers={"seconds": (0.01, 3600)},
+)
 def main(config: Any) -> None:
-    if config.workers < 0 or (config.workers and not Path("/proc/self/stat").exists()):
+    if config.workers and not Path("/proc/self/stat").exists():
         raise ValueError(
-            f"workers={config.workers}: give 0 or more; CPU seconds of workers are read from Linux's /proc, elsewhere "
-            "set workers=0"
+            f"workers={config.workers}: CPU seconds of workers are read from Linux's /proc, elsewhere set workers=0"
         )
     import torch
 
@@ -44,8 +49,9 @@ def main(config: Any) -> None:
     from vtok.data.packed import Parquet, Tars
 
     torch.set_num_threads(1)
-    out, size = Path(config.out), int(config.image_size)
-    files = pictures(config, out)
+    names = listed(config)
+    out, size = own_folder("out", config.out, ".loading"), int(config.image_size)
+    files = pictures(config, names, out)
     shared = dict(image_size=size, batch_size=IMAGES, flip=True, cache_dir=str(out / "cache"))
     folder = dict(val_fraction=0.01, num_classes=0, scan="none", **shared)
     pack_tar(files, out / "tar" / "0.tar")
@@ -91,31 +97,36 @@ def cpu_seconds(pids: list[int]) -> float:
     return time.process_time() + sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 
 
-def pictures(config: Any, out: Path) -> list[Path]:
-    """At most `count` image files of a folder, copied flat; or drawn ones."""
+def listed(config: Any) -> list[str]:
+    """At most `count` image files of `folder`; none where there is no folder. ValueError where they are below LEAST."""
+    from vtok.data.files import list_images
+
+    if not config.folder:
+        return []
+    names = list_images(Path(config.folder), "folder")[: config.count]
+    if len(names) < LEAST:
+        raise ValueError(f"folder={config.folder} holds {len(names)} images: at least {LEAST} are needed")
+    return names
+
+
+def pictures(config: Any, names: list[str], out: Path) -> list[Path]:
+    """The image files `names` of the folder, copied flat; or drawn ones."""
     import numpy as np
     from PIL import Image
-
-    from vtok.data.files import list_images
 
     place = out / "pictures"
     place.mkdir(parents=True, exist_ok=True)
     for old in place.iterdir():
         old.unlink()
     if config.folder:
-        folder = Path(config.folder)
-        names = list_images(folder, "folder")[: config.count]
         for i, name in enumerate(names):
-            (place / f"{i:06d}{Path(name).suffix.lower()}").write_bytes((folder / name).read_bytes())
+            (place / f"{i:06d}{Path(name).suffix.lower()}").write_bytes((Path(config.folder) / name).read_bytes())
     else:
         draw = np.random.default_rng(0)
         for i in range(config.count):
             coarse = Image.fromarray(draw.integers(0, 256, (47, 63, 3), dtype=np.uint8))
             coarse.resize((500, 375), Image.Resampling.BICUBIC).save(place / f"{i:06d}.jpg", quality=90)
-    found = sorted(place.iterdir())
-    if len(found) < 32:
-        raise ValueError(f"folder={config.folder}, count={config.count}: at least 32 images are needed")
-    return found
+    return sorted(place.iterdir())
 
 
 def pack_tar(files: list[Path], path: Path) -> None:

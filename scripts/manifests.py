@@ -91,6 +91,10 @@ def main() -> None:
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
     checkouts, out, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    if not checkouts.is_dir():
+        raise SystemExit(f"error: {checkouts} is no folder: give the one with the checkouts")
+    if unknown := [name for name in names if name not in ZOO]:
+        raise SystemExit(f"error: the zoo has no {unknown[0]}: `python -m vgen.zoo` lists its models")
     groups: dict[str, list[str]] = {}
     for name in names or ZOO:
         if original := checkout(ZOO[name]):

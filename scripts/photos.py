@@ -8,7 +8,9 @@ steps, to which the learning-rate schedule is tied, follows from its speed. Held
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_number, check_place, entry  # noqa: E402
 
 ARCHIVE = "cifar10-jpg.tar.xz"
 PLACES = (".", "data", "../shared/data")  # where the archive is looked for, from the clone
@@ -47,18 +49,23 @@ KINDS = (
 )
 
 
-@entry("photos", ROOT / "configs")
+@entry("photos", ROOT / "configs", whole={"samples": 1}, numbers={"budget": (1, math.inf)}, lists=("kinds",))
 def main(config: Any) -> None:
     from scripts.stages import Stages, curves, verdicts
     from vtok.checkpoint import write_json
     from vtok.data.cifar import Cifar10
 
     out = Path(config.out)
-    kinds = [kind for kind in KINDS if kind.name in config.kinds]
-    if not kinds or config.budget <= 0:
-        raise ValueError(
-            f"kinds={list(config.kinds)}: choose from {', '.join(k.name for k in KINDS)}; budget must be > 0"
-        )
+    check_place("out", out, folder=True)
+    chosen = [config.kinds] if isinstance(config.kinds, str) else list(config.kinds)
+    kinds = [kind for kind in KINDS if kind.name in chosen]
+    if not kinds or len(kinds) < len(set(chosen)):
+        raise ValueError(f"kinds={chosen}: choose from {', '.join(k.name for k in KINDS)}")
+    for kind in kinds:
+        if not isinstance(config.draw.get(kind.name), Mapping):
+            raise ValueError(f"draw.{kind.name}={config.draw.get(kind.name)}: give {{guidance: .., top_k: ..}}")
+        for name, value in config.draw[kind.name].items():
+            check_number(f"draw.{kind.name}.{name}", value)
     stages = Stages(STAGES * len(kinds))
     folder = photographs(config.folder, config.archive, out / "data")
     print("decoding the photographs into outputs/cache (once)", flush=True)

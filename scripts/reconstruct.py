@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import check_whole_number, entry  # noqa: E402
+from vtok.cli import check_place, entry  # noqa: E402
 
 
 def made_of(ids: Path) -> tuple[str, str]:
@@ -36,7 +36,7 @@ def made_of(ids: Path) -> tuple[str, str]:
         return "", ""
 
 
-@entry("reconstruct", ROOT / "configs")
+@entry("reconstruct", ROOT / "configs", whole={"keep": 1})
 def main(config: Any) -> None:
     import numpy as np
     import torch
@@ -65,10 +65,7 @@ def main(config: Any) -> None:
         raise ValueError(f"in={source} holds no images; change in")
     if config.on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image={config.on_bad_image!r}: choose error or skip")
-    check_whole_number("batch_size", config.batch_size, 1)
-    check_whole_number("seed", config.seed)
-    if config.keep is not None:
-        check_whole_number("keep", config.keep, 1)
+    check_place("out", out, folder=True)
     places = {}
     for name in names:
         place = out / Path(name).with_suffix("")
@@ -83,6 +80,10 @@ def main(config: Any) -> None:
         raise ValueError(
             f"out={out} lies in in={source}: run again, it would copy its copies; give out=<another folder>"
         )
+    files = (place.with_name(place.name + ending) for place in places for ending in (".png", ".npz"))
+    taken = next((file for file in files if file.exists()), None)
+    if taken and not (out / "recipe.json").exists() and not config.overwrite:
+        raise ValueError(f"{taken} is there and no copy of this command; give out=<another folder>, or overwrite=true")
     tokenizer = frozen(config["from"], config.weights, trust=config.trust).to(resolve_device(config.device))
     if config.keep is not None and not tokenizer.prefixes:
         raise ValueError(f"keep={config.keep}: {type(tokenizer).__name__} decodes whole images only; leave keep away")

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from eval.memory import Memory  # noqa: E402
 from eval.protocol import library_versions  # noqa: E402
 from eval.throughput import describe  # noqa: E402
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_place, entry  # noqa: E402
 
 BASE = {"tokens": 64, "batch": 1, "depth": 4}
 AXES = {"tokens": (64, 256, 1024, 4096), "batch": (1, 4, 16, 64, 256), "depth": (2, 4, 8, 16, 32)}
@@ -165,6 +165,7 @@ def plot(path: Path, rows: list[Mapping[str, Any]]) -> None:
 def run(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     from vtok.checkpoint import write_json
 
+    check_place("out", config["out"], folder=True)
     torch.set_num_threads(int(config["threads"]))
     rows = []
     for axis, values in (LIGHT if config["light"] else AXES).items():
@@ -186,7 +187,7 @@ def run(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-@entry("scaling", ROOT / "configs")
+@entry("scaling", ROOT / "configs", whole={"threads": 1})
 def main(config: Any) -> None:
     run(config)
 

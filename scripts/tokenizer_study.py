@@ -12,6 +12,7 @@ runs of scripts/tokenizer_table.py where they are there.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -70,6 +71,8 @@ def main() -> None:
     unknown = sorted(set(given.names) - set(NAMES[given.study]))
     if unknown:
         parser.error(f"unknown run {', '.join(unknown)} of {given.study}: choose from {', '.join(NAMES[given.study])}")
+    if not 0 < given.budget < math.inf or (given.steps is not None and given.steps < 1):
+        parser.error(f"--budget {given.budget:g} --steps {given.steps}: give seconds above 0, and at least one step")
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"  # a run is one core's work
     study = {"ifsq": ifsq, "nested": nested, "locality": locality}[given.study]

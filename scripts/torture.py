@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import entry, own_folder  # noqa: E402
 
 BASE = (
     "data=fake", "data.image_size=16", "data.train_images=40", "data.val_images=8", "data.flip=true", "data.shift=2",
@@ -52,12 +52,20 @@ class Failed(ValueError):
     """A training did not resume, hung, or ended in other weights."""
 
 
-@entry("torture", ROOT / "configs" / "torture")  # apart: `model` is a group of the others
+@entry(
+    "torture",
+    ROOT / "configs" / "torture",  # apart: `model` is a group of the others
+    whole={"kills": 1, "save_every": 1, "workers": 0},
+    numbers={"write": (0, 1), "loader": (0, 1), "corrupt": (0, 1)},
+    lists=("model", "signal", "overrides"),
+)
 def main(config: Any) -> None:
     models, signals = (([v] if isinstance(v, str) else list(v)) for v in (config.model, config.signal))
     for name, value, known in (("model", models, ("tokenizer", "generator")), ("signal", signals, tuple(SIGNALS))):
         if set(value) - set(known):
             raise ValueError(f"{name}={value}: choose of {', '.join(known)}")
+    if config.write + config.loader > 1:
+        raise ValueError(f"write={config.write} and loader={config.loader} are shares of the kills: above 1 together")
     import torch
 
     from vgen import training  # noqa: F401  (imported before the forks)
@@ -72,8 +80,7 @@ def main(config: Any) -> None:
 
 def torture(config: Any, model: str, number: str, out: Path) -> Counter[str]:
     """Trainings with kills until `config.kills` of them hit; counts of what happened. Raises Failed."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    own_folder("out", out, ".torture", empty=True)
     draw = random.Random(f"{config.seed} {model} {number}")
     overrides = [*BASE, f"steps={config.steps}", f"save_every={config.save_every}", f"data.workers={config.workers}"]
     overrides += TOKENIZER if model == "tokenizer" else (*GENERATOR, f"tokenizer_from={small_tokenizer(out)}")

@@ -3,20 +3,22 @@
     python scripts/train_judge.py folder=<folder with train/ and test/, one folder a class>
 
 One-cycle SGD with Nesterov momentum, label smoothing, flips and shifts; about 11 minutes on two cores with AMX. The
-test images are touched once, at the end, with the weights as stored.
+test images are judged once, at the end, with the weights as stored.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry  # noqa: E402
+from vtok.cli import check_place, check_whole_number, entry  # noqa: E402
 
 
 def read_split(folder: Path, side: int):
@@ -28,6 +30,8 @@ def read_split(folder: Path, side: int):
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     if not classes:
         raise ValueError(f"{folder} holds no class folders: change `folder`")
+    if empty := next((name for name in classes if not any((folder / name).iterdir())), None):
+        raise ValueError(f"{folder / empty} holds no images: change `folder`")
     images, labels = [], []
     for label, name in enumerate(classes):
         for path in sorted((folder / name).iterdir()):
@@ -70,7 +74,13 @@ def accuracy(judge, images, labels, batch: int = 1000) -> float:
     return right / len(images)
 
 
-@entry("train_judge", ROOT / "configs")
+@entry(
+    "train_judge",
+    ROOT / "configs",
+    whole={"epochs": 1, "shift": 0, "threads": 1},
+    numbers=dict.fromkeys(("lr", "weight_decay"), (0, math.inf))
+    | dict.fromkeys(("warmup", "momentum", "label_smoothing"), (0, 1)),
+)
 def main(config) -> None:
     import torch
 
@@ -78,10 +88,22 @@ def main(config) -> None:
 
     if config.precision not in ("bf16", "fp32"):
         raise ValueError(f"precision={config.precision}: choose bf16 or fp32")
+    if not isinstance(config.widths, Sequence) or len(config.widths) != 3:
+        raise ValueError(f"widths={config.widths}: give a list of three, for the stages")
+    for width in config.widths:
+        check_whole_number("widths", width, 1)
+    if config.shift >= SIDE:
+        raise ValueError(f"shift={config.shift}: below the {SIDE} pixels of a side")
+    check_place("out", config.out, endings=(".safetensors",))
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     began = time.perf_counter()
     images, labels, classes = read_split(Path(config.folder) / "train", SIDE)
+    test, answers, names = read_split(Path(config.folder) / "test", SIDE)  # what is wrong with it comes before the work
+    if names != classes:
+        raise ValueError(f"train/ and test/ of folder={config.folder} hold different classes")
+    if len(images) < config.batch_size:
+        raise ValueError(f"batch_size={config.batch_size}: there are {len(images)} training images")
     print(f"{len(images)} training images of {len(classes)} classes read in {time.perf_counter() - began:.0f} s")
 
     widths = tuple(config.widths)
@@ -92,6 +114,8 @@ def main(config) -> None:
     per_epoch = N // batch
     total = config.epochs * per_epoch
     rise = max(1, round(config.warmup * total))
+    if rise >= total:
+        raise ValueError(f"warmup={config.warmup} is all of the {total} steps: lower it, or raise epochs")
     optimizer = torch.optim.SGD(
         [p for p in judge.parameters() if p.requires_grad],
         lr=config.lr,
@@ -131,9 +155,6 @@ def main(config) -> None:
         )
 
     judge.eval()
-    test, answers, names = read_split(Path(config.folder) / "test", SIDE)
-    if names != classes:
-        raise ValueError(f"train/ and test/ of {config.folder} hold different classes")
     exact = accuracy(judge, test, answers)
     judge.half().float()  # what the file holds
     right = accuracy(judge, test, answers)

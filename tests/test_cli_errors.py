@@ -16,7 +16,11 @@ import torch
 from runs import LLAMAGEN, TOKENIZER, run, tokenizer_folder
 
 import eval.fid
+from vtok.checkpoint import load_module
+from vtok.data.extract import extract
+from vtok.data.fake import Fake
 from vtok.lit import LitTokenizer
+from vtok.models import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TOKENIZER
@@ -29,7 +33,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown choice": ((*T, "data=nothing"), ("nothing", "digits")),
     "unknown experiment": (("experiment=nothing",), ("nothing", "digits_tokenizer")),
     "no value": ((*T, "steps"), ("steps",)),
-    "a word for a number": ((*T, "steps=abc"), ("steps='abc'", "whole number")),
+    "a word for a number": ((*T, "steps=abc"), ("steps=abc", "whole number")),
     "a fraction for a number": ((*T, "steps=1.5"), ("steps=1.5", "whole number")),
     "an empty number": ((*T, "optimizer.lr="), ("optimizer.lr",)),
     "a negative number": ((*T, "batch_size=-8"), ("batch_size=-8",)),
@@ -124,7 +128,19 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "a tokenizer beside codes": (
         ("data=codes", "data.folder={empty}", "model=llamagen_tiny", "tokenizer=llamagen_vq16"),
-        ("data=codes", "leave tokenizer= away"),
+        ("data=codes", "leave tokenizer= away", "tokenizer=llamagen_vq16 at 256 px would fit model=llamagen_tiny"),
+    ),
+    "a tokenizer beside codes whose tokens do not fit": (
+        ("experiment=llamagen_imagenet256", "tokenizer=kl16"),
+        ("leave tokenizer= away", "kl16 at 256 px would not fit model=llamagen_b: LlamaGen predicts ids, but these"),
+    ),
+    "a tokenizer beside codes of another size": (
+        ("data=codes", "data.folder={codes}", "model=llamagen_tiny", "tokenizer=llamagen_vq16"),
+        ("leave tokenizer= away", "tokenizer=llamagen_vq16 at 16 px would fit"),
+    ),
+    "sub-codes that are not there": (
+        (*LLAMAGEN, "tokenizer_from={tokenizer}", "+model.factor_depth=2"),
+        ("model.factor_depth=2", "give model.factors"),
     ),
     "two tokenizers of codes": (
         (
@@ -162,6 +178,8 @@ def places(tmp_path_factory) -> dict[str, str]:
     config.write_text(config.read_text().replace("arguments", "brguments").replace("brguments", "arguments", 1))
     weights = found["broken"] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    fake, found["codes"] = Fake(image_size=16, batch_size=8, train_images=8, val_images=4), root / "codes"
+    extract(fake, load_module(found["tokenizer"], FAMILIES), found["codes"], say=lambda *_: None)
     data = (found["run"] / "checkpoints" / "last.ckpt").read_bytes()
     found["truncated"] = root / "truncated.ckpt"
     found["truncated"].write_bytes(data[: len(data) // 2])

@@ -16,7 +16,7 @@ from runs import GENERATOR, TOKENIZER, run, state, tokenizer_folder
 from test_eval import FID_CONFIG, pictures, protocol
 from test_pipeline import exported
 
-from eval import compare, report, sweep
+from eval import compare, fid, report, sweep
 from eval.features import CifarJudge
 from eval.moments import Moments, frechet_distance
 from eval.sources import Images, from_data, same_images
@@ -52,7 +52,7 @@ def test_sweep_measures_every_combination_once(tmp_path, capsys, monkeypatch) ->
     capsys.readouterr()
     monkeypatch.setattr(sweep, "evaluate", None)  # nothing is measured again
     again = sweep.run(config, None, axes, (0, 1))
-    assert again == found and capsys.readouterr().out.count("done earlier") == 4
+    assert again == found and capsys.readouterr().out.count("  done earlier") == 4
     text = list(sweep.lines(found))
     assert f"best FD[cifar] {min(values):.4f}" in text[-2] and text[1 + int(np.argmin(values))].endswith("best")
     sweep.plot(found, tmp_path / "plot.png")
@@ -70,6 +70,38 @@ def test_sweep_measures_every_combination_once(tmp_path, capsys, monkeypatch) ->
         sweep.run(config | {"reference": str(tmp_path / "other.npz")}, None, axes, (0, 1))
     with pytest.raises(ValueError, match=r"sweep\.scale"):
         sweep.settings({"scale": [1]}, config)
+
+
+def test_a_sweep_measures_its_reference_once(tmp_path, monkeypatch) -> None:
+    """Also where it is killed on the way, and with what neighbours need. Figures are those of eval.fid alone."""
+    exported(tmp_path / "model")
+    real, seen, judge = pictures(20), Counter(), CifarJudge.__call__
+    np.savez(tmp_path / "ref.npz", arr_0=real)
+    place = {image.tobytes(): i for i, image in enumerate(real)}
+    config = SWEEP_CONFIG | {"from": str(tmp_path / "model"), "reference": str(tmp_path / "ref.npz"), "block": 8}
+    config |= {"manifold": True, "out": str(tmp_path / "sweep")}
+    axes, measured = {"guidance": [1.0, 3.0], "top_k": [0, 2]}, []
+
+    def spied(self, images):
+        seen.update(place.get(image.numpy().tobytes(), "drawn") for image in images)
+        return judge(self, images)
+
+    def once(*given, **options):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(fid.evaluate(*given, **options))
+
+    monkeypatch.setattr(CifarJudge, "__call__", spied)
+    monkeypatch.setattr(sweep, "evaluate", once)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(config, None, axes, (0, 1))
+    monkeypatch.setattr(sweep, "evaluate", fid.evaluate)
+    found = sweep.run(config, None, axes, (0, 1))
+    assert seen == {**dict.fromkeys(range(20), 1), "drawn": 4 * 12}
+    assert {path.suffix for path in (tmp_path / "sweep").iterdir()} == {".json"}  # no parts are left
+    for record in found:
+        alone = fid.evaluate({**config, **record["setting"], "out": str(tmp_path / "one.json")})
+        assert alone["metrics"] == record["metrics"] and alone["protocol"] == record["protocol"]
 
 
 def test_sweep_goes_by_the_images_of_the_reference_not_by_their_place(tmp_path, capsys, monkeypatch) -> None:
@@ -90,7 +122,7 @@ def test_sweep_goes_by_the_images_of_the_reference_not_by_their_place(tmp_path, 
         capsys.readouterr()
         asked = config | {"data": section(folder, **options)}
         sweep.run(asked, data(folder, **options), {"guidance": [1.0, 3.0]}, (0, 1))
-        return capsys.readouterr().out.count("done earlier")
+        return capsys.readouterr().out.count("  done earlier")
 
     written: list[str] = []
 

@@ -247,7 +247,7 @@ def test_profile_says_what_the_time_goes_into(tmp_path, monkeypatch, capsys):
 
 def test_mistakes_name_their_key(tmp_path):
     for option in ("parts=[encode,fly]", "batches=[]", "batches=[0]", "repeats=0"):
-        with pytest.raises(ValueError, match="parts must be of"):
+        with pytest.raises(ValueError, match=option.partition("=")[0]):
             evaluate(config(option, f"out={tmp_path / 'x.json'}"))
 
 
@@ -290,7 +290,7 @@ def test_attention_of_the_timed_part_alone_is_held_to_fused_kernels(tmp_path, mo
     cost = lambda: (seen.append(("cost", *inside)), (1.0, 1.0))[1]  # noqa: E731
     job = Job(lambda: seen.append(("run", *inside)), cost, nn.Linear(1, 1), paths.Asked())
     monkeypatch.setattr("eval.throughput.jobs", lambda *_: {"sample": job})
-    evaluate(config("parts=[sample]", "dtype=bfloat16", f"out={tmp_path / 'x.json'}"))
+    evaluate(config("model=llamagen_tiny", "parts=[sample]", "dtype=bfloat16", f"out={tmp_path / 'x.json'}"))
     assert seen == [("cost", 0), ("run", 1), ("run", 1)], "a run to warm up, and the timed one"
 
 
@@ -300,11 +300,11 @@ def test_only_what_is_timed_counts(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.throughput.bandwidth", lambda *_: 1e9)
     job = Job(lambda: None, lambda: (counters.count("step.cached"), (1.0, 1.0))[1], nn.Linear(1, 1), paths.Asked())
     monkeypatch.setattr("eval.throughput.jobs", lambda *_: {"sample": job})
-    (row,) = evaluate(config("parts=[sample]", f"out={tmp_path / 'x.json'}"))
+    (row,) = evaluate(config("model=llamagen_tiny", "parts=[sample]", f"out={tmp_path / 'x.json'}"))
     assert row["paths"] == {}
     job.asked.taken.add("step.cached")
     with pytest.raises(ValueError, match=r"sample at batch 2 fell back.*not taken: step\.cached"):
-        evaluate(config("parts=[sample]", f"out={tmp_path / 'x.json'}"))
+        evaluate(config("model=llamagen_tiny", "parts=[sample]", f"out={tmp_path / 'x.json'}"))
 
 
 def test_training_rows_in_bf16_say_their_mfu_where_the_peak_is_known(tmp_path, monkeypatch):

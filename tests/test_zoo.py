@@ -150,6 +150,13 @@ def test_what_the_user_says_replaces_the_papers_settings(capsys):
     mine = resolve({"from": "zoo:rar-b", "guidance": 3.0, "temperature": None})
     assert mine["guidance"] == 3.0 and mine["schedule_options"] == {"power": 2.75} and mine["temperature"] == 1.0
     assert "yours: guidance" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="schedule=linear has no effect without guidance"):
+        resolve({"from": "nowhere", "schedule": "linear"})
+    with pytest.raises(ValueError, match=r"schedule_options=.*has no effect without guidance"):
+        resolve({"from": "nowhere", "schedule_options": {"low": 0.2}, "schedule": "interval"})
+    risen = resolve({"from": "nowhere", "schedule": "linear", "schedule_options": {"start": 1.2}})  # from 1.2 to 1
+    assert risen["schedule_options"] == {"start": 1.2} and resolve({"from": "nowhere", "schedule": "constant"})
+    assert resolve({"from": "nowhere", "guidance": 1, "schedule": "linear"})["schedule"] == "linear"  # off, as said
     plain = resolve({"from": "zoo:rar-b", "schedule": "constant"})
     assert plain["schedule_options"] == {} and plain["guidance"] == 16.0
     off = resolve({"from": "zoo:rar-b", "guidance": 1.0})  # 1 is off; the paper's schedule would guide all the same

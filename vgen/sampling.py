@@ -158,11 +158,12 @@ PLAIN = {"guidance": 1.0, "schedule": "constant", "schedule_options": {}, "tempe
 PLAIN |= {"steps": None, "solver_steps": None, "solver": None}
 
 
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings(config: Mapping[str, Any], *, say: Callable[[str], None] = print) -> dict[str, Any]:
     """How to draw: what the config says, else what the paper of a zoo model says (printed), else PLAIN.
 
     A schedule given without schedule_options has none: the paper's belong to its own schedule. guidance=1 is off, and
-    the paper's schedule goes with it. Raises ValueError for steps below 1.
+    the paper's schedule goes with it. Raises ValueError for steps below 1, and for a schedule of the guidance where
+    there is none.
     """
     chosen, found = {k: config.get(k) for k in PLAIN}, dict(PLAIN)
     name, paper = published_settings(config.get("from"))
@@ -173,14 +174,20 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         elif chosen["guidance"] == 1 and chosen["schedule_options"] is None:
             found |= {"schedule": "constant", "schedule_options": {}}
     found |= {k: v for k, v in chosen.items() if v is not None}
+    if not isinstance(found["schedule_options"], Mapping):
+        raise ValueError(f"schedule_options={found['schedule_options']}: give {{option: value}}")
+    found["schedule_options"] = dict(found["schedule_options"])
+    moved = found["schedule"] != "constant" or found["schedule_options"]
+    if moved and chosen["guidance"] is None and rule_and_guidance(found)[1].streams == 1:
+        given = " ".join(f"{k}={chosen[k]}" for k in ("schedule", "schedule_options") if chosen[k])
+        raise ValueError(f"{given} has no effect without guidance: pass guidance=<scale>, or leave it away")
     if found["steps"] is not None and int(found["steps"]) < 1:
         raise ValueError(f"steps={found['steps']}: at least one step is taken; null = as many as the model says")
-    found["schedule_options"] = dict(found["schedule_options"])
     if name:
         mine = ", ".join(k for k, v in chosen.items() if v is not None)
         shown = ", ".join(f"{k}={v}" for k, v in found.items() if v is not None and v != {})
         source = "the paper's settings" if paper else "no settings of this model are published"
-        print(f"{name}: {shown} ({source}{f'; yours: {mine}' if mine else ''})")
+        say(f"{name}: {shown} ({source}{f'; yours: {mine}' if mine else ''})")
     return found
 
 
@@ -317,7 +324,15 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}: choose auto, cpu, cuda or mps")
     if not have[kind]:
         raise ValueError(f"device={name}: torch sees no {kind} device here; choose device=cpu or auto")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"device={name!r}: choose auto, cpu, cuda or mps, or one of several by cuda:<number>"
+        ) from None
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name}: torch sees {torch.cuda.device_count()}; choose cuda:0 and so on, or auto")
+    return device
 
 
 def resolve_dtype(name: str) -> torch.dtype:

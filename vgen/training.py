@@ -37,10 +37,12 @@ from vtok.acceleration import (
 )
 from vtok.callbacks import Progress, Reconstructions, quiet
 from vtok.ckpt_files import AtomicCheckpointIO
+from vtok.cli import root_of
 from vtok.collapse import CodeUse
 from vtok.config import Families, describe, instantiate
 from vtok.data.codes import OnlineTokens, spec_at
 from vtok.data.module import ImageData, micro_batch_size
+from vtok.data.shards import read_manifest
 from vtok.lit import Lit, LitTokenizer
 from vtok.losses.prior import ARPrior
 from vtok.noise import key
@@ -64,6 +66,7 @@ PART_OF_THE_RUN = (
     "clip",
 )
 PART_OF_THE_RUN += ("ema", "precision", "data", "objective", "tokenizer_from", "corruption", "corrections", "teacher")
+USUAL_SIDE = 256  # px, of codes that are not there yet
 TRAINS_ON_IMAGES = "a tokenizer trains on images: choose data=digits, cifar10, imagefolder, ..."
 
 
@@ -168,7 +171,14 @@ def settle(config: DictConfig) -> DictConfig:
     if config.get("model") is None and _cached(config):
         raise ValueError(f"{TRAINS_ON_IMAGES} (data=codes trains a generator: pass model=<name>)")
     if config.get("tokenizer") is not None and _cached(config):  # whose image size it could not even read
-        raise ValueError("data=codes comes with the tokenizer that made them: leave tokenizer= away")
+        raise ValueError(
+            f"data=codes comes with the tokenizer that made them: leave tokenizer= away\n{beside_codes(config)}"
+        )
+    model = config.get("model") or {}
+    if model.get("factor_depth") and model.get("factors") is None:  # said here, so that older runs still load
+        raise ValueError(
+            f"model.factor_depth={model['factor_depth']} is of the sub-codes: give model.factors, or leave it 0"
+        )
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no default: pass {missing[0]}=<value>")
@@ -361,18 +371,44 @@ def check_fit(config: DictConfig, trust: tuple[str, ...]) -> None:
     Both are built without memory. Raises ValueError with the model's reason, or with what is left to do."""
     if config.get("model") is None or config.get("tokenizer") is None or config.tokenizer_from:
         return
+    if not fits(config, trust):
+        return  # build_module says it
+    raise ValueError(
+        f"tokenizer={_choice('tokenizer')} fits, but a generator needs tokens of a trained one: train it without "
+        "model=, then pass tokenizer_from=<its run or folder>"
+    )
+
+
+def fits(config: DictConfig, trust: tuple[str, ...]) -> bool:
+    """Build model and tokenizer without memory, the one for the other's tokens. ValueError where these do not fit;
+    False where the model is no generator."""
     make = instantiate(config.model, trust=trust, _convert_="all", _partial_=True)
     if not (isinstance(make.func, type) and issubclass(make.func, Generator)):
-        return  # build_module says it
+        return False
     with torch.device("meta"):
         tokenizer = instantiate(config.tokenizer, trust=trust, _convert_="all")
         spec = spec_at(tokenizer, config.data.image_size)
         make.func.accepts(spec)
         make(spec=spec, num_classes=1)
-    raise ValueError(
-        f"tokenizer={_choice('tokenizer')} fits, but a generator needs tokens of a trained one: train it without "
-        "model=, then pass tokenizer_from=<its run or folder>"
-    )
+    return True
+
+
+def beside_codes(config: DictConfig) -> str:
+    """Whether the tokens of `tokenizer` would fit the model if they took the place of the codes: a sentence."""
+    folder = None if OmegaConf.is_missing(config.data, "folder") else config.data.folder
+    manifest = Path(str(folder)) / "train" / "manifest.json"
+    config = config.copy()
+    with open_dict(config.data):
+        config.data.image_size = int(read_manifest(manifest.parent)["image_size"]) if manifest.is_file() else USUAL_SIDE
+    tokens = f"the tokens of tokenizer={_choice('tokenizer')} at {config.data.image_size} px"
+    try:
+        if not fits(config, tuple(config.trust)):
+            return ""
+    except Exception as error:  # Hydra wraps what a constructor raises
+        if not isinstance(reason := root_of(error), ValueError):
+            raise
+        return f"{tokens} would not fit model={_choice('model')}: {reason}"
+    return f"{tokens} would fit model={_choice('model')}: encode the images with a run of it (scripts/cache_codes.py)"
 
 
 def contradictions(said: Any, found: Any, key: str) -> list[str]:

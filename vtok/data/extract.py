@@ -86,6 +86,9 @@ def extract(
         recipe["files"] = files
     if tokenizer.encoder_draws:
         recipe["seed"] = data.seed
+    taken = [name for name in ("train", "val", "tokenizer") if (out / name).exists()]  # before another task begins it
+    if taken and not (out / "recipe.json").is_file():
+        raise ValueError(f"out={out} holds {', '.join(taken)} already, and no codes; choose another out=")
     claimed = claim(out, common | recipe)
     common = {name: claimed[name] for name in common}  # both manifests say the same, whichever version finishes them
     if not is_folder(out / "tokenizer") or read_config(out / "tokenizer").get("hash") != identity["sha256"]:

@@ -20,6 +20,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vtok.cli import check_whole_number
 from vtok.data.sources import Limited, Source, Sources
 from vtok.data.transforms import CROPS, Crop, Draws, ImageTransform, to_float
 from vtok.noise import key
@@ -141,8 +142,10 @@ def micro_batch_size(batch_size: int, accumulate: int, world: int) -> int:
 def check_limits(limit_train: int | None, limit_val: int | None) -> None:
     """Raise ValueError unless both are None or at least 1."""
     for name, limit in (("limit_train", limit_train), ("limit_val", limit_val)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"data.{name}={limit} must be at least 1, or null for all images")
+        if limit is not None:
+            check_whole_number(f"data.{name}", limit)
+            if limit < 1:
+                raise ValueError(f"data.{name}={limit} must be at least 1, or null for all images")
 
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # to stop: SLURM's, torchrun's, submitit's
@@ -201,6 +204,8 @@ class StepData(LightningDataModule):
 
     def __init__(self, *, batch_size: int, accumulate: int = 1, workers: int = 0, seed: int = 0) -> None:
         super().__init__()
+        for name, value in (("batch_size", batch_size), ("accumulate", accumulate), ("workers", workers)):
+            check_whole_number(f"data.{name}", value)
         micro_batch_size(batch_size, accumulate, 1)
         if workers < 0:
             raise ValueError(f"data.workers={workers} must be 0 or more")
@@ -337,6 +342,10 @@ class ImageData(StepData):
         limit_val: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, accumulate=accumulate, workers=workers, seed=seed)
+        check_whole_number("data.image_size", image_size)
+        check_whole_number("data.shift", shift)
+        if window is not None:
+            check_whole_number("data.window", window)
         if image_size < 1:
             raise ValueError(f"data.image_size={image_size} must be positive")
         if crop not in CROPS:
