@@ -145,12 +145,16 @@ class Previews:
         found[:, -1] = images[: len(found)]
         return found
 
+    def strip(self, images: np.ndarray) -> Image.Image:
+        """A row an image and a column a step, titled with the tokens so far; `images` as in `frames`."""
+        return tiled([list(image) for image in self.frames(images)], [str(end) for end in self.ends])
+
     def write(self, images: np.ndarray) -> None:
-        frames = self.frames(images)
         if self.path.suffix == ".png":
-            picture = tiled([list(image) for image in frames], [str(end) for end in self.ends])
+            picture = self.strip(images)
             write_atomic(self.path, lambda file: picture.save(file, "PNG"))
             return
+        frames = self.frames(images)
         shown = [tiled([list(frames[:, k])]).quantize() for k in range(frames.shape[1])]
         times = [FRAME_MS] * (len(shown) - 1) + [FRAME_MS * HOLD]
         options = {"save_all": True, "append_images": shown[1:], "duration": times, "loop": 0}
