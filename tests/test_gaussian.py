@@ -282,7 +282,14 @@ def test_the_command_measures_continuous_tokens(tmp_path):
     from vtok.config import instantiate
 
     folder = pair_folder("flowar", tmp_path / "run")
-    words = [f"from={folder}", "data=fake", "data.image_size=16", "data.train_images=24", "data.val_images=12"]
+    words = [
+        f"from={folder}",
+        "data=fake",
+        "data.image_size=16",
+        "data.train_images=24",
+        "data.val_images=12",
+        "data.num_classes=4",
+    ]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("eval_likelihood", overrides=[*words, "images=12", "batch_size=8", "device=cpu"])
     data = instantiate(config.data)
