@@ -299,7 +299,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             facts |= {"threads": torch.get_num_threads(), "device": describe(device), "clock": config["clock"]}
             facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}
             facts |= {"apart": bool(apart)}
-            facts |= ran(part, options) | {"packed": bool(row["paths"].get("linear.packed"))}
+            facts |= ran(part, options) | {"packed": bool({"linear.packed", "linear.half"} & row["paths"].keys())}
             what = "forward and backward" if part == "train" else setting
             more = {"setting": what, "differences": differences, "date": time.strftime("%Y-%m-%d")}
             rows.append(facts | row | more | {"note": config["note"], "versions": library_versions()})

@@ -284,10 +284,10 @@ Measured on:
 
 What decides a sampling step of few rows is how fast the weights are read, and then the small operations between the
 products. Rows marked `packed` have weights in the order of the CPU's matrix kernels, `packed=false` gives the stored
-one. LlamaGen-B's bf16 rows were measured while its head was read in float32; in float16, as now, a step of 2 rows is
-14 % shorter and one of 4 rows 7 % (docs/architecture.md), which is not in these ratios yet. VAR-d16 in bf16 is at 61 %
-of the roofline, 64 % with compiled blocks (`eval.throughput` with two threads), and could be 3.8 times as fast as the
-original at most.
+one. In bf16 LlamaGen-B's head, which a step of one position reads as a fifth of all weights, is kept in float16, its
+product in float32 (docs/architecture.md); while it was read in float32, the compiled row was 3.81 (3.66 to 3.90).
+VAR-d16 in bf16 is at 61 % of the roofline, 64 % with compiled blocks (`eval.throughput` with two threads), and could be
+3.8 times as fast as the original at most.
 
 What limits many rows is the rate of the products, 195 to 199 billion operations a second on these two threads (the
 `matmul_rate` that `eval.throughput` writes): sampling of VAR-d16 at batch 8 reaches 91 % of the roofline by it, so that
