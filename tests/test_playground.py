@@ -46,7 +46,8 @@ def test_the_command_that_is_shown_draws_the_same_pictures(name, tmp_path, monke
     """Of a folder whose name needs quotes, with a schedule of the guidance and in chunks, which the line must say."""
     monkeypatch.chdir(tmp_path)
     source = pair_folder(name, tmp_path / "it's, a=run")
-    given = config(source, "schedule=linear", "schedule_options={start: 1.0}", "chunk=2", f"trust={[]}")
+    words = ("guidance=1.5", "schedule=linear", "schedule_options={start: 1.0}", "chunk=2", f"trust={[]}")
+    given = config(source, *words)
     drawn = draw(load(given), given, ASKED[name])
     program, *words = shlex.split(drawn.command)[1:]
     assert program == "sample.py" and words[-1] == "out=samples.png"
