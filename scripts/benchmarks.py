@@ -290,9 +290,10 @@ VAR-d16 in bf16 is at 61 % of the roofline, 64 % with compiled blocks (`eval.thr
 3.8 times as fast as the original at most.
 
 What limits many rows is the rate of the products, 195 to 199 billion operations a second on these two threads (the
-`matmul_rate` that `eval.throughput` writes): sampling of VAR-d16 at batch 8 reaches 91 % of the roofline by it, so that
-the ratio could be 1.28 at most, and xAR-B 78 %. Tensors above 32 MiB were the other limit: fresh memory for each costs
-more than writing it, which memory that is kept does not (VAR's VQVAE was 1.10 and 1.08 without).
+`matmul_rate` that `eval.throughput` writes): sampling of VAR-d16 at batch 8 could be 1.28 at most by it (91 % of that
+roofline while fresh memory was still cleared, when the ratio was 1.17), and xAR-B reaches 78 %. Tensors above 32 MiB
+were the other limit: fresh memory for each costs more than writing it, which memory that is kept does not (VAR's VQVAE
+was 1.10 and 1.08 without).
 
 What limits a training step is the same: products are most of it (next table), by the same library on both sides, so
 that LlamaGen-B could be 1.4 at most were all else free: 0.31e12 operations are 1.57 of the original's 2.2 s. What is
