@@ -169,13 +169,10 @@ def plot_curves(runs: list[Run], path: Path, names: list[str] | None = None) -> 
     return True
 
 
-def grid_of(runs: list[Run], path: Path) -> bool:
-    """The newest pictures of the runs below each other, each under its name. Whether there are any."""
+def grid_of(found: list[tuple[str, Any]], path: Path) -> bool:
+    """Pictures (name, PIL image) below each other, each under its name. Whether there are any."""
     from PIL import Image, ImageDraw
 
-    from vtok.data.files import read_image
-
-    found = [(run.name, read_image(run.picture)) for run in runs if run.picture]
     if not found:
         return False
     bar = 16
@@ -201,16 +198,15 @@ def compare(places: list[str], out: Path, curves: list[str] | None = None) -> Ma
     if len({run.name for run in runs}) < len(runs):
         for run, place in zip(runs, places):
             run.name = str(place)
-    for run in runs:  # one that cannot be read shows before anything is written
-        if run.picture:
-            read_image(run.picture)
+    # the newest of each run; one that cannot be read shows before anything is written
+    pictures = [(run.name, read_image(run.picture)) for run in runs if run.picture]
     rows, notes = table(runs)
     text = as_text(rows, notes)
     print(text)
     write_atomic(out / "table.txt", lambda file: file.write((text + "\n").encode()))
     written = ["table.txt"]
     written += ["curves.png"] if plot_curves(runs, out / "curves.png", curves) else []
-    written += ["grid.png"] if grid_of(runs, out / "grid.png") else []
+    written += ["grid.png"] if grid_of(pictures, out / "grid.png") else []
     print(f"wrote {', '.join(written)} to {out}")
     return {"rows": rows, "notes": notes}
 

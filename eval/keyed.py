@@ -59,16 +59,18 @@ def flow_losses(
     device = next(generator.parameters()).device
     moments = generator.moments(train_tokens.to(device))
     common = {"batch_size": batch_size, "seed": seed, "device": device}
-    gaussian, _ = mean_loss(
-        lambda batch: generator.gaussian_loss(batch, moments), tokens, labels, text="baseline", **common
-    )
+
+    def baseline(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return generator.gaussian_loss(batch, moments)
+
+    gaussian, _ = mean_loss(baseline, tokens, labels, text="baseline", **common)
     unit = "the family's own loss; histogram: of the best Gaussian for each place"
     found = figures(generator, generator.loss, gaussian, tokens, labels, unit, common)
     if isinstance(generator.head, DiffusionHead):
         with generator.head.in_nats():
             bounds = [
                 mean_loss(loss, tokens, labels, text="variational bound", **common)[0]
-                for loss in (generator.loss, lambda batch: generator.gaussian_loss(batch, moments))
+                for loss in (generator.loss, baseline)
             ]
         found["bound"] = {"held_out": bounds[0], "histogram": bounds[1], "below_histogram": bounds[1] - bounds[0]}
     return found | {"histogram_images": len(train_tokens)}

@@ -116,9 +116,9 @@ def light_weights(
 
     dtype: of its trunk; quant: the trunk's linear layers in 8 bits (vtok/low_bit.py); packed: all linear layers in the
     order of the CPU's kernels (vtok/layers/packed.py), None wherever that can be had; in bfloat16, where a step is one
-    position, a softmax head's in float16 for a float32 product.
-    compiled: its blocks through torch.compile, for two or three kinds of steps; in bfloat16 fewer results are rounded
-    between the products then. ValueError where quant and packed=True meet, or one of them cannot be had.
+    position, a softmax head's in float16 for a float32 product. compiled: its blocks through torch.compile, for two or
+    three kinds of steps; in bfloat16 fewer results are rounded between the products then. ValueError where quant and
+    packed=True meet, or one of them cannot be had.
     """
     if quant is not None and packed:
         raise ValueError(f"quant={quant} and packed=true exclude each other: choose one of them")

@@ -9,58 +9,8 @@ symmetric one here: all convolutions have stride 1 and odd kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-from vtok.layers.cnn import Decoder, Encoder
-
-
-def maskgit_encoder(
-    *,
-    out_channels: int = 256,
-    channels: int = 128,
-    multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-    blocks: int = 2,
-    groups: int = 32,
-    dropout: float = 0.0,
-) -> Encoder:
-    """Images [B, 3, H, W] to features [B, out_channels, H / s, W / s], s = 2 ** (levels - 1)."""
-    return Encoder(
-        out_channels=out_channels,
-        channels=channels,
-        multipliers=multipliers,
-        blocks=blocks,
-        mid_blocks=blocks,
-        groups=groups,
-        dropout=dropout,
-        attention=False,
-        mid_attention=False,
-        out_kernel=1,
-        bias=False,
-        downsample="average",
-        shortcut="branch",
-    )
-
-
-def maskgit_decoder(
-    *,
-    in_channels: int = 256,
-    channels: int = 128,
-    multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-    blocks: int = 2,
-    groups: int = 32,
-    dropout: float = 0.0,
-) -> Decoder:
-    """Features [B, in_channels, h, w] to images [B, 3, s h, s w]."""
-    return Decoder(
-        in_channels=in_channels,
-        channels=channels,
-        multipliers=multipliers,
-        blocks=blocks,
-        mid_blocks=blocks,
-        groups=groups,
-        dropout=dropout,
-        attention=False,
-        mid_attention=False,
-        bias=False,
-        shortcut="branch",
-    )
+# options of vtok.layers.cnn's Encoder and Decoder, beside mid_blocks, which equals blocks
+DECODER: dict[str, Any] = {"attention": False, "mid_attention": False, "bias": False, "shortcut": "branch"}
+ENCODER: dict[str, Any] = {**DECODER, "out_kernel": 1, "downsample": "average"}

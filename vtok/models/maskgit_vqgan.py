@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vtok.config import describe
-from vtok.layers.cnn import from_map, to_map
-from vtok.layers.cnn_maskgit import maskgit_decoder, maskgit_encoder
+from vtok.layers.cnn import Decoder, Encoder, from_map, to_map
+from vtok.layers.cnn_maskgit import DECODER, ENCODER
 from vtok.layout import SequenceLayout
 from vtok.noise import SampleNoise
 from vtok.tokenizer import Part, Quantizer, Tokenizer, TokenSpec
 
 
 class MaskGITVQGAN(Tokenizer):
-    """image_size: trained side; any multiple of the stride works. The other arguments: see vtok.layers.cnn_maskgit."""
+    """image_size: trained side; any multiple of the stride works. The other arguments: see vtok.layers.cnn."""
 
     grows = "any"
 
@@ -36,9 +36,10 @@ class MaskGITVQGAN(Tokenizer):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups, dropout=dropout)
-        self.encoder = maskgit_encoder(out_channels=quantizer.width, **shape)
-        self.decoder = maskgit_decoder(in_channels=quantizer.channels, **shape)
+        shape = dict(channels=channels, multipliers=multipliers, groups=groups, dropout=dropout)
+        shape |= dict(blocks=blocks, mid_blocks=blocks)
+        self.encoder = Encoder(out_channels=quantizer.width, **shape, **ENCODER)
+        self.decoder = Decoder(in_channels=quantizer.channels, **shape, **DECODER)
         self.quantizer = quantizer
         self.stride = self.encoder.stride
         self.spec = self.spec_for(image_size)

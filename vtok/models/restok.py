@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtok.config import describe
-from vtok.layers.cnn import to_map
-from vtok.layers.cnn_maskgit import maskgit_decoder, maskgit_encoder
+from vtok.layers.cnn import Decoder, Encoder, to_map
+from vtok.layers.cnn_maskgit import DECODER, ENCODER
 from vtok.layers.nested import Distribution, check_keep, keep_counts, keep_sums, replace_dropped
 from vtok.layers.rope import rope_2d
 from vtok.layers.trunk import Trunk
@@ -44,7 +44,7 @@ class ResTok(Tokenizer):
     positions. nested: distribution of the number of tokens kept in training, see vtok.layers.nested. semantic: width of
     the features of a pretrained network that training aligns with: features["alignment_global"] [B, semantic] from the
     mean of the coarsest image level and features["alignment"] [B, h * w, semantic] from a second decoder pass; None has
-    neither. width, channels, multipliers, blocks, groups: of the convolutions, see vtok.layers.cnn_maskgit.
+    neither. width, channels, multipliers, blocks, groups: of the convolutions, see vtok.layers.cnn.
     """
 
     prefixes = True
@@ -72,9 +72,9 @@ class ResTok(Tokenizer):
         levels = level_sizes(tokens)
         if not 1 <= stages <= encoder[1]:
             raise ValueError(f"stages={stages} must lie between 1 and the encoder's depth {encoder[1]}")
-        shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups)
-        self.cnn_encoder = maskgit_encoder(out_channels=width, **shape)
-        self.cnn_decoder = maskgit_decoder(in_channels=width, **shape)
+        shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, mid_blocks=blocks, groups=groups)
+        self.cnn_encoder = Encoder(out_channels=width, **shape, **ENCODER)
+        self.cnn_decoder = Decoder(in_channels=width, **shape, **DECODER)
         options = dict(levels=levels, theta=theta)
         self.encoder = LevelEncoder(
             size=encoder, channels=width, out=quantizer.width, legacy_reshape=legacy_reshape, stages=stages, **options

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vtok.checkpoint import best_weights, load_module
 from vtok.config import Configured, describe
-from vtok.layers.cnn import to_map
-from vtok.layers.cnn_maskgit import maskgit_decoder
+from vtok.layers.cnn import Decoder, to_map
+from vtok.layers.cnn_maskgit import DECODER
 from vtok.layers.trunk import Trunk
 from vtok.layers.vit import NARROW, PatchEmbed, initialise, positions, table, together, unpatchify
 from vtok.layout import SequenceLayout
@@ -53,7 +53,7 @@ class PatchHead(Configured, nn.Module):
 class ProxyHead(Configured, nn.Module):
     """Hidden states to logits over `codes` proxy codes, and their expected code through a CNN to images in [0, 1].
 
-    width: of a code; channels, multipliers, blocks, groups: of the CNN, see vtok.layers.cnn_maskgit. weights: run,
+    width: of a code; channels, multipliers, blocks, groups: of the CNN, see vtok.layers.cnn. weights: run,
     checkpoint or folder of the MaskGITVQGAN that codes and CNN are copied from (averaged weights, where it has them);
     it is read once and not recorded.
     """
@@ -75,8 +75,8 @@ class ProxyHead(Configured, nn.Module):
         self.project = nn.Sequential(nn.Linear(dim, 2 * dim), nn.Tanh(), nn.Linear(2 * dim, codes))
         initialise(self.project, width=dim)
         self.codes = nn.Embedding(codes, width)
-        shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, groups=groups)
-        self.cnn = maskgit_decoder(in_channels=width, **shape)
+        shape = dict(channels=channels, multipliers=multipliers, blocks=blocks, mid_blocks=blocks, groups=groups)
+        self.cnn = Decoder(in_channels=width, **shape, **DECODER)
         self.patch, self.copied = self.cnn.stride, weights is not None
         if weights is not None:
             from vtok.models import FAMILIES  # the table of families imports nothing; this module is one of them
