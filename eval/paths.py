@@ -22,6 +22,7 @@ from vgen.heads_factorised import FactorisedHead
 from vgen.models.hita import PartHead
 from vtok.counters import STORED
 from vtok.layers.attention import Attention
+from vtok.layers.linear import ROWS, Linear, has_onednn, wide
 from vtok.layers.packed import HalfLinear, PackedLinear
 from vtok.layers.trunk import Trunk, pays
 from vtok.low_bit import LowBit
@@ -77,6 +78,8 @@ def sampling(
         and all(_maskless(generator, k) for k in range(generator.layout.steps))
     ):
         asked.never.add("attention.mask")
+    if generator.caches and generator.conditioner.uses_vector and generator.vectors == 1 and generator.layout.steps > 1:
+        asked.taken.add("modulation.kept")
     if inside and compiled:
         asked.one_of("block.compiled", "block.plain")
     elif inside and getattr(generator, "cos", None) is not None and _plain(inside):
@@ -106,6 +109,10 @@ def training(
     if compiled:
         asked.one_of("block.compiled", "block.plain")
     trunk, layout = generator.trunk, generator.layout
+    float32_on_cpu = device.type == "cpu" and dtype == torch.float32 and not compiled
+    rows = len(key) * generator.trained_length(key, progress)
+    if float32_on_cpu and has_onednn() and rows >= ROWS and any(map(_is_wide, trunk.modules())):
+        asked.taken.add("linear.wide")
     ways = {
         "loss.pieces" if len(key) * tokens > rows_of_a_piece(vocab_size) else "loss.whole"
         for tokens, vocab_size in _softmaxes(generator.head, generator.trained_length(key, progress))
@@ -173,6 +180,10 @@ def _maskless(generator: Generator, k: int) -> bool:
     """Whether step k needs no mask against what the cache holds."""
     pattern = generator.layout.pattern(k, k + 1)
     return pattern == "full" or (k == 0 and pattern == "causal")
+
+
+def _is_wide(layer: nn.Module) -> bool:
+    return isinstance(layer, Linear) and wide(layer.weight)
 
 
 def _plain(trunks: list[Trunk]) -> bool:

@@ -183,6 +183,37 @@ def test_cached_steps_equal_one_pass(qk_norm, modulation):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("modulation", ["own", "shared"])
+def test_a_condition_that_stays_is_projected_once_a_cache(modulation):
+    """As often as the layers are called; a vector that is another tensor, or a new cache, is projected anew."""
+    model, layout = trunk(modulation=modulation), SequenceLayout.levels((1, 2, 4, 4))
+    layers = [model.final, *([model.shared] if modulation == "shared" else [b.modulation for b in model.blocks])]
+    calls = []
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, given, out: calls.append(layer))
+    x, first, second = torch.randn(3, 11, 16), torch.randn(3, 1, 16), torch.randn(3, 1, 16)
+
+    def walk(vectors):
+        cache, parts = model.cache(3, 11, dtype=torch.float32, device="cpu"), []
+        for k, vector in enumerate(vectors):
+            a, b = layout.read(k, k + 1)
+            parts.append(model(Inputs(x[:, a:b], layout.ranks(k, k + 1), "full", vector=vector), cache))
+            cache.commit(b - a)
+        return torch.cat(parts, 1)
+
+    with torch.no_grad():
+        counters.reset()
+        kept = walk([first] * 4)
+        assert len(calls) == len(layers) and counters.read()["modulation.kept"] == 3
+        anew = walk([first.clone() for _ in range(4)])
+        assert len(calls) == 5 * len(layers) and counters.read()["modulation.kept"] == 3
+        assert torch.equal(kept, anew)
+        mixed = walk([first, first, second, second])
+        assert len(calls) == 7 * len(layers) and counters.read()["modulation.kept"] == 5
+        torch.testing.assert_close(mixed, walk([first, first.clone(), second, second.clone()]), rtol=0, atol=0)
+        assert not torch.allclose(mixed[:, 3:], kept[:, 3:])
+
+
 @pytest.mark.parametrize("qk_norm", ["none", "l2"])
 def test_a_call_a_step_equals_a_mask_in_memory(qk_norm):
     layout, x = SequenceLayout.levels((1, 16, 20)), torch.randn(3, 37, 16, dtype=torch.float64)

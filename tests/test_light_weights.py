@@ -28,7 +28,7 @@ from vtok import counters
 from vtok.acceleration import compile_blocks, light_weights
 from vtok.checkpoint import save_folder
 from vtok.decoding import channels_last, decode_images, encode_images, light_tokenizer
-from vtok.layers.packed import HalfLinear, PackedLinear, can_halve, linears, pack_linears, packable
+from vtok.layers.packed import PLAIN, HalfLinear, PackedLinear, can_halve, linears, pack_linears, packable
 from vtok.low_bit import quantize_weights
 from vtok.models.cnn import CNNTokenizer
 from vtok.noise import sample_seeds
@@ -64,10 +64,10 @@ def test_packed_weights_draw_the_same_tokens(name, dtype, greedy):
     plain = make(name).requires_grad_(False)
     light_weights(plain, dtype, packed=False)
     fast = copy.deepcopy(plain)
-    before = [m for m in fast.modules() if type(m) is nn.Linear]
+    before = [m for m in fast.modules() if type(m) in PLAIN]
     light_weights(fast, dtype, packed=True)
     after = [m for m in fast.modules() if isinstance(m, (PackedLinear, HalfLinear))]
-    assert len(after) == len(before) > 0 and not any(type(m) is nn.Linear for m in fast.modules())
+    assert len(after) == len(before) > 0 and not any(type(m) in PLAIN for m in fast.modules())
     rule, halved = drawn(plain, greedy), isinstance(getattr(fast.head, "linear", None), HalfLinear)
     assert halved == (dtype == torch.bfloat16 and name in ("llamagen", "rar") and can_halve())
     if halved:

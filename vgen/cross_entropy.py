@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vtok.counters import count
+from vtok.layers.linear import linear
 
 MOST = 2**27  # logits of a piece: 512 MiB in float32
 
@@ -85,5 +86,5 @@ def _piece(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoot
             logits = LightProduct.apply(h, weight)
             logits = logits if bias is None else logits + bias
         else:
-            logits = F.linear(h.float(), weight.float(), bias)
+            logits = linear(h.float(), weight.float(), bias)
         return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vgen.gaussian import velocity_network
 from vtok.acceleration import linear_parameters
+from vtok.layers.linear import Linear
 from vtok.layers.time import TimeEmbedding
 from vtok.noise import SampleNoise
 
@@ -29,7 +30,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.up, self.down = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.modulation = nn.Linear(dim, 3 * dim)
+        self.modulation = Linear(dim, 3 * dim)
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vector).chunk(3, dim=-1)

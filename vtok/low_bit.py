@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from vtok.layers.packed import PLAIN
+
 LowBit = Literal["int8", "float8"]
 KINDS = ("int8", "float8")
 
@@ -25,13 +27,13 @@ SLOW_LOW_BIT = (
 
 
 def quantize_weights(module: nn.Module, kind: LowBit) -> int:
-    """Store the weights of every nn.Linear in `module` in 8 bits, in place; returns how many layers.
+    """Store the weights of every linear layer in `module` in 8 bits, in place; returns how many layers.
 
     ValueError for an unknown kind, where torchao is missing, and for float8 without a CUDA device.
     """
     if kind not in KINDS:
         raise ValueError(f"quant={kind!r}: choose {' or '.join(KINDS)}, or leave it away")
-    layers = [m for m in module.modules() if type(m) is nn.Linear]
+    layers = [m for m in module.modules() if type(m) in PLAIN]
     if kind == "float8" and not all(layer.weight.is_cuda for layer in layers):
         raise ValueError("quant=float8 needs device=cuda; on the CPU choose quant=int8")
     try:
@@ -43,5 +45,5 @@ def quantize_weights(module: nn.Module, kind: LowBit) -> int:
         ) from None
     chosen = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
     with torch.no_grad():
-        quantize_(module, chosen, filter_fn=lambda layer, _: type(layer) is nn.Linear)
+        quantize_(module, chosen, filter_fn=lambda layer, _: type(layer) in PLAIN)
     return len(layers)

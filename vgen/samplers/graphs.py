@@ -84,6 +84,7 @@ class Recording:
         self.noise.seeds.copy_(noise.seeds)
         if self.cache is not None:
             self.cache.length.zero_()
+            self.cache.kept.clear()
 
 
 class GraphSampler:

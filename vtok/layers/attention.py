@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vtok.counters import count
 from vtok.layers.cache import KVCache
 from vtok.layers.dropout import dropout as drop
+from vtok.layers.linear import Linear, linear
 from vtok.layers.rope import rotate
 from vtok.layout import ranks_of
 
@@ -137,7 +138,7 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"width {dim} is not a multiple of heads {heads}")
         self.heads, self.scale, self.dropout, self.qk_norm = heads, scale, dropout, qk_norm
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias == "qkv")
+        self.qkv = Linear(dim, 3 * dim, bias=bias == "qkv")
         self.out = nn.Linear(dim, dim, bias=out_bias)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
@@ -172,7 +173,7 @@ class Attention(nn.Module):
         if self.q_bias is None:
             qkv = self.qkv(x)
         else:
-            qkv = F.linear(x, self.qkv.weight, self.joint_bias())
+            qkv = linear(x, self.qkv.weight, self.joint_bias())
         qkv = qkv.view(rows, length, 3 * self.heads, dim // self.heads).transpose(1, 2)
         together = self.qk_norm == "none" and position is not None
         if together:  # one call turns queries and keys: half the kernels of a decode step

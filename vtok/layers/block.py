@@ -17,6 +17,7 @@ from vtok.counters import count
 from vtok.layers.attention import Attention, Mask, QKNorm
 from vtok.layers.cache import KVCache
 from vtok.layers.dropout import Dropout, dropout
+from vtok.layers.linear import Linear
 
 Norm = Literal["rms", "layer", "layer_plain"]
 Activation = Literal["swiglu", "geglu", "silu", "gelu", "gelu_tanh"]
@@ -43,7 +44,7 @@ class FeedForward(nn.Module):
         if kind not in ("swiglu", "geglu", "silu", "gelu", "gelu_tanh"):
             raise ValueError(f"ffn={kind!r}: choose swiglu, geglu, silu, gelu or gelu_tanh")
         self.kind, self.gated, self.dropout = kind, kind in ("swiglu", "geglu"), dropout
-        self.up = nn.Linear(dim, 2 * hidden if self.gated else hidden, bias=bias)
+        self.up = Linear(dim, 2 * hidden if self.gated else hidden, bias=bias)
         self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,7 +138,8 @@ class Block(nn.Module):
         each: Tensor | None = None,
         between: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """x [R, l, D]; vector: SiLU of the condition [R, v, D], or its shared projection [R, v, 6, D]; v is 1 or l.
+        """x [R, l, D]; vector: SiLU of the condition [R, v, D], or its projection [R, v, 6, D], shared or of
+        `slots`; v is 1 or l.
 
         each: int64 [l], the row of `vector` that modulates each position, where v is neither.
         between: what happens to x after the attention, of a block without `vector`.
@@ -151,10 +153,9 @@ class Block(nn.Module):
             x = x if between is None else between(x)
             changed = self.dropout(self.ffn(self.norm2(x)))
             return x + self.drop_path(changed if self.scale2 is None else changed * self.scale2)
-        if self.modulation is not None:
-            slots = self.modulation(vector).unflatten(-1, (6, -1))
-        else:
-            slots = vector + self.offset
+        slots = vector if self.offset is None else vector + self.offset
+        if slots.dim() == 3:
+            slots = self.slots(slots)
         if each is not None:
             slots = slots[:, each]
         gate1, gate2, scale1, scale2, shift1, shift2 = slots.unbind(-2)
@@ -163,3 +164,7 @@ class Block(nn.Module):
         x = x + self.drop_path(self.dropout(attended) * gate1)
         h = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
         return x + self.drop_path(self.dropout(self.ffn(h)) * gate2)
+
+    def slots(self, vector: Tensor) -> Tensor:
+        """Gates, scales and shifts [R, v, 6, D] of a block with a projection of its own, of SiLU of the condition."""
+        return self.modulation(vector).unflatten(-1, (6, -1))

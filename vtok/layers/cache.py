@@ -8,6 +8,7 @@ after a ragged commit; until then the plain path slices by a host integer and ne
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ class KVCache:
     """Preallocated keys and values [layers, rows, heads, capacity, dim].
 
     length: int64 [rows] on the device, committed positions of every row. bound: host integer >= max(length), so that
-    the slice attention reads is static.
+    the slice attention reads is static. kept: what passes made of a tensor that they all take, such as a condition
+    (Trunk.modulated), by that tensor; whoever overwrites it clears this.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class KVCache:
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.bound = 0
         self.ragged = False
+        self.kept: dict[Tensor, Any] = {}
 
     @property
     def capacity(self) -> int:

@@ -9,11 +9,14 @@ sampling on the CPU only: packed weights have no gradients and are not saved.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.counters import count
 from vtok.layers.attention import Attention
+from vtok.layers.linear import Linear
+from vtok.layers.linear import linear as product
+
+PLAIN = (nn.Linear, Linear)  # layers whose weights may be stored otherwise; other subclasses read them themselves
 
 
 def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,7 +76,7 @@ def float32_linear(linear: nn.Linear | PackedLinear | HalfLinear, x: Tensor) -> 
         ):
             return linear(x.float())
         bias = None if linear.bias is None else linear.bias.float()
-        return F.linear(x.float(), linear.weight.float(), bias)
+        return product(x.float(), linear.weight.float(), bias)
 
 
 def packable(weight: Tensor) -> bool:
@@ -91,10 +94,10 @@ def can_halve() -> bool:
 
 
 def linears(module: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """(owner, name, layer) of every nn.Linear inside, but for those that their owner lists in `unpacked`: it reads
+    """(owner, name, layer) of every linear layer inside, but for those that their owner lists in `unpacked`: it reads
     their weights otherwise than by a product with all of them."""
     found = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children()]
-    return [f for f in found if type(f[2]) is nn.Linear and f[1] not in getattr(f[0], "unpacked", ())]
+    return [f for f in found if type(f[2]) in PLAIN and f[1] not in getattr(f[0], "unpacked", ())]
 
 
 def can_pack(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -242,18 +242,43 @@ class Trunk(nn.Module):
         check_edits(inputs.at, len(self.blocks))
         x = inputs.x.to(weight.dtype)
         self.count(weight, mask)
-        vector = None if inputs.vector is None else F.silu(inputs.vector.to(x.dtype))
-        slots = vector if self.shared is None or vector is None else self.shared(vector).unflatten(-1, (6, -1))
-        settings: dict[str, Any] = {"vector": slots, "position": inputs.position, "mask": mask, "cache": cache}
-        settings["each"] = inputs.each
-        for i, block in enumerate(self.blocks):
+        vectors, final = self.modulated(inputs.vector, cache, x.dtype)
+        settings: dict[str, Any] = {"position": inputs.position, "mask": mask, "cache": cache, "each": inputs.each}
+        for i, (block, vector) in enumerate(zip(self.blocks, vectors)):
             if i in inputs.at:
                 x = inputs.at[i](x)
             if self.checkpointing and self.training:
-                x = checkpoint(block, x, layer=i, use_reentrant=False, **settings)
+                x = checkpoint(block, x, vector=vector, layer=i, use_reentrant=False, **settings)
             else:
-                x = block(x, layer=i, **settings)
-        if self.final is None:
+                x = block(x, vector=vector, layer=i, **settings)
+        if final is None:
             return self.norm(x)
-        scale, shift = (v if inputs.each is None else v[:, inputs.each] for v in self.final(vector).chunk(2, dim=-1))
+        scale, shift = (v if inputs.each is None else v[:, inputs.each] for v in final.chunk(2, dim=-1))
         return torch.addcmul(shift, self.norm(x), 1 + scale)
+
+    def modulated(
+        self, vector: Tensor | None, cache: KVCache | None, dtype: torch.dtype
+    ) -> tuple[Sequence[Tensor | None], Tensor | None]:
+        """(what each block takes as `vector`, what scales and shifts the final norm) of the condition [R, v, D].
+
+        A class is the same at every step, and its projections are a third of all weights of such blocks: beside a cache
+        one vector for all positions is projected in the first pass, and kept for the next ones that bring the same
+        tensor.
+        """
+        if vector is None:
+            return [None] * len(self.blocks), None
+        once = cache is not None and vector.shape[1] == 1
+        if once and vector in cache.kept:
+            count("modulation.kept")
+            return cache.kept[vector]
+        hidden = F.silu(vector.to(dtype))
+        made: list[Tensor | None] = [hidden] * len(self.blocks)
+        if self.shared is not None:
+            made = [self.shared(hidden).unflatten(-1, (6, -1))] * len(self.blocks)
+        elif once:
+            made = [block.slots(hidden) for block in self.blocks]
+        final = None if self.final is None else self.final(hidden)
+        if once:
+            cache.kept.clear()
+            cache.kept[vector] = made, final
+        return made, final

@@ -1,0 +1,81 @@
+"""Float32 products on the CPU by oneDNN against PyTorch's own, in values and in gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vtok import counters
+from vtok.layers.linear import ROWS, WIDE, Linear, has_onednn, linear
+
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this build has no oneDNN products for this processor")
+
+
+def wide_counts(run):
+    counters.reset()
+    run()
+    return counters.read().get("linear.wide", 0)
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(64,), (3, 40), (2, 5, 8)])
+def test_values_and_gradients_are_those_of_float64(shape, bias):
+    """Of contiguous and of transposed x, the larger error of the two libraries being that of a sum of 768."""
+    torch.manual_seed(0)
+    layer = Linear(768, 1536, bias=bias)
+    x = torch.randn(*shape, 768, requires_grad=True)
+    given = torch.randn(*shape, 1536)
+    assert layer.weight.numel() >= WIDE and x.numel() // 768 >= ROWS
+    assert wide_counts(lambda: layer(x).mul(given).sum().backward()) == 1
+    exact = nn.Linear(768, 1536, bias=bias).double()
+    exact.load_state_dict(layer.state_dict())
+    z = x.detach().double().requires_grad_()
+    exact(z).mul(given.double()).sum().backward()
+    pairs = [(layer(x), exact(z)), (x.grad, z.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(layer.parameters(), exact.parameters(), strict=True)]
+    for got, want in pairs:
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-4)
+    turned = x.detach().transpose(0, -2).contiguous().transpose(0, -2)
+    torch.testing.assert_close(layer(turned), layer(x), rtol=1e-6, atol=1e-5)
+
+
+@needs_onednn
+def test_gradients_of_gradients_are_pytorchs():
+    """A penalty on gradients, of a weight alone."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 512), torch.randn(2048, 512) / 512**0.5
+    found = []
+    for product in (linear, F.linear):
+        w, y = weight.clone().requires_grad_(), x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(product(y, w).square().sum(), y, create_graph=True)
+        slope.square().mean().backward()
+        found.append(w.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_what_it_is_not_faster_for_is_pytorchs_own():
+    """Few rows, few numbers, more inputs than outputs, other dtypes, autocast, weights that are frozen or not."""
+    x, weight = torch.randn(64, 512), torch.randn(2048, 512)
+    few, small, tall = (x[:63], weight), (x, weight[:2047]), (torch.randn(64, 2048), torch.randn(512, 2048))
+    others = [few, small, tall, (x.double(), weight.double()), (x.bfloat16(), weight.bfloat16())]
+    for given in others:
+        assert wide_counts(lambda given=given: linear(*given)) == 0
+        assert torch.equal(linear(*given), F.linear(*given))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert wide_counts(lambda: linear(x, weight)) == 0
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert wide_counts(lambda: linear(x, weight)) == int(has_onednn())
+
+
+@needs_onednn
+def test_only_what_needs_a_gradient_gets_one():
+    x, weight = torch.randn(64, 512), torch.randn(2048, 512)
+    frozen = x.clone().requires_grad_()
+    linear(frozen, weight).sum().backward()
+    torch.testing.assert_close(frozen.grad, weight.sum(0).expand_as(x), rtol=1e-5, atol=1e-4)
+    learned = weight.clone().requires_grad_()
+    linear(x, learned).sum().backward()
+    torch.testing.assert_close(learned.grad, x.sum(0).expand_as(weight), rtol=1e-5, atol=1e-4)
