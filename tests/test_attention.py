@@ -15,6 +15,7 @@ from generators import FAMILIES, also_read, tokens_of
 
 from vtok import counters
 from vtok.layers.attention import MASKS, Attention, attend, attend_blocks, attend_naive, block_mask, block_mask_of
+from vtok.layers.block import FeedForward, Gated
 from vtok.layers.cache import KVCache
 from vtok.layers.rope import rope_1d, rope_2d, rotate
 from vtok.layers.trunk import Inputs, Trunk, pays
@@ -181,6 +182,42 @@ def test_cached_steps_equal_one_pass(qk_norm, modulation):
         parts.append(model(Inputs(x[:, a:b], layout.ranks(k, k + 1), "full", vector=vector), cache))
         cache.commit(b - a)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "geglu"])
+def test_gated_layers_have_the_values_and_gradients_of_their_formula(kind):
+    """Finite differences, and PyTorch's own gradients of down(act(gate) * value); x that is a slice, too."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: Gated.apply(x, kind), x)
+    assert torch.autograd.gradcheck(lambda x: Gated.apply(x[:, 1:, ::2], kind), x)
+    layer, given = FeedForward(dim=6, hidden=10, kind=kind, bias=True).double(), torch.randn(2, 4, 6).double()
+    y = given.clone().requires_grad_()
+    layer(y).square().sum().backward()
+    gate, value = (F.linear(given, w, b) for w, b in zip(layer.up.weight.chunk(2), layer.up.bias.chunk(2)))
+    want = layer.down((F.silu(gate) if kind == "swiglu" else F.gelu(gate)) * value)
+    torch.testing.assert_close(layer(y), want)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(y), want)
+    z, weight = given.clone().requires_grad_(), layer.up.weight.detach().clone().requires_grad_()
+    gate, value = F.linear(z, weight, layer.up.bias).chunk(2, dim=-1)
+    layer.down((F.silu(gate) if kind == "swiglu" else F.gelu(gate)) * value).square().sum().backward()
+    torch.testing.assert_close(y.grad, z.grad)
+    torch.testing.assert_close(layer.up.weight.grad, weight.grad)
+
+
+def test_dropped_paths_keep_their_rows_and_means():
+    """A modulated block either adds its branches, at 1 / (1 - rate) of their size, or leaves a row alone."""
+    torch.manual_seed(0)
+    model, x, vector = trunk(modulation="own").blocks[0], torch.randn(64, 4, 16), torch.randn(64, 1, 16)
+    options = {"vector": vector, "position": None, "mask": None, "cache": None, "layer": 0}
+    model.ffn.down.weight.data.zero_()
+    whole = model(x, **options) - x  # attention's branch alone
+    model.drop_path.rate = 0.25
+    found = model.train()(x, **options) - x
+    kept = found.abs().amax((1, 2)) > 0
+    assert 0 < kept.sum() < 64
+    torch.testing.assert_close(found[kept], whole[kept] / 0.75, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("modulation", ["own", "shared"])

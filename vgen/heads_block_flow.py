@@ -51,10 +51,10 @@ class CrossBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor, place: Tensor, keys: tuple[Tensor, Tensor]) -> Tensor:
         """x [R, n, W]; time [R or 1, 1, W] and place [R, n, W] after their SiLU."""
         gate, scale, shift = self.by_time(time).chunk(3, dim=-1)
-        x = x + gate * self.attention(torch.addcmul(shift, self.norm1(x), 1 + scale))
+        x = torch.addcmul(x, gate, self.attention(torch.addcmul(shift, self.norm1(x), 1 + scale)))
         x = x + self.cross(self.query_norm(x), keys)
         gate, scale, shift = self.by_place(place).chunk(3, dim=-1)
-        return x + gate * self.ffn(torch.addcmul(shift, self.norm2(x), 1 + scale))
+        return torch.addcmul(x, gate, self.ffn(torch.addcmul(shift, self.norm2(x), 1 + scale)))
 
 
 class CrossBlocks(nn.Module):

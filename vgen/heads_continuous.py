@@ -35,7 +35,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vector).chunk(3, dim=-1)
         h = torch.addcmul(shift, self.norm(x), 1 + scale)
-        return x + gate * self.down(F.silu(self.up(h)))
+        return torch.addcmul(x, gate, self.down(F.silu(self.up(h))))
 
 
 class TokenMLP(nn.Module):

@@ -7,11 +7,12 @@ attention, gate of feed-forward, scale 1, scale 2, shift 1, shift 2. Converters 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vtok.counters import count
 from vtok.layers.attention import Attention, Mask, QKNorm
@@ -50,13 +51,41 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
         if self.gated:
-            gate, x = x.chunk(2, dim=-1)
-            x = (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate)) * x
+            if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+                x = Gated.apply(x, self.kind)
+            else:
+                gate, value = x.chunk(2, dim=-1)
+                x = (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate)) * value
         elif self.kind == "silu":
             x = F.silu(x)
         else:
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
         return self.down(dropout(x, self.dropout, self.training))
+
+
+class Gated(torch.autograd.Function):
+    """silu(gate) * value, or gelu(gate) * value, of both side by side [.., 2 H], with the gradients of both written
+    where they belong: PyTorch's own makes two tensors and puts them together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: Activation) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        opened = F.silu(gate) if kind == "swiglu" else F.gelu(gate)
+        ctx.save_for_backward(x, opened)
+        ctx.kind = kind
+        return opened * value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        x, opened = ctx.saved_tensors
+        gate, value = x.chunk(2, dim=-1)
+        made = torch.empty_like(x)
+        of_gate, of_value = made.chunk(2, dim=-1)
+        torch.mul(gradient, opened, out=of_value)
+        change = torch.ops.aten.silu_backward if ctx.kind == "swiglu" else torch.ops.aten.gelu_backward
+        change(gradient * value, gate, grad_input=of_gate)
+        return made, None
 
 
 class DropPath(nn.Module):
@@ -70,7 +99,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.rate
-        return x * kept.to(x.dtype) / (1 - self.rate)
+        return x * (kept.to(x.dtype) / (1 - self.rate))
 
 
 class Block(nn.Module):
@@ -161,9 +190,9 @@ class Block(nn.Module):
         gate1, gate2, scale1, scale2, shift1, shift2 = slots.unbind(-2)
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
         attended = self.attention(h, position=position, mask=mask, cache=cache, layer=layer)
-        x = x + self.drop_path(self.dropout(attended) * gate1)
+        x = torch.addcmul(x, self.dropout(attended), self.drop_path(gate1))
         h = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
-        return x + self.drop_path(self.dropout(self.ffn(h)) * gate2)
+        return torch.addcmul(x, self.dropout(self.ffn(h)), self.drop_path(gate2))
 
     def slots(self, vector: Tensor) -> Tensor:
         """Gates, scales and shifts [R, v, 6, D] of a block with a projection of its own, of SiLU of the condition."""
