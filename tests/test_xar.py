@@ -141,6 +141,34 @@ def test_one_vector_for_many_positions_is_that_vector_at_each():
     assert torch.equal(shared.window(window).vector, vector[:, [0, 2]])
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_vectors_of_runs_of_positions_are_those_at_each_of_them(norm):
+    """In values and gradients, where paths are dropped, behind a prefix, and in windows."""
+    torch.manual_seed(0)
+    options = {"modulation": "own", "ffn": "geglu", "norm": norm, "drop_path": 0.5, "dropout": 0.1}
+    trunk = Trunk(dim=16, depth=3, heads=2, hidden=24, **options)
+    x, vector, rank = torch.randn(8, 6, 16), torch.randn(8, 3, 16), torch.tensor([0, 0, 1, 1, 2, 2])
+    ways = ({"vector": vector}, {"vector": vector, "each": rank}, {"vector": vector.repeat_interleave(2, 1)})
+    found, gradients = [], []
+    for given in ways:
+        trunk.zero_grad()
+        torch.manual_seed(1)
+        found.append(trunk(Inputs(x=x, rank=rank, **given)))
+        found[-1].square().sum().backward()
+        gradients.append([p.grad.clone() for p in trunk.parameters() if p.grad is not None])
+    for got, other in zip(found[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(got, found[0], rtol=1e-5, atol=1e-5)
+        for a, b in zip(other, gradients[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    trunk.eval()
+    prefix, window = torch.randn(8, 2, 16), torch.tensor([[0, 2, 5]] * 8)
+    fronted = [trunk(Inputs(x=x, rank=rank, **given).behind(prefix)) for given in ways]
+    seen = [Inputs(x=x, rank=rank, **given).window(window).vector for given in ways]
+    for i in (1, 2):
+        torch.testing.assert_close(fronted[i], fronted[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(seen[i], seen[0]) and torch.equal(seen[0], vector[:, [0, 1, 2]])
+
+
 def test_geglu_by_definition():
     torch.manual_seed(0)
     ffn = Trunk(dim=8, depth=1, heads=1, hidden=12, ffn="geglu", bias="qkv").blocks[0].ffn

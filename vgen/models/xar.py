@@ -134,7 +134,7 @@ class XAR(Generator):
             pattern=layout.pattern(start, stop),
             position=(self.cos[a:b], self.sin[a:b], None),
             vector=cond.vector + self.time(time[:, start:stop]),
-            each=self.entities[a:b] - start if stop - start > 1 else None,
+            each=self.entities[a:b] - start if len(set(layout.sizes[start:stop])) > 1 else None,
             at={len(self.trunk.blocks) // 2: self.stacks.edit(a, b)},
         )
 

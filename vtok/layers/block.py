@@ -63,6 +63,15 @@ class FeedForward(nn.Module):
         return self.down(dropout(x, self.dropout, self.training))
 
 
+def scale_and_add(base: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """base + x * scale [R, l, D]; x is [R, l, D], the others may have v rows that stand for l / v positions each."""
+    length, rows = x.shape[1], scale.shape[1]
+    if not 1 < rows < length:
+        return torch.addcmul(base, x, scale)
+    base, x, scale = (t.unflatten(1, (rows, -1)) for t in (base, x, scale))  # nothing is repeated in memory
+    return torch.addcmul(base, x, scale).flatten(1, 2)
+
+
 class Gated(torch.autograd.Function):
     """silu(gate) * value, or gelu(gate) * value, of both side by side [.., 2 H], with the gradients of both written
     where they belong: PyTorch's own makes two tensors and puts them together."""
@@ -151,7 +160,7 @@ class Block(nn.Module):
         scaled = layer_scale is not None
         self.scale1 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
         self.scale2 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
-        self.modulation = nn.Linear(dim, 6 * dim) if modulation == "own" else None
+        self.modulation = Linear(dim, 6 * dim) if modulation == "own" else None
         self.offset = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if modulation == "shared" else None
         self.dropout, self.drop_path = Dropout(dropout), DropPath(drop_path)
 
@@ -168,9 +177,9 @@ class Block(nn.Module):
         between: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """x [R, l, D]; vector: SiLU of the condition [R, v, D], or its projection [R, v, 6, D], shared or of
-        `slots`; v is 1 or l.
+        `slots`; v divides l, and each of its rows modulates l / v positions in turn.
 
-        each: int64 [l], the row of `vector` that modulates each position, where v is neither.
+        each: int64 [l], the row of `vector` that modulates each position, where they are otherwise.
         between: what happens to x after the attention, of a block without `vector`.
         """
         if not torch.compiler.is_compiling() and self._compiled_call_impl is not None:
@@ -188,11 +197,11 @@ class Block(nn.Module):
         if each is not None:
             slots = slots[:, each]
         gate1, gate2, scale1, scale2, shift1, shift2 = slots.unbind(-2)
-        h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
+        h = scale_and_add(shift1, self.norm1(x), 1 + scale1)
         attended = self.attention(h, position=position, mask=mask, cache=cache, layer=layer)
-        x = torch.addcmul(x, self.dropout(attended), self.drop_path(gate1))
-        h = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
-        return torch.addcmul(x, self.dropout(self.ffn(h)), self.drop_path(gate2))
+        x = scale_and_add(x, self.dropout(attended), self.drop_path(gate1))
+        h = scale_and_add(shift2, self.norm2(x), 1 + scale2)
+        return scale_and_add(x, self.dropout(self.ffn(h)), self.drop_path(gate2))
 
     def slots(self, vector: Tensor) -> Tensor:
         """Gates, scales and shifts [R, v, 6, D] of a block with a projection of its own, of SiLU of the condition."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vtok.counters import count, stored_as
 from vtok.layers.attention import Mask, QKNorm, block_mask, block_mask_of
-from vtok.layers.block import Activation, Block, Modulation, Norm, make_norm
+from vtok.layers.block import Activation, Block, Modulation, Norm, make_norm, scale_and_add
 from vtok.layers.cache import KVCache
 from vtok.layout import Pattern, behind, visible
 
@@ -35,10 +35,10 @@ class Inputs:
     """Everything the trunk needs for l positions of R rows.
 
     x [R, l, D]; rank int64 [l] or [R, l]; pattern: what the ranks say about the positions among themselves, known on
-    the host; position: (cos, sin, added to q and k or None), tables [l, E/2] or [R, l, E/2]; vector [R, v, D], v = 1 or
-    l; read: index of the positions that predict (None = all); mask: bool [.., l, keys] where ranks cannot tell; at:
-    block -> edit of h [R, l, D] on entry to that block; each: int64 [l], the row of `vector` of each position where
-    several positions share one (a vector a step, say: xAR).
+    the host; position: (cos, sin, added to q and k or None), tables [l, E/2] or [R, l, E/2]; vector [R, v, D], each row
+    of l / v positions in turn; read: index of the positions that predict (None = all); mask: bool [.., l, keys] where
+    ranks cannot tell; at: block -> edit of h [R, l, D] on entry to that block; each: int64 [l], the row of `vector` of
+    each position where they are not shared out evenly (a vector for scales of several sizes, say: xAR).
     """
 
     x: Tensor
@@ -60,8 +60,9 @@ class Inputs:
         if position is not None:
             values = zip(position, (1.0, 0.0, 0.0))
             position = tuple(None if t is None else F.pad(t, (0, 0, count, 0), value=v) for t, v in values)
-        if vector is not None and self.each is None and vector.shape[1] == length > 1:
-            vector = torch.cat([vector[:, :1].expand(-1, count, -1), vector], dim=1)
+        each = self.each
+        if vector is not None and each is None and vector.shape[1] > 1:
+            each = torch.arange(length, device=prefix.device) // (length // vector.shape[1])
         if mask is not None:
             mask = F.pad(mask.expand(*mask.shape[:-2], length, -1), (count, 0), value=True)
             first = mask.new_ones(*mask.shape[:-2], count, mask.shape[-1])
@@ -78,7 +79,7 @@ class Inputs:
             read=own + count,
             mask=mask,
             at={block: past(edit, count) for block, edit in self.at.items()},
-            each=None if self.each is None else torch.cat([self.each[:1].expand(count), self.each]),
+            each=None if each is None else torch.cat([each[:1].expand(count), each]),
         )
 
     def window(self, index: Tensor) -> Inputs:
@@ -93,10 +94,9 @@ class Inputs:
 
         position = None if self.position is None else tuple(pick(table) for table in self.position)
         vector = self.vector
-        if vector is not None and self.each is not None:
-            vector = vector[:, self.each]
-        if vector is not None and vector.shape[1] == width and width > 1:
-            vector = vector[rows, index]
+        if vector is not None and vector.shape[1] > 1:
+            each = torch.arange(width, device=index.device) // (width // vector.shape[1])
+            vector = vector[rows, (each if self.each is None else self.each)[index]]
         rank = self.rank[index] if self.rank.dim() == 1 else self.rank.gather(1, index)
         return Inputs(self.x[rows, index], rank, "ranks", position, vector, None, None, self.at)
 
@@ -254,7 +254,7 @@ class Trunk(nn.Module):
         if final is None:
             return self.norm(x)
         scale, shift = (v if inputs.each is None else v[:, inputs.each] for v in final.chunk(2, dim=-1))
-        return torch.addcmul(shift, self.norm(x), 1 + scale)
+        return scale_and_add(shift, self.norm(x), 1 + scale)
 
     def modulated(
         self, vector: Tensor | None, cache: KVCache | None, dtype: torch.dtype
