@@ -119,13 +119,14 @@ def timed(name: str, theirs: Tensor, ours: Tensor, rounded: str | None, light: f
 class Pair:
     """Both sides of a comparison. same: the outputs of the check before any timing; parts: name -> (run of the
     original, run of ours); ours: our module as it is timed; setting: what sampling means here; taught: the outputs of
-    the check before training is timed."""
+    the check before training is timed; learning: our module as its training is timed."""
 
     same: Callable[[], list[Output]]
     parts: dict[str, tuple[Run, Run]]
     ours: nn.Module
     setting: str
     taught: Callable[[], list[Output]] = list
+    learning: nn.Module | None = None
 
 
 SIZES = {  # of size=null
@@ -450,7 +451,7 @@ def llamagen(folder: Path, options: Options) -> Pair:
         ),
     }
     setting = f"{steps} tokens, guidance 4, top_k 2000, without decoding"
-    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options))
+    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options), learning)
 
 
 def var(folder: Path, options: Options) -> Pair:
@@ -506,7 +507,7 @@ def var(folder: Path, options: Options) -> Pair:
         "train": (learn(theirs, loss, options), trained(learning, tokens, labels, options)),
     }
     setting = "ten scales, cfg 4, top_k 900, top_p 0.95, without decoding"
-    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options))
+    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options), learning)
 
 
 def rar(folder: Path, options: Options) -> Pair:
@@ -554,7 +555,7 @@ def rar(folder: Path, options: Options) -> Pair:
         "train": (learn(theirs, loss, options), trained(learning, tokens, labels, options)),
     }
     setting = f"{ours.layout.length} tokens, guidance of rar.yaml, without decoding"
-    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options))
+    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options), learning)
 
 
 class Tape:
@@ -612,7 +613,7 @@ def xar(folder: Path, options: Options) -> Pair:
         theirs_loss = learn(theirs, lambda: theirs(latents, labels), options)
         parts["train"] = (theirs_loss, trained(learning, tokens, labels, options))
     setting = f"4 cells x {steps} Euler-Maruyama steps, guidance 2.7, without decoding"
-    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options))
+    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options), learning)
 
 
 def mar(folder: Path, options: Options) -> Pair:
@@ -666,7 +667,7 @@ def mar(folder: Path, options: Options) -> Pair:
         "train": (learn(theirs, lambda: theirs(latents, labels), options), trained(learning, tokens, labels, options)),
     }
     setting = f"{steps} iterations of 100 diffusion steps, guidance 2.9, without decoding"
-    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options))
+    return Pair(same, parts, fast, setting, lambda: taught(ours, learning, tokens, labels, options), learning)
 
 
 BUILDERS = {"llamagen": llamagen, "var": var, "rar": rar, "xar": xar, "mar": mar}

@@ -35,9 +35,10 @@ from eval import paths
 from eval.fid import CONFIGS
 from eval.peers import PROGRESS, SIZES, Options, Output, draw, exact, pair, replaced
 from eval.protocol import library_versions
-from eval.throughput import describe, storage, wait
+from eval.throughput import describe, matmul_rate, storage, wait
 from eval.tokenizer_peers import BUILDERS as TOKENIZERS
 from vtok import counters
+from vtok.acceleration import training_operations
 from vtok.cli import check_json, check_number, check_whole_number, entry
 
 PARTS = ("sample", "train", "encode", "decode")
@@ -62,6 +63,16 @@ def agree(same: list[Output]) -> dict[str, float]:
         if allowed is not None and not found[name] <= limit:
             raise ValueError(f"{name} differ by {found[name]:.2e}, allowed is {limit}: nothing was timed")
     return found
+
+
+def products(generator: Any, options: Options) -> dict[str, float]:
+    """Operations of our training step (vtok/acceleration.py), and a second of large matrix products here and now: what
+    a step takes at least. Nothing for a family without a closed form."""
+    operations = training_operations(generator, options.keys().cpu())
+    if operations is None:
+        return {}
+    rate = matmul_rate(options.device, options.dtype if options.light else torch.float32)
+    return {"operations": options.batch * operations, "matmul_rate": rate}
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -294,12 +305,15 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             second = timer(held(ours, part, options), device, clock)
             row = alternate(first, second, int(config["turns"]), device, least=config["least_seconds"])
             row["paths"] = counters.read()
-            asked(config, both.ours if both else None, part, options).check(row["paths"], f"{name} {part}")
+            module = None if both is None else both.learning if part == "train" else both.ours
+            asked(config, module, part, options).check(row["paths"], f"{name} {part}")
             facts = {"peer": name, "size": size, "part": part, "batch": options.batch}
             facts |= {"threads": torch.get_num_threads(), "device": describe(device), "clock": config["clock"]}
             facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}
             facts |= {"apart": bool(apart)}
             facts |= ran(part, options) | {"packed": bool({"linear.packed", "linear.half"} & row["paths"].keys())}
+            if part == "train":
+                facts |= products(both.learning, options)
             what = "forward and backward" if part == "train" else setting
             more = {"setting": what, "differences": differences, "date": time.strftime("%Y-%m-%d")}
             rows.append(facts | row | more | {"note": config["note"], "versions": library_versions()})

@@ -120,9 +120,11 @@ def test_page_says_not_measured_where_there_is_no_row(tmp_path):
     name = next(iter(bench_gpu.ROWS))
     (tmp_path / f"{name}.json").write_text(json.dumps(result(name)))
     text = benchmarks.page([row], tmp_path)
-    line = "| float32 | >= 2.0 | 2.50 (2.25 to 2.75) | yes | 5.00, 2.00 | 256 tokens | wall, a CPU, one process |"
+    line = "| float32 | >= 2.0 | 2.50 (2.25 to 2.75) | yes |  | 5.00, 2.00 | 256 tokens | wall, a CPU, one process |"
     assert line in text
     assert "wall, a CPU, two processes |" in benchmarks.page([row | {"apart": True}], tmp_path)
+    known = row | {"original_seconds": 3.0, "operations": 2e11, "matmul_rate": 1e11}  # two seconds of products
+    assert benchmarks.at_most(known) == "1.50" and "| 1.50 |" in benchmarks.page([known], tmp_path)
     cells = sum(len(batches) for *_, batches, _ in benchmarks.WANTED)
     assert benchmarks.cpu_table([row]).count("not measured") == cells - 1
     assert benchmarks.cpu_table([row | {"on": "cuda"}]).count("not measured") == cells

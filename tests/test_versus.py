@@ -17,6 +17,7 @@ from runs import CONFIGS
 from tape import Tape
 from torch import nn
 from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from eval import paths, peers
 from eval.peers import SOURCES, Options, Output, exact, pair, shipped, sized
@@ -28,6 +29,7 @@ from vgen.heads import DrawRule
 from vgen.samplers.graphs import GraphSampler
 from vtok import counters
 from vtok.acceleration import compile_blocks
+from vtok.noise import sample_seeds
 
 
 def config(*overrides):
@@ -193,6 +195,12 @@ def test_rows_say_what_their_part_ran_with(tmp_path, monkeypatch):
     assert (sample["dtype"], sample["compiled_original"]) == ("bfloat16", True)
     assert [train[k] for k in ("dtype", "compiled_original", "packed", "quant")] == ["float32", False, False, None]
     assert sample["paths"]["weights.bfloat16"] and "weights.bfloat16" not in train["paths"]
+    assert "operations" not in sample and train["matmul_rate"] > 0
+    ours = peers.llamagen(Path(), Options("tiny", 2, 2)).learning
+    batch = {"tokens": torch.zeros(2, ours.layout.length, dtype=torch.int64), "key": sample_seeds(0, 0, 2)}
+    with FlopCounterMode(display=False) as counter:
+        ours.loss(batch | {"label": torch.zeros(2, dtype=torch.int64)})["loss"].backward()
+    assert train["operations"] == pytest.approx(counter.get_total_flops(), rel=0.1)
     evaluate(config(*options[:-2], "parts=[sample]", options[-1]))
     kept = json.loads(out.read_text())["rows"]
     found = [(row["part"], row["compiled_original"]) for row in kept]
