@@ -8,6 +8,8 @@ from pathlib import Path
 
 import generators
 import pytest
+import test_corruption
+import test_editing
 import test_generators
 import test_tokenizers
 import tokenizers
@@ -173,6 +175,14 @@ def test_a_generators_properties(test, monkeypatch):
     call(getattr(test_generators, test), "diagonal", monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "module, test", [(m, t) for m in (test_corruption, test_editing) for t in loops(m, "llamagen") if "line" not in t]
+)
+def test_a_generator_learns_from_wrong_tokens_and_edits(module, test, monkeypatch):
+    monkeypatch.setitem(generators.FAMILIES, "diagonal", diagonal)
+    call(getattr(module, test), "diagonal", monkeypatch)
+
+
 @pytest.mark.parametrize("test", loops(test_tokenizers, "cnn_vq"))
 def test_a_tokenizers_properties(test, monkeypatch):
     monkeypatch.setitem(tokenizers.FAMILIES, "vit_vq", vit_vq)
@@ -184,6 +194,7 @@ def test_a_tokenizers_properties(test, monkeypatch):
 def test_all_loops_are_found():
     """As many as pytest itself runs on a family of the packages."""
     assert len(loops(test_generators, "llamagen")) >= 15 and len(loops(test_tokenizers, "cnn_vq")) >= 6
+    assert len(loops(test_editing, "llamagen")) >= 6 and len(loops(test_corruption, "llamagen")) == 2
 
 
 def test_diagonals_by_hand():
