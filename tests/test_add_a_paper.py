@@ -127,6 +127,10 @@ def test_cached_codes_and_likelihood(runs, monkeypatch):
 def test_export_and_sampling_from_the_folder(runs, monkeypatch, capsys):
     folder = runs / "exported"
     assert command(monkeypatch, "scripts.convert", f"from={runs / 'generator'}", TRUST, f"out={folder}") == 0
+    again = runs / "exported_again"  # by the command that writes a run alone
+    assert command(monkeypatch, "scripts.export", f"from={runs / 'generator'}", TRUST, f"out={again}") == 0
+    for file in ("model.safetensors", "tokenizer/model.safetensors", "README.md"):
+        assert (again / file).read_bytes() == (folder / file).read_bytes()
     assert read_config(folder)["family"] == f"{GENERATOR}:Diagonal"
     assert read_config(folder / "tokenizer")["family"] == f"{TOKENIZER}:ViTVQ"
     for source in (runs / "generator", folder):

@@ -130,6 +130,23 @@ def test_an_experiment_says_how_it_is_trained(name):
     assert found and all(family(TABLE[e].model) == family(name) for e in found)
 
 
+# millions of parameters in a part, and the names of its modules
+MODULATION = ("modulation", "shared", "final", "offset")
+PARTS = {f"mar_{s}": (("head",), n) for s, n in (("b", 35.7), ("l", 72.2), ("h", 151.2))}
+PARTS |= {f"var_d{d}": (MODULATION, n) for d, n in ((16, 102.9), (20, 200.0), (24, 344.7), (30, 671.3), (36, 43.0))}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_heads_and_modulations_have_the_published_parameters(name):
+    """MAR's diffusion head (arXiv 2406.11838); VAR's adaptive norms, the head's with them (arXiv 2404.02905)."""
+    with torch.device("meta"):
+        config = OmegaConf.load(CONFIGS / "model" / f"{name}.yaml")
+        model = instantiate(config, _convert_="all", _partial_=True)(spec=PUBLISHED[name][0], num_classes=1000)
+    words, count = PARTS[name]
+    found = sum(p.numel() for key, p in model.named_parameters() if {*key.split(".")} & {*words})
+    assert abs(found / 1e6 - count) <= 0.05
+
+
 LINES = {  # epochs [R], rate and end of the schedule [C]
     ("flexvar_gpt", "flexvar_d20"): (250, 3e-4, 0.1),
     ("flexvar_gpt", "flexvar_d24"): (350, 2.4e-4, 0.01),
