@@ -8,6 +8,8 @@ from pathlib import Path
 
 import generators
 import pytest
+import test_corruption
+import test_editing
 import test_generators
 import test_tokenizers
 import tokenizers
@@ -125,6 +127,10 @@ def test_cached_codes_and_likelihood(runs, monkeypatch):
 def test_export_and_sampling_from_the_folder(runs, monkeypatch, capsys):
     folder = runs / "exported"
     assert command(monkeypatch, "scripts.convert", f"from={runs / 'generator'}", TRUST, f"out={folder}") == 0
+    again = runs / "exported_again"  # by the command that writes a run alone
+    assert command(monkeypatch, "scripts.export", f"from={runs / 'generator'}", TRUST, f"out={again}") == 0
+    for file in ("model.safetensors", "tokenizer/model.safetensors", "README.md"):
+        assert (again / file).read_bytes() == (folder / file).read_bytes()
     assert read_config(folder)["family"] == f"{GENERATOR}:Diagonal"
     assert read_config(folder / "tokenizer")["family"] == f"{TOKENIZER}:ViTVQ"
     for source in (runs / "generator", folder):
@@ -173,6 +179,14 @@ def test_a_generators_properties(test, monkeypatch):
     call(getattr(test_generators, test), "diagonal", monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "module, test", [(m, t) for m in (test_corruption, test_editing) for t in loops(m, "llamagen") if "line" not in t]
+)
+def test_a_generator_learns_from_wrong_tokens_and_edits(module, test, monkeypatch):
+    monkeypatch.setitem(generators.FAMILIES, "diagonal", diagonal)
+    call(getattr(module, test), "diagonal", monkeypatch)
+
+
 @pytest.mark.parametrize("test", loops(test_tokenizers, "cnn_vq"))
 def test_a_tokenizers_properties(test, monkeypatch):
     monkeypatch.setitem(tokenizers.FAMILIES, "vit_vq", vit_vq)
@@ -184,6 +198,7 @@ def test_a_tokenizers_properties(test, monkeypatch):
 def test_all_loops_are_found():
     """As many as pytest itself runs on a family of the packages."""
     assert len(loops(test_generators, "llamagen")) >= 15 and len(loops(test_tokenizers, "cnn_vq")) >= 6
+    assert len(loops(test_editing, "llamagen")) >= 6 and len(loops(test_corruption, "llamagen")) == 2
 
 
 def test_diagonals_by_hand():

@@ -6,11 +6,12 @@ from generators import CLASSES, FAMILIES, latent_spec, make, map_spec, parts_spe
 
 from vgen.corruption import Corruption
 from vgen.models import FAMILIES as TABLE
+from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES as TOKENIZERS
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.quantize.parts import PartsQuantizer
 from vtok.quantize.vq import VQ
-from vtok.tokenizer import TokenSpec
+from vtok.tokenizer import Part, TokenSpec
 
 
 def quantizer(vocabulary=24, channels=6):
@@ -147,5 +148,8 @@ def test_mistakes_name_the_key():
     for options, word in (({"kind": "far"}, "kind"), ({"kind": "random", "rate": 0}, "rate")):
         with pytest.raises(ValueError, match=word):
             Corruption(map_spec(), quantizer(), **options)
-    with pytest.raises(ValueError, match="use random"):
+    with pytest.raises(ValueError, match="this tokenizer has none: use random"):
         Corruption(map_spec(), None, kind="near")
+    many = TokenSpec(SequenceLayout.line(2), (Part(2, 2**18, 18),), 32)
+    with pytest.raises(ValueError, match="262144 of them are too many, use random"):
+        Corruption(many, quantizer(), kind="noise")

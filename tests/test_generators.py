@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import generators
 import pytest
 import torch
 from generators import (
@@ -454,6 +455,24 @@ def test_unconditional_models_have_the_null_row_alone():
     model = LlamaGen(grid_spec(), 0, depth=1, width=16, heads=2, multiple_of=8).eval()
     assert model.conditioner.table.weight.shape == (1, 16)
     assert draw(model, torch.zeros(2, dtype=torch.int64), sample_seeds(0, 0, 2)).tokens.shape == (2, 16)
+
+
+@every_family
+def test_without_classes_a_family_reads_no_label(name, monkeypatch):
+    """num_classes=0: one row, which trains and from which samples come, whatever the labels say."""
+    monkeypatch.setattr(generators, "CLASSES", 0)
+    model, keys = make(name).train(), sample_seeds(0, 0, 3)
+    assert model.num_classes == 0 and len(model.conditioner.table.weight) == 1
+    batch = {"tokens": tokens_of(model, 3), "key": keys} | also_read(model, 3)
+    losses = []
+    for label in (torch.zeros(3, dtype=torch.int64), LABELS):
+        torch.manual_seed(0)  # of the dropout
+        losses.append(model.loss(batch | {"label": label})["loss"])
+    assert torch.equal(*losses)
+    losses[0].backward()
+    assert model.conditioner.table.weight.grad.abs().sum() > 0
+    model.eval()
+    assert torch.equal(draw(model, LABELS, keys).tokens, draw(model, torch.zeros_like(LABELS), keys).tokens)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,18 @@ def test_schedule_tables(schedule, values):
         assert schedule(Progress(step, 10)) == pytest.approx(want, abs=1e-6)
 
 
+def test_schedules_of_other_lengths():
+    """HAR's nine steps, off in the first two; LlamaGen's cfg_interval of n tokens, off behind token n; FlexVAR's growth
+    behind step 9 of 13."""
+    har = [Interval(3.75, low=0.25)(Progress(k, 9)) for k in range(9)]
+    assert har == [1.0, 1.0] + [3.75] * 7
+    early = [Interval(2.0, high=100 / 255)(Progress(k, 256)) for k in range(256)]
+    assert early == [2.0] * 101 + [1.0] * 155
+    flexvar = [Linear(3.5, reached=9)(Progress(k, 13)) for k in (0, 9, 12)]
+    assert flexvar == pytest.approx([1.0, 3.5, 1 + 2.5 * 12 / 9])
+    assert Linear(3.5, reached=9)(Progress(5, 6)) == 3.5
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_one_step_alone_has_the_whole_scale(name):
     one = SequenceLayout.line(1)

@@ -12,6 +12,7 @@ from pairs import PAIRS, pair, pair_folder
 from PIL import Image
 
 from vgen.conditioning import Cond
+from vgen.editing import region
 from vgen.guidance import ClassifierFree, Unguided
 from vgen.heads import DrawRule
 from vgen.models import FAMILIES as TABLE
@@ -276,6 +277,48 @@ def test_the_edit_command_keeps_the_black_part(name, photograph, tmp_path):
     np.testing.assert_array_equal(sheet[:64:4, :64:4], original)
     np.testing.assert_array_equal(sheet[:64:4, 66:98:4], original[:, :8])  # the mask tints the other half
     assert (tmp_path / "edit.metadata.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["var", "ecar", "maskgit_grid"])
+def test_outpainting_keeps_the_box_and_draws_the_rest(name, photograph, tmp_path):
+    """As inpaint with a mask that is white outside of the box."""
+    folder, frame = pair_folder(name, tmp_path / "run"), np.full((24, 40), 255, dtype=np.uint8)
+    frame[:, 8:20] = 0  # of the cropped middle, columns 8 .. 31: the left half
+    Image.fromarray(frame).save(tmp_path / "frame.png")
+    common = {"from": str(folder), "image": str(photograph / "image.png"), "composite": True}
+    found = []
+    for task, given in (("outpaint", {"box": [0, 0, 0.5, 1]}), ("inpaint", {"mask": str(tmp_path / "frame.png")})):
+        out = tmp_path / f"{task}.png"
+        edit(config("edit", **common, **given, task=task, out=str(out)))
+        found.append(np.asarray(Image.open(out)))
+    original = cropped(common["image"], 16)
+    np.testing.assert_array_equal(found[0][:, :8], original[:, :8])
+    assert (found[0][:, 8:] != original[:, 8:]).any()
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("name", ["var", "rar", "mar"])
+def test_the_region_of_a_class_edit_is_drawn_as_that_class(name, photograph, tmp_path):
+    """By name or number: the kept tokens and those drawn under that class. Another class gives another picture."""
+    folder, common = pair_folder(name, tmp_path / "run"), {"image": str(photograph / "image.png"), "task": "class"}
+    found = {}
+    for which in ("cat", 2, "dog"):
+        out = tmp_path / f"{which}.png"
+        edit(config("edit", **{"from": str(folder), "class": which, "out": str(out), "box": [0.5, 0, 1, 1]}, **common))
+        found[which] = np.asarray(Image.open(out))
+    np.testing.assert_array_equal(found["cat"], found[2])
+    assert (found["dog"] != found["cat"]).any()
+    pipeline, noise = Pipeline.load(folder, packed=None), SampleNoise(sample_seeds(0, 0, 1))
+    tokens = pipeline.tokenizer.encode(to_float(cropped(common["image"], 16))[None])
+    keep = torch.arange(16).expand(16, -1) < 8
+    canvas = region(pipeline.generator, tokens, noise, keep)
+    known, before = canvas.known, canvas.tokens.clone()
+    generator = pipeline.generator
+    cond = generator.conditioner(torch.tensor([2]))
+    done = generator.sampler(generator, cond, noise=noise, guide=Unguided(), rule=DrawRule(), canvas=canvas)
+    assert torch.equal(done.tokens[known], before[known])
+    want = to_uint8(pipeline.tokenizer.decode(generator.restore(done)))[0].numpy()
+    np.testing.assert_array_equal(found["cat"], want)
 
 
 def test_photograph_and_mask_are_edited_upright(tmp_path):

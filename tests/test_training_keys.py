@@ -21,6 +21,7 @@ def test_every_key_has_a_comment():
     for key, words in {
         "teacher": ("model", "size"),
         "corrections": ("DetailFlow",),
+        "tokenizer_sides": ("scales", "FlexVAR", "null"),
         "corruption": ("random", "near", "noise", "rate"),
     }.items():
         assert all(word in lines[key].partition("#")[2] for word in words), key

@@ -61,7 +61,9 @@ class Corruption:
     def _tables(self, quantizer: Quantizer | None) -> list[Tensor]:
         """Code vectors [V, C] of every part."""
         largest = max(part.vocab_size for part in self.spec.parts)
-        if quantizer is None or largest > LARGEST:
+        if quantizer is None:
+            raise ValueError(f"corruption.kind={self.kind} compares codes, and this tokenizer has none: use random")
+        if largest > LARGEST:
             raise ValueError(f"corruption.kind={self.kind} compares codes: {largest} of them are too many, use random")
         parts = quantizer.parts if isinstance(quantizer, PartsQuantizer) else [quantizer]
         sizes = [part.vocab_size for part in self.spec.parts]

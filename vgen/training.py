@@ -66,6 +66,7 @@ PART_OF_THE_RUN = (
     "clip",
 )
 PART_OF_THE_RUN += ("ema", "precision", "data", "objective", "tokenizer_from", "corruption", "corrections", "teacher")
+PART_OF_THE_RUN += ("tokenizer_sides",)
 USUAL_SIDE = 256  # px, of codes that are not there yet
 TRAINS_ON_IMAGES = "a tokenizer trains on images: choose data=digits, cifar10, imagefolder, ..."
 
@@ -188,7 +189,7 @@ def settle(config: DictConfig) -> DictConfig:
     runs.check_values(config)
     if config.get("model") is None and config.get("tokenizer") is None:
         raise ValueError("nothing to train: choose tokenizer=<name> (a tokenizer) or model=<name> (a generator)")
-    for name in ("corruption", "teacher", "corrections"):
+    for name in ("corruption", "teacher", "corrections", "tokenizer_sides"):
         if config.get("model") is None and config.get(name):
             raise ValueError(f"{name}= is for the training of a generator (model=<name>), not of a tokenizer: null")
     if config.precision == "auto":
@@ -220,6 +221,8 @@ def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
             raise ValueError(f"{both} name two tokenizers: leave one of them away")
         if config.get("corrections", False):
             raise ValueError("corrections=true encodes images anew, data=codes has none: pass data=... of images")
+        if config.get("tokenizer_sides") is not None:
+            raise ValueError("tokenizer_sides encodes images, data=codes has none: pass data=... of images")
         given = {"tokenizer": source, "weights": config.tokenizer_weights}
         section = OmegaConf.merge(config.data, given) if source else config.data.copy()
         OmegaConf.set_struct(section, False)
@@ -235,11 +238,22 @@ def build_data(config: DictConfig, trust: tuple[str, ...]) -> Any:
         weights=config.tokenizer_weights,
         keep_images=config.get("teacher") is not None,
         corrections=bool(config.get("corrections", False)),
+        sides=_listed(config, "tokenizer_sides"),
         ahead=bool(config.get("encode_ahead", True)),
         trust=trust,
     )
     data.setup()
     return data
+
+
+def _listed(config: DictConfig, name: str) -> list[Any] | None:
+    """The list of a key, None where it is null; ValueError for anything else."""
+    value = config.get(name)
+    if value is None:
+        return None
+    if not OmegaConf.is_list(value):
+        raise ValueError(f"{name}={value}: give a list, as [1,2,4]")
+    return list(value)
 
 
 def crowded(workers: int) -> str | None:

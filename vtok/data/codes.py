@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vtok import counters
 from vtok.checkpoint import CheckpointError, Weights, weights_hash
-from vtok.config import completed, describe, differences, imported
+from vtok.config import build, completed, describe, differences, imported
 from vtok.data.ahead import Ahead
 from vtok.data.module import ImageData, Position, StepData, check_limits, float_images
 from vtok.data.shards import Crops, Shards, open_split
@@ -56,14 +56,37 @@ def spec_at(tokenizer: Tokenizer, image_size: int) -> TokenSpec:
     return tokenizer.spec_for(image_size)
 
 
+def on_sides(tokenizer: Tokenizer, sides: Sequence[int]) -> Tokenizer:
+    """A frozen tokenizer of the same weights that encodes on that list of scales (VAR's, FlexVAR's), and images of the
+    last side times its stride. Raises ValueError where it has no scales, or weights that belong to a number of them."""
+    described, sides = describe(tokenizer), list(sides)
+    quantizer = described["arguments"].get("quantizer")
+    if not isinstance(quantizer, Mapping) or "sides" not in quantizer.get("arguments", {}):
+        raise ValueError(f"tokenizer_sides={sides}: {type(tokenizer).__name__} has no scales; leave it null")
+    if not sides or not all(isinstance(side, int) for side in sides) or sorted({*sides}) != sides or sides[0] < 1:
+        raise ValueError(f"tokenizer_sides={sides}: give growing whole numbers from 1 on")
+    quantizer["arguments"]["sides"] = sides
+    described["arguments"]["image_size"] = sides[-1] * tokenizer.stride
+    other = build(described, imported(FAMILIES, described))
+    try:
+        other.load_state_dict(tokenizer.state_dict())
+    except RuntimeError:
+        raise ValueError(
+            f"tokenizer_sides={sides}: this tokenizer has weights for each of its {len(tokenizer.spec.layout.sides)} "
+            "scales (quantizer.phi=0); give as many"
+        ) from None
+    return other.requires_grad_(False).eval()
+
+
 class OnlineTokens(LightningDataModule):
     """An image data module whose batches are encoded on the device.
 
     data: an ImageData. tokenizer: run directory, .ckpt, shared folder, or a Tokenizer. keep_images: leave "image" in
     the batch beside "tokens". corrections: add "corrupted" and "repaired" [B, L] to training batches: for a share
     CORRECTED of the samples, drawn by their keys, what is read and what is to be predicted where the tokenizer goes on
-    from wrong tokens (DetailFlow), else the tokens; needs a tokenizer that can. ahead: on a GPU, encode the
-    next training batch beside the step that has this one; the tokens are the same. trust: see `frozen`.
+    from wrong tokens (DetailFlow), else the tokens; needs a tokenizer that can. sides: see `on_sides`; None = the
+    tokenizer's own. ahead: on a GPU, encode the next training batch beside the step that has this one; the tokens are
+    the same. trust: see `frozen`.
     """
 
     def __init__(
@@ -74,12 +97,15 @@ class OnlineTokens(LightningDataModule):
         weights: Weights = "ema",
         keep_images: bool = False,
         corrections: bool = False,
+        sides: Sequence[int] | None = None,
         ahead: bool = True,
         trust: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.data, self.keep_images, self.corrections, self.ahead = data, keep_images, corrections, ahead
         self.tokenizer = frozen(tokenizer, weights, trust=trust)
+        if sides is not None:
+            self.tokenizer = on_sides(self.tokenizer, sides)
         if corrections and not getattr(self.tokenizer, "correction", False):
             name = type(self.tokenizer).__name__
             raise ValueError(f"corrections=true needs a tokenizer that repairs its tokens (DetailFlow's), not {name}")

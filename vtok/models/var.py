@@ -32,7 +32,8 @@ class VARTokenizer(CNNTokenizer):
             raise ValueError(
                 f"image_size={size} does not fit quantizer.sides[-1]={quantizer.side} times the stride {self.stride}; "
                 f"let tokenizer.quantizer.sides end with {size // self.stride} (weights of other sides come by "
-                f"init_from), or leave data.image_size={quantizer.side * self.stride}; "
+                "init_from, for a generator by tokenizer_sides), or leave data.image_size="
+                f"{quantizer.side * self.stride}; "
                 "scripts/reconstruct.py cuts larger images into tiles"
             )
         parts = (Part(quantizer.length, quantizer.vocab_size, quantizer.channels),)
