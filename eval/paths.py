@@ -21,7 +21,7 @@ from vgen.heads import CategoricalHead
 from vgen.heads_factorised import FactorisedHead
 from vgen.models.hita import PartHead
 from vtok.counters import STORED
-from vtok.layers.attention import Attention
+from vtok.layers.attention import SPANNED, Attention
 from vtok.layers.linear import ROWS, Linear, has_onednn, wide
 from vtok.layers.packed import HalfLinear, PackedLinear
 from vtok.layers.trunk import Trunk, pays
@@ -129,6 +129,8 @@ def training(
         asked.one_of(f"attention.{pattern}", "attention.mask")
     elif prefixes:
         asked.one_of("attention.prefixes", "attention.blocks", "attention.mask")
+    elif device.type == "cpu" and generator.trained_length(key, progress) >= SPANNED:
+        asked.one_of("attention.spans", "attention.mask")
     elif device.type == "cuda" and not trunk.attention_dropout:
         asked.one_of("attention.blocks", "attention.mask")
     elif device.type == "cuda" and pays(pattern) and generator.trained_length(key, progress) == layout.length:

@@ -1,5 +1,6 @@
 """Attention, cache and rope against the definitions."""
 
+import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,7 +15,17 @@ from fake_cuda import fake_cuda
 from generators import FAMILIES, also_read, tokens_of
 
 from vtok import counters
-from vtok.layers.attention import MASKS, Attention, attend, attend_blocks, attend_naive, block_mask, block_mask_of
+from vtok.acceleration import compile_blocks
+from vtok.layers.attention import (
+    MASKS,
+    Attention,
+    attend,
+    attend_blocks,
+    attend_naive,
+    block_mask,
+    block_mask_of,
+    spans,
+)
 from vtok.layers.block import FeedForward, Gated
 from vtok.layers.cache import KVCache
 from vtok.layers.rope import rope_1d, rope_2d, rotate
@@ -249,6 +260,64 @@ def test_a_condition_that_stays_is_projected_once_a_cache(modulation):
         assert len(calls) == 7 * len(layers) and counters.read()["modulation.kept"] == 5
         torch.testing.assert_close(mixed, walk([first, first.clone(), second, second.clone()]), rtol=0, atol=0)
         assert not torch.allclose(mixed[:, 3:], kept[:, 3:])
+
+
+BLOCKS = [
+    (1, 5, 14, 30, 55, 91, 155, 255, 424, 680),
+    (64, 128, 192, 256),
+    (200, 256),
+    (3, 300),
+    tuple(range(8, 300, 4)),
+]
+
+
+@pytest.mark.parametrize("ends", BLOCKS)
+def test_spans_of_blocks_are_their_mask_in_few_calls(ends):
+    """Every query is in one span, and values and gradients are those of the definition."""
+    found, length = spans(ends), ends[-1]
+    borders = [0, *(b for _, b, _ in found.parts)]
+    assert [(a, b) for a, b, _ in found.parts] == list(itertools.pairwise(borders)) and borders[-1] == length
+    assert set(borders[1:]) <= set(ends) and len(found.parts) <= 6
+    q, k, v = (torch.randn(2, 2, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    results = []
+    for run, mask in ((attend, found), (attend_naive, ends)):
+        y = run(q, k, v, mask=mask, scale=0.7)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("length", [255, 256, 301])
+def test_causal_attention_in_halves_is_causal_attention(length):
+    """With a dropout of which nothing is dropped: a rate below 1/65536 is none on the CPU."""
+    q, k, v = (torch.randn(2, 2, length, 4, requires_grad=True) for _ in range(3))
+    results = []
+    for rate in (0.0, 1e-9):
+        y = attend(q, k, v, mask="causal", dropout=rate)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    dropped = torch.stack([attend(q, k, v, mask="causal", dropout=0.5) for _ in range(200)]).mean(0)
+    assert (dropped - results[0][0]).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_has_spans_where_they_pay(compiled):
+    layout, few = SequenceLayout.levels((1, 16, 64, 100, 120)), SequenceLayout.levels((1, 16, 64, 100))
+    torch._dynamo.reset()
+    for given, path in ((layout, "spans"), (few, "mask")):
+        model, x = trunk(modulation="own").train(), torch.randn(2, given.length, 16)
+        vector = torch.randn(2, 1, 16)
+        if compiled:
+            compile_blocks(model, backend="eager")
+        counters.reset()
+        out = model(Inputs(x, given.ranks(), given.pattern(), vector=vector))
+        taken = counters.read()
+        assert taken[f"attention.{path}"] == 1 and "block.plain" not in taken
+        with torch.no_grad():
+            counters.reset()
+            torch.testing.assert_close(model(Inputs(x, given.ranks(), "ranks", vector=vector)), out)
+            assert counters.read()["attention.mask"] == 1
 
 
 @pytest.mark.parametrize("qk_norm", ["none", "l2"])

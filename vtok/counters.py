@@ -15,6 +15,7 @@ PATHS = {
     "attention.blocks": "a trunk's pass on FlexAttention with a block mask (CUDA, training)",
     "attention.prefixes": "a trunk's pass with a call a step on all up to its end, and no mask",
     "attention.mask": "a trunk's pass with a mask in memory, bool [.., q, k]",
+    "attention.spans": "a trunk's pass with a few calls on all up to their end, masked where they have many steps",
     "attention.turned": "one rotation of queries and keys together",
     "attention.turned_apart": "two rotations, since queries and keys are normed one by one",
     "block.compiled": "a trunk's pass through blocks that are to be compiled",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,18 @@ from vtok.layers.rope import rotate
 from vtok.layout import ranks_of
 
 # bool [.., q, k], "causal", ends of blocks (see vtok.layout.Pattern), a BlockMask, or None: every key is seen
-Mask = Tensor | Literal["causal"] | tuple[int, ...] | Any | None
+SPANNED = 256  # positions from which a call a span is faster in training
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A mask as calls on spans of the queries: (first, end, what they see of the keys before `end`, bool [end - first,
+    end], None = all)."""
+
+    parts: tuple[tuple[int, int, Tensor | None], ...]
+
+
+Mask = Tensor | Literal["causal"] | tuple[int, ...] | Spans | Any | None
 QKNorm = Literal["none", "l2", "rms", "layer", "layer_plain"]
 MAX_LOG_SCALE = math.log(100)
 TILE, KERNELS, MASKS = 128, 64, 64
@@ -34,10 +46,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float |
     """softmax(q k^T * scale) v for q [R, N, q, E], k and v [R, N, k, E]; returns [R, N, q, E].
 
     mask: None, "causal" (query i sees keys 0..i; as many queries as keys), ends of blocks (queries of a block see keys
-    up to its end: a call a block and nothing masked), bool with true = seen, or a BlockMask.
+    up to its end: a call a block and nothing masked), Spans, bool with true = seen, or a BlockMask.
     scale: 1/sqrt(E) where None. dropout: on the weights; not with a BlockMask.
     """
-    if mask is None or isinstance(mask, (str, tuple, Tensor)):
+    if mask is None or isinstance(mask, (str, tuple, Tensor, Spans)):
         causal = isinstance(mask, str)
         if causal and q.shape[-2] != k.shape[-2]:
             raise ValueError(f"a causal mask needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}")
@@ -48,7 +60,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float |
         if isinstance(mask, tuple):
             spans, options = zip((0, *mask), mask), {"scale": scale, "dropout": dropout}
             return torch.cat([attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], **options) for a, b in spans], dim=2)
+        if isinstance(mask, Spans):
+            options = {"scale": scale, "dropout": dropout}
+            calls = [attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], mask=seen, **options) for a, b, seen in mask.parts]
+            return torch.cat(calls, dim=2)
         if dropout and q.device.type == "cpu" and not torch.compiler.is_compiling():
+            if causal and q.shape[-2] >= SPANNED:
+                return attend(q, k, v, mask=halves(q.shape[-2]), scale=scale, dropout=dropout)
             return attend_naive(q, k, v, mask=mask, scale=scale, dropout=dropout)  # no kernel drops there
         return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, is_causal=causal, scale=scale)
     if dropout:
@@ -56,6 +74,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float |
     if not q.is_cuda:
         raise ValueError("a BlockMask needs CUDA: FlexAttention on the CPU has no backward pass")
     return attend_blocks(_flex(), q, k, v, mask=mask, scale=scale)
+
+
+@functools.lru_cache(maxsize=64)
+def spans(ends: tuple[int, ...]) -> Spans:
+    """The mask of blocks that end at these places: the blocks of the first half in one call, then as many a call as
+    have an eighth of the positions. Forward and backward of VAR's 680 positions take 0.78 of the time of one call with
+    a mask, and a call a block 0.96: each has gradients for all earlier keys. For the CPU."""
+    length, parts, a, inside = ends[-1], [], 0, []
+    for b, following in zip(ends, (*ends[1:], None)):
+        inside.append(b)
+        full = following is None or (2 * following > length if a == 0 else 8 * (b - a) >= length)
+        if full:
+            block = torch.bucketize(torch.arange(b), torch.tensor(inside), right=True)
+            block[:a] = -1
+            parts.append((a, b, block[a:, None] >= block if len(inside) > 1 else None))
+            a, inside = b, []
+    return Spans(tuple(parts))
+
+
+@functools.lru_cache(maxsize=16)
+def halves(length: int) -> Spans:
+    """The causal mask in two calls: a quarter of the products falls away, where no kernel skips them."""
+    seen, half = torch.ones(length, length, dtype=torch.bool).tril(), length // 2
+    return Spans(((0, half, seen[:half, :half]), (half, length, seen[half:])))
 
 
 def attend_blocks(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *, mask: Any, scale: float | None):

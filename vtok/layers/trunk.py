@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtok.counters import count, stored_as
-from vtok.layers.attention import Mask, QKNorm, block_mask, block_mask_of
+from vtok.layers.attention import SPANNED, Mask, QKNorm, Spans, block_mask, block_mask_of, spans
 from vtok.layers.block import Activation, Block, Modulation, Norm, make_norm, scale_and_add
 from vtok.layers.cache import KVCache
 from vtok.layout import Pattern, behind, visible
 
 # Positions in a step, on average and but for the largest, from which a call a step beats one mask in memory. Measured
 # on a CPU with VAR's 680 positions: forward 0.75 of the time, forward and backward 1.05 (every call has gradients for
-# all earlier keys), so that training has a mask, in memory or FlexAttention's. The latter has no dropout on the
+# all earlier keys), so that training has a mask, in a few calls or FlexAttention's. The latter has no dropout on the
 # weights: with it, training on CUDA has a call a block (not measured).
 BLOCK = 8
 
@@ -214,6 +214,8 @@ class Trunk(nn.Module):
         dropped = on_cuda and self.attention_dropout > 0  # FlexAttention has no dropout on the weights
         if blocks and ((grads and self.prefixes) or ((dropped or not grads) and pays(blocks))):
             return blocks
+        if blocks and grads and not inputs.x.is_cuda and blocks[-1] >= SPANNED:
+            return spans(blocks)
         if fresh and on_cuda and not dropped and inputs.rank.dim() == 1:
             # ranks on the device tell no two masks apart without waiting for it
             return block_mask_of(blocks, inputs.rank.device) if blocks else block_mask(inputs.rank)
@@ -226,8 +228,8 @@ class Trunk(nn.Module):
         count(stored_as(weight))
         if mask is None or isinstance(mask, str):
             count("attention.full" if mask is None else "attention.causal")
-        elif isinstance(mask, tuple):
-            count("attention.prefixes")
+        elif isinstance(mask, (tuple, Spans)):
+            count("attention.prefixes" if isinstance(mask, tuple) else "attention.spans")
         else:
             count("attention.mask" if isinstance(mask, Tensor) else "attention.blocks")
         if self.checkpointing and self.training:
