@@ -22,7 +22,7 @@ from vgen.heads_factorised import FactorisedHead
 from vgen.models.hita import PartHead
 from vtok.counters import STORED
 from vtok.layers.attention import SPANNED, Attention
-from vtok.layers.linear import ROWS, Linear, has_onednn, wide
+from vtok.layers.linear import ROWS, Linear, slow_mkl, wide
 from vtok.layers.packed import HalfLinear, PackedLinear
 from vtok.layers.trunk import Trunk, pays
 from vtok.low_bit import LowBit
@@ -111,7 +111,7 @@ def training(
     trunk, layout = generator.trunk, generator.layout
     float32_on_cpu = device.type == "cpu" and dtype == torch.float32 and not compiled
     rows = len(key) * generator.trained_length(key, progress)
-    if float32_on_cpu and has_onednn() and rows >= ROWS and any(map(_is_wide, trunk.modules())):
+    if float32_on_cpu and slow_mkl() and rows >= ROWS and any(map(_is_wide, trunk.modules())):
         asked.taken.add("linear.wide")
     ways = {
         "loss.pieces" if len(key) * tokens > rows_of_a_piece(vocab_size) else "loss.whole"

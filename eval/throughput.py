@@ -405,7 +405,7 @@ def describe(device: torch.device) -> str:
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     except OSError:
         pass
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model} with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def table(rows: list[Mapping[str, Any]]) -> str:

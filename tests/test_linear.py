@@ -8,9 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from vtok import counters
-from vtok.layers.linear import ROWS, WIDE, Linear, has_onednn, linear
+from vtok.layers.linear import ROWS, WIDE, Linear, linear, slow_mkl
 
-needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this build has no oneDNN products for this processor")
+here = torch.backends.mkldnn.is_available()
+needs_onednn = pytest.mark.skipif(not here, reason="this build has no oneDNN products for this processor")
+
+
+@pytest.fixture(autouse=True)
+def on_a_processor_that_it_is_for(monkeypatch):
+    monkeypatch.setattr("vtok.layers.linear.slow_mkl", lambda: here)
 
 
 def wide_counts(run):
@@ -56,7 +62,7 @@ def test_gradients_of_gradients_are_pytorchs():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_what_it_is_not_faster_for_is_pytorchs_own():
+def test_what_it_is_not_faster_for_is_pytorchs_own(monkeypatch):
     """Few rows, few numbers, more inputs than outputs, other dtypes, autocast, weights that are frozen or not."""
     x, weight = torch.randn(64, 512), torch.randn(2048, 512)
     few, small, tall = (x[:63], weight), (x, weight[:2047]), (torch.randn(64, 2048), torch.randn(512, 2048))
@@ -67,7 +73,23 @@ def test_what_it_is_not_faster_for_is_pytorchs_own():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert wide_counts(lambda: linear(x, weight)) == 0
         assert linear(x, weight).dtype == torch.bfloat16
-    assert wide_counts(lambda: linear(x, weight)) == int(has_onednn())
+    assert wide_counts(lambda: linear(x, weight)) == int(here)
+    monkeypatch.setattr("vtok.layers.linear.slow_mkl", lambda: False)
+    assert wide_counts(lambda: linear(x, weight)) == 0
+
+
+def test_it_is_for_amd_without_avx512(monkeypatch, tmp_path):
+    """By what PyTorch says of the instructions and Linux of the maker."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for maker, level, want in (("AuthenticAMD", "AVX2", True), ("AuthenticAMD", "AVX512", False), ("X", "AVX2", False)):
+        info = tmp_path / "cpuinfo"
+        info.write_text(f"vendor_id\t: {maker}\n")
+        monkeypatch.setattr("vtok.layers.linear.Path", lambda _, info=info: info)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda level=level: level)
+        assert slow_mkl.__wrapped__() is want
+    info.unlink()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert slow_mkl.__wrapped__() is False
 
 
 @needs_onednn

@@ -80,7 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float |
 def spans(ends: tuple[int, ...]) -> Spans:
     """The mask of blocks that end at these places: the blocks of the first half in one call, then as many a call as
     have an eighth of the positions. Forward and backward of VAR's 680 positions take 0.78 of the time of one call with
-    a mask, and a call a block 0.96: each has gradients for all earlier keys. For the CPU."""
+    a mask, and a call a block 0.96: each has gradients for all earlier keys (AMD EPYC with AVX2). For the CPU."""
     length, parts, a, inside = ends[-1], [], 0, []
     for b, following in zip(ends, (*ends[1:], None)):
         inside.append(b)

@@ -1,15 +1,16 @@
 """Linear layers that take the faster of two libraries for float32 products on the CPU.
 
-PyTorch multiplies float32 with MKL there, whose x weight^T is slow for many outputs on AMD's processors: oneDNN's took
-0.6 to 0.95 of its time for weights of 768 x 2304 to 1024 x 16384 and 64 to 2048 rows on two threads of an EPYC, about
-the same for narrower ones, and more for small ones. The two products of the backward pass are MKL's: oneDNN's are
-slower. Float32 products alone: other dtypes, autocast and other devices have one library.
+PyTorch multiplies float32 with MKL there, whose x weight^T is slow for many outputs on AMD's processors with AVX2:
+oneDNN's took 0.6 to 0.95 of its time for weights of 768 x 2304 to 1024 x 16384 and 64 to 2048 rows on two threads of an
+EPYC, about the same for narrower ones, and more for small ones. The two products of the backward pass are MKL's:
+oneDNN's are slower. Other processors were not measured and have MKL's; other dtypes, autocast and other devices have
+one library.
 """
 
 from __future__ import annotations
 
 import functools
-import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def faster(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or not wide(weight) or x.numel() < ROWS * weight.shape[1]:
         return False
     plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype is torch.float32 for t in (x, weight))
-    return plain and x.is_cpu and weight.is_cpu and not torch.is_autocast_enabled("cpu") and has_onednn()
+    return plain and x.is_cpu and weight.is_cpu and not torch.is_autocast_enabled("cpu") and slow_mkl()
 
 
 def wide(weight: Tensor) -> bool:
@@ -60,9 +61,14 @@ def wide(weight: Tensor) -> bool:
 
 
 @functools.cache
-def has_onednn() -> bool:
-    """Whether this build has oneDNN's products for this processor."""
-    return torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+def slow_mkl() -> bool:
+    """Whether the processor is one of AMD's with AVX2 and without AVX-512, and this build has oneDNN."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 class Linear(nn.Linear):
