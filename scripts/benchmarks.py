@@ -320,8 +320,9 @@ Where the time goes, by PyTorch's profiler in one run of one thread (training: w
 ## Against the originals, one GPU, bf16
 
 The same turns with both sides in bfloat16 on one GPU: `python scripts/bench_gpu.py peers=<folder of their clones>`.
-LlamaGen's original samples through `torch.compile`, as its own script's `--compile` does (`compiled_original=true`).
-The last number of a row's name is the batch.
+Ours samples from CUDA graphs and trains with compiled blocks. LlamaGen's original samples through `torch.compile`, as
+its own script's `--compile` does (`compiled_original=true`), and our blocks then do too. The last number of a row's
+name is the batch.
 
 {gpu_versus_table(rows, gpu)}
 
