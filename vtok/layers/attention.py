@@ -128,7 +128,7 @@ def attend_naive(
 def _flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # or it would run uncompiled, past dynamo's limit
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # past dynamo's limit: an error, no slow pass
 
 
 def padded(length: int) -> int:
