@@ -39,6 +39,8 @@ PATHS = {
     "loss.pieces": "cross-entropy whose logits exist piece by piece",
     "loss.whole": "cross-entropy over all logits at once",
     "modulation.kept": "a sampling step that takes the blocks' scales, shifts and gates from an earlier one",
+    "norm.bfloat16": "a norm of an image tokenizer's maps that stay bfloat16 from one convolution to the next (CUDA)",
+    "norm.float32": "such a norm in float32 under autocast (CUDA, without gradients)",
     "rows.guided": "a sampling step with null rows",
     "rows.single": "a sampling step without null rows",
     "step.cached": "a sampling step that reads keys and values of earlier ones from the cache",
