@@ -33,7 +33,7 @@ PATHS = {
     "graph.replayed": "a sampling step replayed from its CUDA graph",
     "head.bfloat16": "cross-entropy of a head whose product takes bfloat16 and sums in float32 (CUDA, training)",
     "head.float32": "cross-entropy of a head whose product is float32",
-    "linear.half": "a product of float32 with weights kept in float16 (CPU)",
+    "linear.half": "a product, summed in float32, with weights kept in float16",
     "linear.wide": "a float32 product of many outputs by oneDNN, in place of MKL (CPU)",
     "linear.packed": "a product with weights that were reordered once (CPU)",
     "loss.pieces": "cross-entropy whose logits exist piece by piece",
