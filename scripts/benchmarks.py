@@ -88,6 +88,18 @@ FAST = [  # path, command with the key, the key, where it is shown to change not
         "tests/test_light_weights.py",
     ),
     (
+        "bf16 encoding and decoding, CUDA: channels-last, maps that stay bf16",
+        f"{THROUGHPUT} parts=[encode,decode] batches=[1,64] device=cuda dtype=bfloat16",
+        "dtype",
+        "tests/test_cnn.py, tests/test_light_weights.py",
+    ),
+    (
+        "a head's weights in float16, CUDA",
+        f"{THROUGHPUT} model=llamagen_b parts=[sample] batches=[256] device=cuda dtype=bfloat16 cuda_graphs=true",
+        "packed",
+        "tests/test_light_weights.py",
+    ),
+    (
         "packed tokenizers, CPU",
         "python -m eval.throughput tokenizer=titok_l32 parts=[encode,decode] batches=[1,8] device=cpu",
         "packed",
