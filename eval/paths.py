@@ -139,7 +139,8 @@ def training(
 
 
 def encoding(tokenizer: nn.Module, *, dtype: torch.dtype) -> Asked:
-    """For tokens of images: convolutions channels-last, where there are any, and packed layers where it holds some."""
+    """For tokens of images: convolutions channels-last, where there are any, packed layers where it holds some, and on
+    CUDA maps that stay bfloat16 between them."""
     return _images("encode", tokenizer, dtype, other="decoder")
 
 
@@ -156,6 +157,8 @@ def _images(part: str, tokenizer: nn.Module, dtype: torch.dtype, *, other: str) 
     packed = [name for name, m in tokenizer.named_modules() if isinstance(m, PackedLinear)]
     if any(name.partition(".")[0] != other for name in packed):
         asked.taken.add("linear.packed")
+    if dtype == torch.bfloat16:
+        asked.never.add("norm.float32")
     return asked
 
 

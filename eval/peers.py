@@ -34,6 +34,7 @@ from vgen.heads import DrawRule
 from vgen.masking import masked_layout
 from vgen.samplers.graphs import GraphSampler
 from vtok.acceleration import compile_blocks, light_weights
+from vtok.layers.trunk import Trunk
 from vtok.low_bit import LowBit
 from vtok.noise import SampleNoise, sample_seeds
 
@@ -338,16 +339,32 @@ def learner(model: Any, options: Options) -> Any:
 
 
 def taught(ours: Any, timed: Any, tokens: Tensor, labels: Tensor, options: Options) -> list[Output]:
-    """Gradients of our loss, without dropout, by the plain module and by the one whose training is timed."""
-    if timed is ours:
+    """Gradients of our loss, without dropout, by the plain module and by the one whose training is timed, with the
+    kernels of attention that training has (on CUDA others than evaluation)."""
+    if timed is ours and options.device.type == "cpu":
         return []
     found = []
-    for model in (ours, timed):
-        loss = our_loss(model, tokens, labels, options)()
+    for model, attention in ((ours, contextlib.nullcontext()), (timed, attending_as_in_training(timed))):
+        with attention:
+            loss = our_loss(model, tokens, labels, options)()
         weights = [p for p in model.parameters() if p.requires_grad]
         given = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         found.append(torch.cat([g.flatten() for g in given]))
     return [Output("timed gradients, beside those of blocks as they are", *found)]
+
+
+@contextlib.contextmanager
+def attending_as_in_training(model: nn.Module) -> Iterator[None]:
+    """Inside, trunks choose their masks as in training, though the model evaluates: nothing is dropped or drawn."""
+    trunks = [m for m in model.modules() if isinstance(m, Trunk)]
+    before = [trunk.training for trunk in trunks]
+    for trunk in trunks:
+        trunk.training = True  # not those inside
+    try:
+        yield
+    finally:
+        for trunk, was in zip(trunks, before):
+            trunk.training = was
 
 
 def cast(model: Any, options: Options) -> Any:

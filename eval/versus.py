@@ -311,7 +311,8 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             facts |= {"threads": torch.get_num_threads(), "device": describe(device), "clock": config["clock"]}
             facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}
             facts |= {"apart": bool(apart)}
-            facts |= ran(part, options) | {"packed": bool({"linear.packed", "linear.half"} & row["paths"].keys())}
+            packed = device.type == "cpu" and bool({"linear.packed", "linear.half"} & row["paths"].keys())
+            facts |= ran(part, options) | {"packed": packed}
             if part == "train":
                 facts |= products(both.learning, options)
             what = "forward and backward" if part == "train" else setting

@@ -5,12 +5,12 @@
     python scripts/bench_gpu.py peers=..
 
 A row is one call of eval.throughput in a process of its own, on the fast paths unless its name says plain; where one
-was not taken, the row fails. A call of this script starts no row after `seconds`, and kills one that runs over
-`row_seconds`, so that it ends within their sum, and three calls within 25 minutes. What these do not measure, the least
-wanted rows, is left for more calls: all rows together are bounded by their number times `row_seconds` alone. Rows whose
-file holds a measurement are done. A row that failed or was killed leaves `<row>.failed` and comes first in the next
-call, last once it failed twice. MAR is measured at 16 iterations and xAR at 10 solver steps, as in eval.versus; the
-rows say so.
+was not taken, the row fails. A call of this script starts no row after `seconds` and ends `row_seconds` later at most,
+so that three calls end within 25 minutes: a row has at least `row_seconds`, more where it starts early (compiling both
+sides of a comparison takes minutes), and `most_seconds` at most. What these calls do not measure, the least wanted
+rows, is left for more. Rows whose file holds a measurement are done. A row that failed or was killed leaves
+`<row>.failed` and comes first in the next call, last once it failed twice. MAR is measured at 16 iterations and xAR at
+10 solver steps, as in eval.versus; the rows say so.
 
 peers: a folder with clones of the originals, named as their repositories are (LlamaGen, VAR, ..). Rows of eval.versus
 (`versus_..`) for those that are there then come behind the most wanted ones. scripts/benchmarks.py writes
@@ -38,14 +38,15 @@ LLAMAGEN, VAR, KL = "tokenizer=llamagen_vq16", "tokenizer=var_vqvae", "tokenizer
 GRAPHS, COMPILE, IN_TURN = "cuda_graphs=true", "compile=true", "encode_ahead=false"
 ROWS: dict[str, tuple[str, ...]] = {
     "llamagen_l_sample_1": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]", GRAPHS),
+    "llamagen_l_sample_1_compiled": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]", GRAPHS, COMPILE),
     "var_d16_sample_1": (VAR, "model=var_d16", "parts=[sample]", "batches=[1]", GRAPHS),
     "llamagen_l_train": (LLAMAGEN, "model=llamagen_l", "parts=[train]", "batches=[64]", COMPILE),
     "var_d16_train": (VAR, "model=var_d16", "parts=[train]", "batches=[64]", COMPILE),
     "llamagen_l_sample_64": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[64]", GRAPHS),
     "var_d16_sample_64": (VAR, "model=var_d16", "parts=[sample]", "batches=[64]", GRAPHS),
     "llamagen_3b_sample_1": (LLAMAGEN, "model=llamagen_3b", "parts=[sample]", "batches=[1]", GRAPHS),
+    "llamagen_3b_sample_1_compiled": (LLAMAGEN, "model=llamagen_3b", "parts=[sample]", "batches=[1]", GRAPHS, COMPILE),
     "llamagen_b_sample_8": (LLAMAGEN, "model=llamagen_b", "parts=[sample]", "batches=[8]", GRAPHS),
-    "llamagen_l_sample_1_compiled": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]", GRAPHS, COMPILE),
     "var_d16_sample_1_compiled": (VAR, "model=var_d16", "parts=[sample]", "batches=[1]", GRAPHS, COMPILE),
     "llamagen_l_sample_1_plain": (LLAMAGEN, "model=llamagen_l", "parts=[sample]", "batches=[1]"),
     "llamagen_vq16": (LLAMAGEN, "parts=[encode,decode]", "batches=[1,64]"),
@@ -76,7 +77,7 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 
 
-FIRST = list(ROWS).index("llamagen_3b_sample_1") + 1  # rows that come before those of VERSUS
+FIRST = list(ROWS).index("llamagen_3b_sample_1_compiled") + 1  # rows that come before those of VERSUS
 VERSUS: dict[str, tuple[str, str, str, int, float]] = {  # peer, size, part, batch, the ratio that is wanted
     "versus_llamagen_l_sample_1": ("llamagen", "GPT-L", "sample", 1, 3.0),
     "versus_var_d16_sample_1": ("var", "d16", "sample", 1, 2.0),
@@ -157,28 +158,38 @@ def command(name: str, out: Path, repeats: int, peers: str | None = None) -> lis
         module, options = "eval.versus", [f"peer={peer}", f"dir={clone(peer, peers)}", f"size={size}"]
         # the original's side may last ten times as long
         options += [f"parts=[{part}]", f"batch={batch}", "least_seconds=0.2"]
-        options += [f"cuda_graphs={part == 'sample'}", f"compile={part == 'train'}"]
+        options += [f"cuda_graphs={part == 'sample'}", f"compile={part == 'train' or compiled(peer, part)}"]
         options += [f"compiled_original={compiled(peer, part)}"]
     return [sys.executable, "-m", module, *options, "device=cuda", "dtype=bfloat16", f"out={out}"]
+
+
+def check_times(config: Mapping[str, Any]) -> None:
+    """ValueError where a row may not last as long as every row does at least."""
+    most, least = config["most_seconds"], config["row_seconds"]
+    if most < least:
+        raise ValueError(f"most_seconds={most} is below row_seconds={least}, which every row has: raise the first")
 
 
 def run(config: Mapping[str, Any], *, start=subprocess.run, clock=time.monotonic) -> list[str]:
     """Measure what is left and fits into the time; returns the names of the rows measured now."""
     folder, began, done = Path(config["out"]), clock(), []
+    end = began + config["seconds"] + config["row_seconds"]
     folder.mkdir(parents=True, exist_ok=True)
     only, peers = config["only"], config["peers"]
     todo = left(folder, only, peers)
     for name in todo:
-        if clock() - began > config["seconds"]:
+        room = end - clock()
+        if room < config["row_seconds"]:
             print(f"time is up; {len(left(folder, only, peers))} rows are left: call again", flush=True)
             break
         part, failed = folder / f"{name}.part", folder / f"{name}.failed"  # a killed row has no file of its own name
         part.unlink(missing_ok=True)
+        limit = min(room, config["most_seconds"])
         try:
-            ended = start(command(name, part, config["repeats"], peers), cwd=ROOT, timeout=config["row_seconds"])
+            ended = start(command(name, part, config["repeats"], peers), cwd=ROOT, timeout=limit)
             why = "" if ended.returncode == 0 and measured(part) else f"failed, exit code {ended.returncode}"
         except subprocess.TimeoutExpired:
-            why = f"over {config['row_seconds']} s, given up"
+            why = f"over {limit:.0f} s, given up"
         if why:
             with open(failed, "a") as file:
                 file.write(f"{why}\n")
@@ -195,12 +206,13 @@ def run(config: Mapping[str, Any], *, start=subprocess.run, clock=time.monotonic
     "bench_gpu",
     ROOT / "configs",
     whole={"repeats": 1},
-    numbers={"seconds": (0, math.inf), "row_seconds": (1, math.inf)},
+    numbers={"seconds": (0, math.inf), "row_seconds": (1, math.inf), "most_seconds": (1, math.inf)},
     lists=("only",),
 )
 def main(config: Any) -> None:
     import torch
 
+    check_times(config)
     config["only"] = [config["only"]] if isinstance(config["only"], str) else config["only"]
     check_place("out", config["out"], folder=True)
     left(Path(config["out"]), config["only"], config["peers"])  # or what is wrong with them

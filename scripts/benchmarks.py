@@ -88,6 +88,18 @@ FAST = [  # path, command with the key, the key, where it is shown to change not
         "tests/test_light_weights.py",
     ),
     (
+        "bf16 encoding and decoding, CUDA: channels-last, maps that stay bf16",
+        f"{THROUGHPUT} parts=[encode,decode] batches=[1,64] device=cuda dtype=bfloat16",
+        "dtype",
+        "tests/test_cnn.py, tests/test_light_weights.py",
+    ),
+    (
+        "a head's weights in float16, CUDA",
+        f"{THROUGHPUT} model=llamagen_b parts=[sample] batches=[256] device=cuda dtype=bfloat16 cuda_graphs=true",
+        "packed",
+        "tests/test_light_weights.py",
+    ),
+    (
         "packed tokenizers, CPU",
         "python -m eval.throughput tokenizer=titok_l32 parts=[encode,decode] batches=[1,8] device=cpu",
         "packed",
@@ -320,8 +332,9 @@ Where the time goes, by PyTorch's profiler in one run of one thread (training: w
 ## Against the originals, one GPU, bf16
 
 The same turns with both sides in bfloat16 on one GPU: `python scripts/bench_gpu.py peers=<folder of their clones>`.
-LlamaGen's original samples through `torch.compile`, as its own script's `--compile` does (`compiled_original=true`).
-The last number of a row's name is the batch.
+Ours samples from CUDA graphs and trains with compiled blocks. LlamaGen's original samples through `torch.compile`, as
+its own script's `--compile` does (`compiled_original=true`), and our blocks then do too. The last number of a row's
+name is the batch.
 
 {gpu_versus_table(rows, gpu)}
 

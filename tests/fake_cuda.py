@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,6 +30,15 @@ class Arrivals(TorchDispatchMode):
         if len(devices) > 1:
             raise AssertionError(f"{function} copies between host and device: the device would be waited for")
         return result
+
+
+@contextmanager
+def autocast_on_cuda() -> Iterator[None]:
+    """Inside, torch.autocast("cuda") to bfloat16 acts on fake tensors; elsewhere it looks for a GPU first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+        yield
 
 
 @contextmanager

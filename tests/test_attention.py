@@ -1,5 +1,6 @@
 """Attention, cache and rope against the definitions."""
 
+import functools
 import itertools
 import math
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from vtok.acceleration import compile_blocks
 from vtok.layers.attention import (
     MASKS,
     Attention,
+    _flex,
     attend,
     attend_blocks,
     attend_naive,
@@ -70,6 +72,23 @@ def test_added_positions_of_a_block_mask_are_not_seen(sides):
     assert mask.shape[-2:] == (128, 128) and torch._dynamo.config.recompile_limit >= 64
     got = attend_blocks(flex_attention, q, k, v, mask=mask, scale=0.3)
     torch.testing.assert_close(got, attend_naive(q, k, v, mask=visible(ranks, ranks), scale=0.3), rtol=1e-5, atol=1e-5)
+
+
+def test_block_masks_past_dynamos_limit_are_an_error_and_no_slow_pass(monkeypatch):
+    """Two lengths where one may be compiled; dynamo's eager backend in the place of the kernels."""
+    masks = [block_mask(torch.arange(length)) for length in (100, 200)]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    _flex.cache_clear()
+    kernel = _flex()
+    _flex.cache_clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for mask, length in zip(masks, (100, 200)):
+            q, k, v = torch.randn(3, 1, 2, length, 16).unbind(0)
+            with nullcontext() if length == 100 else pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+                got = attend_blocks(kernel, q, k, v, mask=mask, scale=None)
+                torch.testing.assert_close(got, attend_naive(q, k, v, mask="causal"), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def on_cuda(layout, start=0, stop=None):

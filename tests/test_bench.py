@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ CONFIGS = ROOT / "configs"
 
 
 def settings(folder, **options):
-    given = {"out": str(folder), "seconds": 100, "row_seconds": 10, "repeats": 1, "only": None, "peers": None}
-    return given | options
+    given = {"out": str(folder), "seconds": 100, "row_seconds": 10, "most_seconds": 25, "repeats": 1}
+    return given | {"only": None, "peers": None} | options
 
 
 def result(name):
@@ -53,13 +54,30 @@ def test_rows_run_in_order_until_the_time_is_up_and_the_next_call_goes_on(tmp_pa
     assert calls == names and bench_gpu.left(tmp_path, None) == []
 
 
+def test_a_row_has_what_is_left_of_the_call_up_to_a_most(tmp_path):
+    """Rows start at 0, 40 and 80 s of a call that ends at 110; one that starts at 120 would have had less than 10."""
+    given, now = [], [0.0]
+
+    def start(command, *, cwd, timeout):
+        given.append(timeout)
+        now[0] += 40
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    names = list(bench_gpu.ROWS)[:4]
+    options = settings(tmp_path, most_seconds=60, only=names)
+    assert bench_gpu.run(options, start=start, clock=lambda: now[0]) == []
+    assert given == [60, 60, 30] and (tmp_path / f"{names[2]}.failed").read_text() == "over 30 s, given up\n"
+    with pytest.raises(ValueError, match=r"most_seconds=5 is below row_seconds=10, which every row has"):
+        bench_gpu.check_times(settings(tmp_path, most_seconds=5))
+
+
 def test_slow_and_broken_rows_come_first_in_the_next_call(tmp_path):
     a, b, c, d, e = five = list(bench_gpu.ROWS)[:5]
     calls, now, wanted = [], [0.0], settings(tmp_path, only=five)
     done = bench_gpu.run(wanted, start=runner(calls, slow=[b], broken=[d], now=now), clock=lambda: now[0])
     assert calls == [a, b, c, d] and done == [a, c]
     assert bench_gpu.left(tmp_path, five) == [b, d, e], "e was never tried"
-    assert (tmp_path / f"{b}.failed").read_text() == "over 10 s, given up\n"
+    assert (tmp_path / f"{b}.failed").read_text() == "over 25 s, given up\n"
     bench_gpu.run(wanted, start=runner(calls))
     assert calls[4:] == [b, d, e] and not list(tmp_path.glob("*.failed")) and not bench_gpu.left(tmp_path, five)
     for _ in range(2):
@@ -96,6 +114,25 @@ def test_mar_and_xar_are_measured_at_the_steps_of_the_comparison(tmp_path):
         row = result(name)["rows"][0] | dict(zip(("steps", "solver_steps"), steps))
         (tmp_path / f"{name}.json").write_text(json.dumps(result(name) | {"rows": [row]}))
         assert f"| {name} | sample | {shown} | 1 | 2.00 |" in benchmarks.gpu_table(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("there, online", [(True, False), (False, True), (False, False)])
+def test_make_bench_gpu_measures_where_torchao_cannot_be_had(tmp_path, there, online):
+    """Without a network too, as on many GPU machines: an interpreter that only says what it is asked."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    fails = {"import torchao": there, "pip install": online}
+    cases = "".join(f'case "$*" in *"{words}"*) exit {int(not fine)};; esac\n' for words, fine in fails.items())
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n{cases}')
+    python.chmod(0o755)
+    (tmp_path / "ready").touch()
+    command = ["make", "-s", "bench-gpu", f"VENV={tmp_path}", "PEERS=clones"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    asked = (tmp_path / "asked").read_text()
+    assert "scripts/bench_gpu.py peers=clones\nscripts/benchmarks.py\n" in asked
+    assert ("pip install" in asked) == (not there)
+    assert ("note: torchao was not installed" in said) == (not there and not online)
 
 
 def test_every_row_names_configs_that_exist():
@@ -174,14 +211,16 @@ def test_comparisons_run_where_there_are_clones_behind_the_most_wanted_rows(tmp_
     (tmp_path / "VAR").mkdir()
     names = bench_gpu.left(tmp_path, None, str(tmp_path))
     var = [name for name, (peer, *_) in bench_gpu.VERSUS.items() if peer in ("var", "var_vqvae")]
-    assert names == [*plain[:7], *var, *plain[7:]] and len(var) == 5
+    assert names == [*plain[:9], *var, *plain[9:]] and len(var) == 5
     assert bench_gpu.command("versus_var_d16_train_32", tmp_path / "x", 5, str(tmp_path))[2:] == [
         "eval.versus", "peer=var", f"dir={tmp_path / 'VAR'}", "size=d16", "parts=[train]", "batch=32",
         "least_seconds=0.2", "cuda_graphs=False", "compile=True", "compiled_original=False",
         "device=cuda", "dtype=bfloat16", f"out={tmp_path / 'x'}",
     ]  # fmt: skip
     sampling = bench_gpu.command("versus_llamagen_l_sample_8", tmp_path / "x", 5, str(tmp_path))
-    assert {"cuda_graphs=True", "compile=False", "compiled_original=True", "batch=8"} <= set(sampling)
+    assert {"cuda_graphs=True", "compile=True", "compiled_original=True", "batch=8"} <= set(sampling)
+    sampling = bench_gpu.command("versus_var_d16_sample_8", tmp_path / "x", 5, str(tmp_path))
+    assert {"cuda_graphs=True", "compile=False", "compiled_original=False"} <= set(sampling)
     calls = []
     bench_gpu.run(settings(tmp_path, peers=str(tmp_path), only=[var[0], plain[0]]), start=runner(calls))
     assert calls == [plain[0], var[0]]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fake_cuda import autocast_on_cuda, fake_cuda
 from omegaconf import OmegaConf
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtok.checkpoint import CheckpointError, load_folder, save_folder
 from vtok.config import build, describe, instantiate
 from vtok.data.transforms import to_uint8
+from vtok.layers import group_norm
 from vtok.layers.cnn import Attention2d, Decoder, Downsample, Encoder, Upsample, from_map, to_map
+from vtok.layers.group_norm import Norm
 from vtok.layout import SequenceLayout
 from vtok.models import FAMILIES
 from vtok.models.cnn import CNNTokenizer
@@ -323,3 +329,60 @@ def test_small_configs_build_for_another_image_size(path):
         (config.tokenizer if key in config.tokenizer else config.tokenizer.quantizer)[key] = value
     with torch.device("meta"):
         assert instantiate(config.tokenizer).spec.image_size == 40
+
+
+class Dtypes(TorchDispatchMode):
+    """The dtypes in which norms, activations and upsampling give their results, by operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in ("native_group_norm", "silu", "upsample_nearest2d"):
+            first = result[0] if isinstance(result, tuple) else result
+            self.seen.setdefault(name, set()).add(first.dtype)
+        return result
+
+
+@pytest.mark.parametrize("graded", [False, True], ids=["no gradients", "gradients"])
+def test_maps_stay_bfloat16_between_convolutions_on_cuda_where_no_gradient_is_wanted(graded):
+    """Autocast alone takes norms and upsampling in float32 there, and the activations behind them."""
+    module, wanted = Decoder(in_channels=4, **SMALL), {torch.float32 if graded else torch.bfloat16}
+    grads = nullcontext() if graded else torch.no_grad()
+    with ExitStack() as stack:
+        stack.enter_context(autocast_on_cuda())
+        batch = stack.enter_context(fake_cuda(module, {"x": torch.zeros(2, 4, 8, 8)}))
+        dtypes, _ = map(stack.enter_context, (Dtypes(), grads))
+        with torch.autocast("cuda", torch.bfloat16):
+            out = module(batch["x"])
+    assert out.is_cuda and out.dtype is torch.bfloat16
+    assert dtypes.seen == dict.fromkeys(("native_group_norm", "silu", "upsample_nearest2d"), wanted)
+
+
+def test_a_bfloat16_norm_is_that_of_float32_numbers_rounded(monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Norm(4, 8, eps=1e-6), (3 + 2 * torch.randn(2, 8, 16, 16)).bfloat16()
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    want = F.group_norm(x.double(), 4, layer.weight.double(), layer.bias.double(), 1e-6)
+    monkeypatch.setattr(group_norm, "is_light", lambda x: True)
+    with torch.no_grad():
+        got = layer(x)
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this norm is for a CUDA device")
+def test_a_bfloat16_norm_on_cuda_is_that_of_float32_numbers_rounded():
+    """Channels-last too, as convolutions give it, and far from zero, where rough statistics would show."""
+    torch.manual_seed(0)
+    layer, x = Norm(32, 128, eps=1e-6).cuda(), (8 + torch.randn(2, 128, 64, 64, device="cuda")).bfloat16()
+    want = F.group_norm(x.double(), 32, layer.weight.double(), layer.bias.double(), 1e-6)
+    for form in (torch.contiguous_format, torch.channels_last):
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            got = layer(x.to(memory_format=form))
+        assert got.dtype is torch.bfloat16 and got.is_contiguous(memory_format=form)
+        torch.testing.assert_close(got.double(), want, rtol=2**-6, atol=2**-6)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fake_cuda import Arrivals, fake_cuda
 from generators import make, tokens_of
 from test_generators import LABELS, draw
 from test_pipeline import exported, settings
@@ -21,14 +22,24 @@ from eval.peers import Options
 from eval.throughput import counted
 from eval.versus import asked
 from vgen.guidance import guidance
-from vgen.heads import DrawRule
+from vgen.heads import CategoricalHead, DrawRule
 from vgen.pipeline import Pipeline
 from vgen.sampling import sample
 from vtok import counters
 from vtok.acceleration import compile_blocks, light_weights
 from vtok.checkpoint import save_folder
 from vtok.decoding import channels_last, decode_images, encode_images, light_tokenizer
-from vtok.layers.packed import PLAIN, HalfLinear, PackedLinear, can_halve, linears, pack_linears, packable
+from vtok.layers.packed import (
+    PLAIN,
+    HalfLinear,
+    HalfLinearOnCuda,
+    PackedLinear,
+    can_halve,
+    float32_linear,
+    linears,
+    pack_linears,
+    packable,
+)
 from vtok.low_bit import quantize_weights
 from vtok.models.cnn import CNNTokenizer
 from vtok.noise import sample_seeds
@@ -196,6 +207,63 @@ def test_a_halved_layer_rounds_its_weights_to_11_bits_and_nothing_else(bias):
     off = (got - (x.double() @ weight.T + offset)).abs()[..., 8:]
     bound = 2**-11 * (x.double().abs() @ weight.abs().T)[..., 8:] + 1e-5
     assert 0 < float((off / bound).max()) < 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_halved_layer_for_cuda_rounds_its_weights_to_11_bits_and_no_bfloat16_state(bias):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(768, 900, bias=bias), torch.randn(2, 3, 768).bfloat16()
+    with torch.no_grad():
+        linear.weight[7, 5] = 1e6
+    half, offset = HalfLinearOnCuda(linear.weight, linear.bias), 0 if linear.bias is None else linear.bias.double()
+    assert not list(half.parameters()) and not half.state_dict()
+    got = float32_linear(half, x)
+    rounded = linear.weight.detach().double().clamp(max=65504).half().double()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), x.double() @ rounded.T + offset, rtol=1e-5, atol=1e-5)
+    with fake_cuda(half, {"x": x}) as batch, Arrivals():
+        got = float32_linear(half, batch["x"])
+        assert got.is_cuda and got.dtype == torch.float32 and got.shape == (2, 3, 900)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this product is for a CUDA device")
+def test_a_halved_layer_on_cuda_is_what_it_is_on_the_cpu():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(768, 900), torch.randn(2, 3, 768).bfloat16()
+    half = HalfLinearOnCuda(linear.weight, linear.bias)
+    want = float32_linear(half, x)
+    torch.testing.assert_close(float32_linear(half.cuda(), x.cuda()).cpu(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llamagen", "var", "rar", "maskgit", "xar_cell"])
+def test_on_cuda_a_softmax_head_beside_a_bfloat16_trunk_has_its_weights_in_float16(name, monkeypatch):
+    """The CPU plays CUDA: which weights are kept so, and the tokens of weights that are rounded so."""
+    monkeypatch.setattr("vtok.acceleration._on_cuda", lambda module: True)
+    monkeypatch.setattr("vtok.acceleration.can_pack", lambda module: False)
+    kinds = []
+    for dtype, packed in ((torch.float32, None), (torch.bfloat16, False), (torch.bfloat16, None)):
+        fast = make(name).requires_grad_(False)
+        light_weights(fast, dtype, packed=packed)
+        kinds.append(type(getattr(fast.head, "linear", None)))
+    softmax = isinstance(fast.head, CategoricalHead)
+    assert (kinds[2] is HalfLinearOnCuda) == softmax and HalfLinearOnCuda not in kinds[:2]
+    assert sum(isinstance(m, HalfLinearOnCuda) for m in fast.modules()) == softmax
+    if not softmax:
+        return
+    plain = make(name).requires_grad_(False)
+    light_weights(plain, torch.bfloat16, packed=False)
+    plain.head.linear.weight.copy_(plain.head.linear.weight.half())
+    for rule in (DrawRule(top_k=9), DrawRule(temperature=0)):
+        counters.reset()
+        got = draw(fast, LABELS, sample_seeds(0, 0, 3), guidance(2.0), rule).tokens
+        taken, asked = counters.read(), paths.sampling(fast, dtype=torch.bfloat16, guided=True)
+        assert torch.equal(got, draw(plain, LABELS, sample_seeds(0, 0, 3), guidance(2.0), rule).tokens)
+        assert taken["linear.half"] == fast.layout.steps and "linear.half" in asked.taken
+        asked.check(taken, "sample")
+    run = lambda m: draw(m, LABELS, sample_seeds(0, 0, 3), guidance(2.0), DrawRule())  # noqa: E731
+    (operations, read), before = counted(lambda: run(fast), fast), counted(lambda: run(plain), plain)
+    weights = plain.head.linear.weight.numel()
+    assert operations == before[0] and read == before[1] - 2 * weights * fast.layout.steps, "two bytes a weight"
 
 
 def test_a_halved_head_is_counted_in_the_roofline_and_is_not_saved(tmp_path):

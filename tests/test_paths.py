@@ -1,8 +1,9 @@
 """Counters of the paths taken, and benchmarks that fail where a path they ask for was not taken."""
 
 import pytest
+import tokenizers
 import torch
-from fake_cuda import fake_cuda
+from fake_cuda import autocast_on_cuda, fake_cuda
 from generators import FAMILIES, also_read, latent_spec, make, map_spec, tokens_of, xar
 from test_generators import LABELS, draw
 
@@ -11,7 +12,9 @@ from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vtok import counters
 from vtok.acceleration import compile_blocks
-from vtok.noise import sample_seeds
+from vtok.decoding import decode_images, encode_images
+from vtok.noise import SampleNoise, sample_seeds
+from vtok.tokenizer import TokenSpec
 
 KEY = sample_seeds(0, 0, 3)
 
@@ -100,6 +103,25 @@ def test_xar_with_attention_dropout_trains_on_cuda_without_a_mask(rate):
         batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": KEY}
         with fake_cuda(model, batch) as batch:
             asked.check(counted(lambda: model.train().loss(batch)), "train")
+
+
+@pytest.mark.parametrize("name", sorted(tokenizers.FAMILIES.keys() - {"dar"}))
+def test_tokenizers_in_bfloat16_on_cuda_take_the_paths_that_are_asked_for(name, monkeypatch):
+    """Fake tensors: no GPU is needed. How their convolutions lie only a GPU tells, and ids have no values to check;
+    D-AR's decoder reads its schedule from the device."""
+    monkeypatch.setattr(TokenSpec, "check", lambda self, tokens: None)
+    model, images = tokenizers.make(name).eval(), tokenizers.images(2)
+    batch = {"images": images, "tokens": model.encode(images), "seeds": sample_seeds(0, 0, 2)}
+    with autocast_on_cuda(), fake_cuda(model, batch) as batch:
+        noise = SampleNoise(batch["seeds"])
+        for part, run, given in (("encode", encode_images, "images"), ("decode", decode_images, "tokens")):
+            asked = getattr(paths, f"{part[:-1]}ing")(model, dtype=torch.bfloat16)
+            asked.never.discard(f"{part}.channels_first")
+            counts = counted(lambda: run(model, batch[given], dtype=torch.bfloat16, noise=noise))  # noqa: B023
+            asked.check(counts, part)
+            if "norm.bfloat16" in counts:
+                with pytest.raises(ValueError, match=r"taken instead: norm\.float32"):
+                    asked.check(counts | {"norm.float32": 1}, part)
 
 
 def test_compiled_and_recomputed_blocks_are_counted():

@@ -29,6 +29,7 @@ from vgen.heads import DrawRule
 from vgen.samplers.graphs import GraphSampler
 from vtok import counters
 from vtok.acceleration import compile_blocks
+from vtok.layers.trunk import Trunk
 from vtok.noise import sample_seeds
 
 
@@ -391,6 +392,26 @@ def test_compiled_training_is_held_to_the_gradients_of_the_plain_one(monkeypatch
     monkeypatch.setattr(peers, "compile_blocks", wrong)
     with pytest.raises(ValueError, match=r"timed gradients, .* differ by"):
         agree(llamagen(packed=False, compile=True).taught())
+
+
+def test_training_is_checked_with_its_own_attention_and_without_dropout(monkeypatch):
+    """On CUDA that is FlexAttention for blocks, which a module that evaluates does not take."""
+    stand_in(monkeypatch)
+    monkeypatch.setattr(peers, "compile_blocks", functools.partial(compile_blocks, backend="aot_eager"))
+    both, seen, mask = llamagen(packed=False, compile=True), [], Trunk.mask
+
+    def watched(trunk, *given):
+        seen.append((trunk.training, any(m.training for m in trunk.blocks.modules())))
+        return mask(trunk, *given)
+
+    monkeypatch.setattr(Trunk, "mask", watched)
+    agree(both.taught())
+    assert seen == [(False, False), (True, False)]
+    trunk = Trunk(dim=8, depth=1, heads=2, hidden=8).eval()
+    with pytest.raises(KeyError), peers.attending_as_in_training(trunk):
+        assert trunk.training
+        raise KeyError
+    assert not trunk.training
 
 
 def test_selftest_command_writes_one_row_and_keeps_others(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vtok.counters import count
 from vtok.layers.linear import linear
+from vtok.precision import summed_in_float32
 
 MOST = 2**27  # logits of a piece: 512 MiB in float32
 
@@ -40,11 +41,6 @@ class LightProduct(torch.autograd.Function):
         gradient = gradient.bfloat16()
         of_x, of_weight = summed_in_float32(gradient, weight), summed_in_float32(gradient.T, x)
         return of_x.to(ctx.dtypes[0]), of_weight.to(ctx.dtypes[1])
-
-
-def summed_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a b, float32, of bfloat16 matrices: their products are exact in it."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def light(h: Tensor) -> bool:

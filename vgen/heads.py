@@ -90,7 +90,7 @@ def draw_ids(logits: Tensor, rule: DrawRule, noise: SampleNoise, position: Tenso
 class CategoricalHead(nn.Module):
     """One softmax over the vocabulary. Logits and losses are float32: bf16 loses ties and small probabilities.
 
-    So is their product in sampling, and under autocast too; beside a trunk in bfloat16 on the CPU, with one position a
+    So is their product in sampling, and under autocast too; beside a trunk in bfloat16, on CUDA or with one position a
     step, of weights kept in float16: logits are then off by 2e-4 of the largest (16,384 codes, width 768, random
     weights), where a product in bfloat16, which rounds them too, would be off by 3e-3. In training on CUDA under
     autocast to bf16 the product takes rounded states and weights and sums in float32 (vgen/cross_entropy.py): between

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.layers.block import Block
-from vtok.layers.packed import can_halve, can_pack, pack_linears
+from vtok.layers.packed import can_halve, can_pack, halve_linears, pack_linears
 from vtok.layers.trunk import Trunk
 from vtok.layout import SequenceLayout
 from vtok.low_bit import LowBit, quantize_weights
@@ -115,10 +115,10 @@ def light_weights(
     """Store the weights of a generator for sampling, in place, on the device where it is going to run.
 
     dtype: of its trunk; quant: the trunk's linear layers in 8 bits (vtok/low_bit.py); packed: all linear layers in the
-    order of the CPU's kernels (vtok/layers/packed.py), None wherever that can be had; in bfloat16, where a step is one
-    position, a softmax head's in float16 for a float32 product. compiled: its blocks through torch.compile, for two or
-    three kinds of steps; in bfloat16 fewer results are rounded between the products then. ValueError where quant and
-    packed=True meet, or one of them cannot be had.
+    order of the CPU's kernels (vtok/layers/packed.py), None wherever that can be had. In bfloat16 a softmax head's
+    weights are then float16, for a float32 product: with packed layers, where a step is one position; with None on
+    CUDA. compiled: its blocks through torch.compile, for two or three kinds of steps; in bfloat16 fewer results are
+    rounded between the products then. ValueError where quant and packed=True meet, or one of them cannot be had.
     """
     if quant is not None and packed:
         raise ValueError(f"quant={quant} and packed=true exclude each other: choose one of them")
@@ -128,8 +128,14 @@ def light_weights(
     elif packed or (packed is None and can_pack(generator)):
         # a head of many rows, as next scale has, is bound by the rate of float32 products, whatever it reads
         pack_linears(generator, halved=dtype is torch.bfloat16 and can_halve() and generator.layout.single)
+    elif packed is None and dtype is torch.bfloat16 and _on_cuda(generator):
+        halve_linears(generator)
     if compiled:
         compile_blocks(generator)
+
+
+def _on_cuda(module: nn.Module) -> bool:
+    return any(p.is_cuda for p in module.parameters())
 
 
 def pairs(layout: SequenceLayout) -> int:

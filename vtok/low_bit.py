@@ -1,9 +1,9 @@
 """Weights of 8 bits for sampling, through torchao (the extra `quant`): the trunk's linear layers, weight-only.
 
 Decoding a token reads every weight once and multiplies it with a few rows, so half the bytes are up to twice the speed
-where one compiled kernel reads them. Sampling here is not compiled: torchao then first writes the weights in bf16 at
-every product, which is slower than weights that are bf16 to begin with, in CUDA graphs too. What is left is half the
-memory; `sample.py` says so. "int8": symmetric, one scale an output channel. "float8" (e4m3, CUDA): likewise.
+where one compiled kernel reads them. Without compile=true torchao first writes the weights in bf16 at every product,
+which is slower than weights that are bf16 to begin with, in CUDA graphs too: what is left is half the memory, and
+`sample.py` says so. "int8": symmetric, one scale an output channel. "float8" (e4m3, CUDA): likewise.
 Activations, norms, embeddings, the head's logits and the tokenizer stay as they are. Pictures change a little;
 tests/test_light_weights.py measures it.
 """

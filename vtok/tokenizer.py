@@ -95,8 +95,9 @@ class TokenSpec:
         start = 0
         for part in self.parts:
             ids = tokens[:, start : start + part.count]
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < part.vocab_size:
-                raise ValueError(f"ids span {int(ids.min())}..{int(ids.max())}, expected 0..{part.vocab_size - 1}")
+            low, high = torch.stack(ids.aminmax()).tolist() if ids.numel() else (0, 0)  # a GPU is waited for once
+            if not 0 <= low <= high < part.vocab_size:
+                raise ValueError(f"ids span {low}..{high}, expected 0..{part.vocab_size - 1}")
             start += part.count
 
     def to_config(self) -> dict:

@@ -128,7 +128,7 @@ def attend_naive(
 def _flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # past dynamo's limit: an error, no slow pass
 
 
 def padded(length: int) -> int:
@@ -141,7 +141,7 @@ def block_mask(rank: Tensor) -> Any:
     """FlexAttention's block mask of the rule rank(query) >= rank(key), for rank int64 [l] on CUDA, of padded(l)."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    # a kernel for each length, dtype and head width; past its limit dynamo would run attention uncompiled
+    # a kernel for each length, dtype and head width; dynamo compiles no more than its limit
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNELS)
     length = padded(len(rank))
     last = 2**31 - 1  # of what is added: no position sees it

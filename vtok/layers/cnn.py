@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vtok.layers.attention import attend
 from vtok.layers.cnn_adaptive import AdaptiveGroupNorm, DepthToSpaceUpsample
 from vtok.layers.dropout import Dropout
+from vtok.layers.group_norm import Norm, in_its_dtype
 
 Shortcut = Literal["input", "branch"]
 
@@ -238,11 +239,13 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        with in_its_dtype(h):
+            h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+        return self.conv(h)
 
 
-def norm(width: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, width, eps=1e-6)
+def norm(width: int, groups: int) -> Norm:
+    return Norm(groups, width, eps=1e-6)
 
 
 def level_widths(channels: int, multipliers: Sequence[int], groups: int) -> list[int]:

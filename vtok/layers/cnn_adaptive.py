@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vtok.layers.group_norm import Norm
+
 
 class DepthToSpaceUpsample(nn.Module):
     """Twice the resolution: a 3 x 3 convolution to four times the channels, which `depth_to_space` spreads."""
@@ -30,7 +32,7 @@ class AdaptiveGroupNorm(nn.Module):
 
     def __init__(self, width: int, latent_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6, affine=False)
+        self.norm = Norm(groups, width, eps=1e-6, affine=False)
         self.scale = nn.Linear(latent_channels, width)
         self.bias = nn.Linear(latent_channels, width)
 

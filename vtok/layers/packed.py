@@ -2,8 +2,8 @@
 
 A plain product of a few rows reads its weights in an order that does not suit it, and in bfloat16 brings them into that
 order on every call. Two rows of a small model, one image with guidance, take a third of the time when packed. A layer
-whose result stays float32 beside a trunk in bfloat16 has its weights in float16 (`HalfLinear`), half the bytes. For
-sampling on the CPU only: packed weights have no gradients and are not saved.
+whose result stays float32 beside a trunk in bfloat16 has its weights in float16 (`HalfLinear`), half the bytes; that
+alone is for CUDA too. For sampling only: such weights have no gradients and are not saved.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from vtok.counters import count
 from vtok.layers.attention import Attention
 from vtok.layers.linear import Linear
 from vtok.layers.linear import linear as product
+from vtok.precision import summed_in_float32
 
 PLAIN = (nn.Linear, Linear)  # layers whose weights may be stored otherwise; other subclasses read them themselves
 
@@ -66,6 +67,33 @@ class HalfLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         count("linear.half")
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class HalfLinearOnCuda(HalfLinear):
+    """The same on CUDA, of x that comes from a trunk in bfloat16: float16 holds its 8 bits (up to 65,504), products of
+    float16 are exact in float32, and tensor cores sum them in it. As fast as the trunk's own products, where float32
+    has a fifteenth of their rate on an H200."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        most = torch.finfo(torch.float16).max
+        self.register_buffer("weight", weight.detach().clamp(-most, most).half(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count("linear.half")
+        product = summed_in_float32(x.flatten(0, -2).half(), self.weight.T).unflatten(0, x.shape[:-1])
+        return product if self.bias is None else product + self.bias
+
+
+def halve_linears(module: nn.Module) -> int:
+    """Make `HalfLinearOnCuda` of the linear layers that their owner lists in `halves`, in place; returns how many."""
+    found = [
+        (parent, name, linear) for parent, name, linear in linears(module) if name in getattr(parent, "halves", ())
+    ]
+    for parent, name, linear in found:
+        setattr(parent, name, HalfLinearOnCuda(linear.weight, linear.bias))
+    return len(found)
 
 
 def float32_linear(linear: nn.Linear | PackedLinear | HalfLinear, x: Tensor) -> Tensor:
