@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from fake_cuda import fake_cuda
 from generators import FAMILIES, also_read, tokens_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtok import counters
 from vtok.acceleration import compile_blocks
@@ -279,6 +280,29 @@ def test_a_condition_that_stays_is_projected_once_a_cache(modulation):
         assert len(calls) == 7 * len(layers) and counters.read()["modulation.kept"] == 5
         torch.testing.assert_close(mixed, walk([first, first.clone(), second, second.clone()]), rtol=0, atol=0)
         assert not torch.allclose(mixed[:, 3:], kept[:, 3:])
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_cache_wider_than_its_heads_changes_nothing(scale, ragged):
+    """Heads of 10 numbers in a cache of 16, as those of 100 are in one of 104 on CUDA."""
+    model = Trunk(dim=20, depth=2, heads=2, hidden=24, attention_scale=scale, bias="qkv").eval()
+    layout, x, parts = SequenceLayout.levels((1, 2, 4)), torch.randn(3, 7, 20), []
+    whole = model(Inputs(x, layout.ranks(), layout.pattern()))
+    options = {"dtype": torch.float32, "device": "cpu"}
+    cache = model.cache(3, 7, kind=functools.partial(KVCache, width=16), **options)
+    cache.ragged = ragged
+    assert cache.keys.shape[-1] == 16 and model.cache(3, 7, **options).keys.shape[-1] == 10
+    for k in range(layout.steps):
+        a, b = layout.read(k, k + 1)
+        parts.append(model(Inputs(x[:, a:b], layout.ranks(k, k + 1), "full"), cache))
+        cache.commit(b - a)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+    assert not cache.keys[..., 10:].any() and not cache.values[..., 10:].any()
+    fake = FakeTensorMode()
+    with fake:
+        for width, wide in ((100, 104), (64, 64)):
+            assert KVCache(1, 1, 1, 4, width, dtype=torch.bfloat16, device="cuda").keys.shape[-1] == wide
 
 
 BLOCKS = [

@@ -239,5 +239,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         q, k = q.to(v.dtype), k.to(v.dtype)  # norms leave float32 under autocast, FlexAttention wants one dtype
-        y = attend(q, k, v, mask=mask, scale=self.scale, dropout=self.dropout if self.training else 0.0)
+        scale, width = self.scale, q.shape[-1]
+        if k.shape[-1] > width:  # the cache's width: zeros add nothing to the products
+            scale, q = width**-0.5 if scale is None else scale, F.pad(q, (0, k.shape[-1] - width))
+        y = attend(q, k, v, mask=mask, scale=scale, dropout=self.dropout if self.training else 0.0)[..., :width]
         return self.out(y.transpose(1, 2).reshape(rows, length, dim).to(qkv.dtype))

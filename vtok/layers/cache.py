@@ -15,8 +15,9 @@ from torch import Tensor
 
 
 class KVCache:
-    """Preallocated keys and values [layers, rows, heads, capacity, dim].
+    """Preallocated keys and values [layers, rows, heads, capacity, width], zeros behind the `dim` numbers of a head.
 
+    width: dim where None, but on CUDA rounded up to a multiple of 8, which fused kernels read without a copy.
     length: int64 [rows] on the device, committed positions of every row. bound: host integer >= max(length), so that
     the slice attention reads is static. kept: what passes made of a tensor that they all take, such as a condition
     (Trunk.modulated), by that tensor; whoever overwrites it clears this.
@@ -32,8 +33,11 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        width: int | None = None,
     ) -> None:
-        shape = (layers, rows, heads, capacity, dim)
+        if width is None:
+            width = -(-dim // 8) * 8 if torch.device(device).type == "cuda" else dim
+        shape = (layers, rows, heads, capacity, width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -52,19 +56,19 @@ class KVCache:
         return part
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [rows, heads, n, dim] behind the committed ones; return all up to there, [rows, heads, m, dim]."""
+        """Write k, v [rows, heads, n, dim] behind the committed ones; all up to there, [rows, heads, m, width]."""
         stop = self.bound + k.shape[2]
         if stop > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions, {stop} are needed; make it larger")
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values, dim = self.keys[layer], self.values[layer], k.shape[-1]
         if self.ragged:
             index = self.length[:, None] + torch.arange(k.shape[2], device=k.device)
             index = index[:, None, :, None].expand_as(k)
             keys.scatter_(2, index, k.to(keys.dtype))
             values.scatter_(2, index, v.to(values.dtype))
         else:
-            keys[:, :, self.bound : stop] = k
-            values[:, :, self.bound : stop] = v
+            keys[:, :, self.bound : stop, :dim] = k
+            values[:, :, self.bound : stop, :dim] = v
         return keys[:, :, :stop], values[:, :, :stop]
 
     def mask(self, seen: Tensor | None, new: int) -> Tensor | None:
