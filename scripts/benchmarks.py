@@ -285,8 +285,8 @@ The original's time over ours: the median over at least seven turns on the same 
 own (rows that say so; one process before memory was kept, which would have served the original too), with its
 10-90 % range, after a check that outputs agree (teacher-forced logits within 1e-4, equal greedy tokens). A ratio counts
 as reached where the lower end is above what is wanted. At most: if our matrix products alone took time, at the rate
-that large ones had in that run. Sampling does not include decoding; a training step is forward
-and backward, without the optimizer. What is timed is checked too: where it rounds (bf16, 8 bits), logits may be off by
+that large ones had in that run. Sampling does not include decoding; a training step is forward and backward, without
+the optimizer. What is timed is checked too: where it rounds (bf16, 8 bits), logits may be off by
 {LIGHT_TOLERANCE} of the largest, images by {LIGHT_IMAGES}; `differences` of a row in the JSON says what was checked.
 
     python -m eval.versus peer=llamagen dir=../LlamaGen size=GPT-B parts=[sample] threads=2 out=docs/benchmarks.json
@@ -310,18 +310,19 @@ product in float32 (docs/architecture.md); while it was read in float32, the com
 VAR-d16 in bf16 is at 61 % of the roofline, 64 % with compiled blocks (`eval.throughput` with two threads), and could be
 3.8 times as fast as the original at most.
 
-What limits many rows is the rate of the products, 195 to 199 billion operations a second on these two threads (the
-`matmul_rate` that `eval.throughput` writes): sampling of VAR-d16 at batch 8 could be 1.28 at most by it (91 % of that
-roofline while fresh memory was still cleared, when the ratio was 1.17), and xAR-B reaches 78 %. Tensors above 32 MiB
-were the other limit: fresh memory for each costs more than writing it, which memory that is kept does not (VAR's VQVAE
-was 1.10 and 1.08 without).
+What limits many rows is the rate of the products, 195 to 199 billion operations a second on two threads with AVX-512,
+119 to 121 with AVX2 (the `matmul_rate` that `eval.throughput` writes): on the first, sampling of VAR-d16 at batch 8
+could be 1.28 at most by it (91 % of that roofline while fresh memory was still cleared, when the ratio was 1.17), and
+xAR-B reaches 78 %. Tensors above 32 MiB were the other limit: fresh memory for each costs more than writing it, which
+memory that is kept does not (VAR's VQVAE was 1.10 and 1.08 without).
 
-What limits a training step is the same: products are most of it (next table), by the same library on both sides, so
-that LlamaGen-B could be 1.4 at most were all else free: 0.31e12 operations are 1.57 of the original's 2.2 s. What is
-gained lies in the rest: memory that is kept, dropout of four entries a draw, attention with dropout without PyTorch's
-kernel, and in MAR an encoder and a head that read what the batch shows and hides. Compiling the blocks (`compile=true`)
-gives little more. Against LlamaGen ours loses up to 3 % where the gradient of the gate, two products in one, is put
-together.
+What limits a training step is the same: products are most of it (next table), 1.57 of the original's 2.2 s in
+LlamaGen-B on AVX-512. `At most` says what a row could be were all else free. What is gained lies in the rest: memory
+that is kept, dropout of four entries a draw, attention with dropout without PyTorch's kernel, and in MAR an encoder and
+a head that read what the batch shows and hides. Compiling the blocks (`compile=true`) gives little more. Rows that name
+AVX2 have more: oneDNN's forward products (`linear.wide`, on such processors alone), attention of steps in a few calls
+(`attention.spans`), gradients of gates written where they belong, modulated branches added in one pass, and xAR's
+modulation without a copy for each position. Rows that name no instructions are of before, on an EPYC with AVX-512.
 
 Where the time goes, by PyTorch's profiler in one run of one thread (training: with the AdamW update):
 
