@@ -108,14 +108,13 @@ def training(
     asked = Asked()
     if compiled:
         asked.one_of("block.compiled", "block.plain")
-    trunk, layout = generator.trunk, generator.layout
+    trunk, layout, length = generator.trunk, generator.layout, generator.trained_length(key, progress)
     float32_on_cpu = device.type == "cpu" and dtype == torch.float32 and not compiled
-    rows = len(key) * generator.trained_length(key, progress)
-    if float32_on_cpu and slow_mkl() and rows >= ROWS and any(map(_is_wide, trunk.modules())):
+    if float32_on_cpu and slow_mkl() and len(key) * length >= ROWS and any(map(_is_wide, trunk.modules())):
         asked.taken.add("linear.wide")
     ways = {
         "loss.pieces" if len(key) * tokens > rows_of_a_piece(vocab_size) else "loss.whole"
-        for tokens, vocab_size in _softmaxes(generator.head, generator.trained_length(key, progress))
+        for tokens, vocab_size in _softmaxes(generator.head, length)
     }
     asked.taken |= ways
     asked.never |= {"loss.pieces", "loss.whole"} - ways
@@ -129,11 +128,11 @@ def training(
         asked.one_of(f"attention.{pattern}", "attention.mask")
     elif prefixes:
         asked.one_of("attention.prefixes", "attention.blocks", "attention.mask")
-    elif device.type == "cpu" and generator.trained_length(key, progress) >= SPANNED:
+    elif device.type == "cpu" and length >= SPANNED:
         asked.one_of("attention.spans", "attention.mask")
     elif device.type == "cuda" and not trunk.attention_dropout:
         asked.one_of("attention.blocks", "attention.mask")
-    elif device.type == "cuda" and pays(pattern) and generator.trained_length(key, progress) == layout.length:
+    elif device.type == "cuda" and pays(pattern) and length == layout.length:
         asked.one_of("attention.prefixes", "attention.blocks", "attention.mask")
     return asked
 

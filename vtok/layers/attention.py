@@ -57,12 +57,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float |
             # The backward pass of the CPU kernel is four times slower in bfloat16 than in float32.
             with torch.autocast("cpu", enabled=False):
                 return attend(q.float(), k.float(), v.float(), mask=mask, scale=scale, dropout=dropout).bfloat16()
-        if isinstance(mask, tuple):
-            spans, options = zip((0, *mask), mask), {"scale": scale, "dropout": dropout}
-            return torch.cat([attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], **options) for a, b in spans], dim=2)
-        if isinstance(mask, Spans):
+        if isinstance(mask, (tuple, Spans)):
+            parts = mask.parts if isinstance(mask, Spans) else [(a, b, None) for a, b in zip((0, *mask), mask)]
             options = {"scale": scale, "dropout": dropout}
-            calls = [attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], mask=seen, **options) for a, b, seen in mask.parts]
+            calls = [attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], mask=seen, **options) for a, b, seen in parts]
             return torch.cat(calls, dim=2)
         if dropout and q.device.type == "cpu" and not torch.compiler.is_compiling():
             if causal and q.shape[-2] >= SPANNED:

@@ -60,9 +60,7 @@ class Inputs:
         if position is not None:
             values = zip(position, (1.0, 0.0, 0.0))
             position = tuple(None if t is None else F.pad(t, (0, 0, count, 0), value=v) for t, v in values)
-        each = self.each
-        if vector is not None and each is None and vector.shape[1] > 1:
-            each = torch.arange(length, device=prefix.device) // (length // vector.shape[1])
+        each = self.shares()
         if mask is not None:
             mask = F.pad(mask.expand(*mask.shape[:-2], length, -1), (count, 0), value=True)
             first = mask.new_ones(*mask.shape[:-2], count, mask.shape[-1])
@@ -82,10 +80,16 @@ class Inputs:
             each=None if each is None else torch.cat([each[:1].expand(count), each]),
         )
 
+    def shares(self) -> Tensor | None:
+        """The row of `vector` of each position, int64 [l]; None where there is none, or one for all."""
+        if self.each is not None or self.vector is None or self.vector.shape[1] == 1:
+            return self.each
+        length = self.x.shape[1]
+        return torch.arange(length, device=self.x.device) // (length // self.vector.shape[1])
+
     def window(self, index: Tensor) -> Inputs:
         """The positions index [R, w] of every row, for ragged rows."""
         rows = torch.arange(len(index), device=index.device)[:, None]
-        width = self.x.shape[1]
 
         def pick(table: Tensor | None) -> Tensor | None:
             if table is None:
@@ -93,10 +97,9 @@ class Inputs:
             return table[index] if table.dim() == 2 else table[rows, index]
 
         position = None if self.position is None else tuple(pick(table) for table in self.position)
-        vector = self.vector
-        if vector is not None and vector.shape[1] > 1:
-            each = torch.arange(width, device=index.device) // (width // vector.shape[1])
-            vector = vector[rows, (each if self.each is None else self.each)[index]]
+        vector, each = self.vector, self.shares()
+        if vector is not None and each is not None:
+            vector = vector[rows, each[index]]
         rank = self.rank[index] if self.rank.dim() == 1 else self.rank.gather(1, index)
         return Inputs(self.x[rows, index], rank, "ranks", position, vector, None, None, self.at)
 
