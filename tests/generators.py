@@ -187,7 +187,7 @@ def tokens_of(model: Generator, rows: int, *, seed: int = 1) -> torch.Tensor:
     if not model.spec.discrete:
         return torch.randn(rows, model.spec.layout.length, model.spec.parts[0].channels, generator=drawer)
     vocabulary = model.spec.parts[0].vocab_size
-    return torch.randint(vocabulary, (rows, model.layout.length), generator=drawer)
+    return torch.randint(vocabulary, (rows, model.spec.layout.length), generator=drawer)
 
 
 def also_read(model: Generator, rows: int) -> dict[str, torch.Tensor]:
