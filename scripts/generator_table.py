@@ -61,8 +61,13 @@ TOKENIZER_OPTIONS: dict[str, list[str]] = {
     "kl": [*SLIM, "tokenizer.quantizer.channels=4"],  # fewer numbers a token, which a small head learns sooner
     "lfq": [*SLIM, "objective.pixel_weight=10"],
     "hita": SHARED,
-    "gigatok": SHARED,
-}
+    # convolutions of few channels, and no auxiliary decoder
+    "gigatok": [
+        *SHARED, "tokenizer.channels=8", "tokenizer.multipliers=[1,2,4]", "tokenizer.groups=4",
+        "tokenizer.auxiliary_until=0.0", "objective.pixel_weight=16",
+    ],
+    "restok": ["tokenizer.nested=all", "objective.pixel_weight=8"],  # no reader here asks for a prefix of its tokens
+}  # fmt: skip
 # What 10 CPU-minutes can teach: of C floating-point operations a model has most when it passes about 20 tokens for each
 # parameter (Hoffmann et al., arXiv 2203.15556), and C is 2e13 to 1e14 here.
 WIDTH = ["model.width=128", "model.heads=4"]
