@@ -61,10 +61,10 @@ TOKENIZER_OPTIONS: dict[str, list[str]] = {
     "kl": [*SLIM, "tokenizer.quantizer.channels=4"],  # fewer numbers a token, which a small head learns sooner
     "lfq": [*SLIM, "objective.pixel_weight=10"],
     "hita": SHARED,
-    # convolutions of few channels, and no auxiliary decoder
+    # with fewer pictures a step, or without the auxiliary decoder, its latents soon say nothing
     "gigatok": [
-        *SHARED, "tokenizer.channels=8", "tokenizer.multipliers=[1,2,4]", "tokenizer.groups=4",
-        "tokenizer.auxiliary_until=0.0", "objective.pixel_weight=16",
+        *SHARED, "tokenizer.channels=8", "tokenizer.multipliers=[1,2,4]", "tokenizer.groups=4", "batch_size=16",
+        "schedule.warmup=0.1", "objective.pixel_weight=4",
     ],
     "restok": ["tokenizer.nested=all", "objective.pixel_weight=8"],  # no reader here asks for a prefix of its tokens
 }  # fmt: skip
