@@ -22,7 +22,7 @@ from vgen.heads_factorised import FactorisedHead
 from vgen.models.hita import PartHead
 from vtok.counters import STORED
 from vtok.layers.attention import SPANNED, Attention
-from vtok.layers.linear import ROWS, Linear, slow_mkl, wide
+from vtok.layers.linear import ROWS, Linear, long, slow_mkl, wide
 from vtok.layers.packed import HalfLinear, PackedLinear
 from vtok.layers.trunk import Trunk, pays
 from vtok.low_bit import LowBit
@@ -110,8 +110,12 @@ def training(
         asked.one_of("block.compiled", "block.plain")
     trunk, layout, length = generator.trunk, generator.layout, generator.trained_length(key, progress)
     float32_on_cpu = device.type == "cpu" and dtype == torch.float32 and not compiled
-    if float32_on_cpu and slow_mkl() and len(key) * length >= ROWS and any(map(_is_wide, trunk.modules())):
+    weights = [m.weight for m in trunk.modules() if isinstance(m, Linear)] if float32_on_cpu and slow_mkl() else []
+    rows = len(key) * length
+    if rows >= ROWS and any(map(wide, weights)):
         asked.taken.add("linear.wide")
+    if any(long(rows, weight) for weight in weights):
+        asked.taken.add("linear.gradients")
     ways = {
         "loss.pieces" if len(key) * tokens > rows_of_a_piece(vocab_size) else "loss.whole"
         for tokens, vocab_size in _softmaxes(generator.head, length)
@@ -184,10 +188,6 @@ def _maskless(generator: Generator, k: int) -> bool:
     """Whether step k needs no mask against what the cache holds."""
     pattern = generator.layout.pattern(k, k + 1)
     return pattern == "full" or (k == 0 and pattern == "causal")
-
-
-def _is_wide(layer: nn.Module) -> bool:
-    return isinstance(layer, Linear) and wide(layer.weight)
 
 
 def _plain(trunks: list[Trunk]) -> bool:

@@ -1,6 +1,10 @@
-"""Float32 products on the CPU by oneDNN against PyTorch's own, in values and in gradients."""
+"""Float32 products on the CPU by oneDNN and OpenBLAS against PyTorch's own, in values and in gradients."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from vtok import counters
-from vtok.layers.linear import ROWS, WIDE, Linear, linear, slow_mkl
+from vtok.layers.linear import ALONE, ROWS, SHARED, WIDE, Linear, linear, long, multiply, open_blas, slow_mkl
 
 here = torch.backends.mkldnn.is_available()
 needs_onednn = pytest.mark.skipif(not here, reason="this build has no oneDNN products for this processor")
+needs_openblas = pytest.mark.skipif(open_blas() is None, reason="this numpy has another library than OpenBLAS")
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +24,18 @@ def on_a_processor_that_it_is_for(monkeypatch):
     monkeypatch.setattr("vtok.layers.linear.slow_mkl", lambda: here)
 
 
-def wide_counts(run):
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def wide_counts(run, path="linear.wide"):
     counters.reset()
     run()
-    return counters.read().get("linear.wide", 0)
+    return counters.read().get(path, 0)
 
 
 @needs_onednn
@@ -101,3 +114,70 @@ def test_only_what_needs_a_gradient_gets_one():
     learned = weight.clone().requires_grad_()
     linear(x, learned).sum().backward()
     torch.testing.assert_close(learned.grad, x.sum(0).expand_as(weight), rtol=1e-5, atol=1e-4)
+
+
+@needs_openblas
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(768, 1536), (1536, 768)])
+def test_openblas_gradients_are_those_of_float64(sizes, bias, threads, monkeypatch):
+    """Of x that is a transpose, of gradients that are expanded or not, on threads that do not divide the rows."""
+    monkeypatch.setattr("vtok.layers.linear.ALONE", 0)
+    monkeypatch.setattr("vtok.layers.linear.SHARED", 0)
+    torch.manual_seed(0)
+    layer, exact = Linear(*sizes, bias=bias), nn.Linear(*sizes, bias=bias).double()
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(37, 2, sizes[0]).transpose(0, 1).requires_grad_()
+    z = x.detach().double().requires_grad_()
+    for given in (torch.randn(2, 37, sizes[1]), torch.randn(sizes[1]).expand(2, 37, -1)):
+        for part in (layer, exact):
+            part.zero_grad()
+        x.grad = z.grad = None
+        assert wide_counts(lambda given=given: (layer(x) * given).sum().backward(), "linear.gradients") == 1
+        (exact(z) * given.double()).sum().backward()
+        pairs = [(x.grad, z.grad)]
+        pairs += [(a.grad, b.grad) for a, b in zip(layer.parameters(), exact.parameters(), strict=True)]
+        for got, want in pairs:
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-4)
+
+
+@needs_openblas
+def test_openblas_multiplies_as_many_rows_as_there_are(threads):
+    for rows in (1, 2, 7, 64):
+        a, b = torch.randn(50, rows).T, torch.randn(50, 30)
+        torch.testing.assert_close(multiply(a, b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+@needs_openblas
+def test_the_number_of_openblas_threads_is_left_as_it_was():
+    before = open_blas().info()
+    multiply(torch.randn(8, 8), torch.randn(8, 8))
+    assert open_blas().info() == before
+
+
+@needs_openblas
+def test_a_forked_process_has_threads_of_its_own():
+    """Without them it would wait for its parent's for ever."""
+    code = """
+import os, torch
+from vtok.layers.linear import multiply
+torch.set_num_threads(2)
+a = torch.ones(64, 64)
+multiply(a, a)
+child = os.fork()
+if child == 0:
+    os._exit(int(multiply(a, a)[63, 63]))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 64
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+
+
+def test_which_gradients_are_long_enough(threads, monkeypatch):
+    """In multiply-adds of one product: rows times numbers of the weight, which is large itself."""
+    least = ALONE if threads == 1 else SHARED
+    weight = torch.empty(1024, 4096, device="meta")
+    enough = -(-least // weight.numel())
+    assert long(enough, weight) == (open_blas() is not None) and not long(enough - 1, weight)
+    assert not long(2**40, torch.empty(1024, 1023, device="meta"))
+    monkeypatch.setattr("vtok.layers.linear.open_blas", lambda: None)
+    assert not long(enough, weight)

@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.up, self.down = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.up, self.down = Linear(dim, dim), Linear(dim, dim)
         self.modulation = Linear(dim, 3 * dim)
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:

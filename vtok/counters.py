@@ -35,6 +35,7 @@ PATHS = {
     "head.float32": "cross-entropy of a head whose product is float32",
     "linear.half": "a product, summed in float32, with weights kept in float16",
     "linear.wide": "a float32 product of many outputs by oneDNN, in place of MKL (CPU)",
+    "linear.gradients": "the gradients of a large float32 product by OpenBLAS, in place of MKL (CPU)",
     "linear.packed": "a product with weights that were reordered once (CPU)",
     "loss.pieces": "cross-entropy whose logits exist piece by piece",
     "loss.whole": "cross-entropy over all logits at once",

@@ -179,7 +179,7 @@ class Attention(nn.Module):
             raise ValueError(f"width {dim} is not a multiple of heads {heads}")
         self.heads, self.scale, self.dropout, self.qk_norm = heads, scale, dropout, qk_norm
         self.qkv = Linear(dim, 3 * dim, bias=bias == "qkv")
-        self.out = nn.Linear(dim, dim, bias=out_bias)
+        self.out = Linear(dim, dim, bias=out_bias)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
         if qk_norm == "l2":

@@ -46,7 +46,7 @@ class FeedForward(nn.Module):
             raise ValueError(f"ffn={kind!r}: choose swiglu, geglu, silu, gelu or gelu_tanh")
         self.kind, self.gated, self.dropout = kind, kind in ("swiglu", "geglu"), dropout
         self.up = Linear(dim, 2 * hidden if self.gated else hidden, bias=bias)
-        self.down = nn.Linear(hidden, dim, bias=bias)
+        self.down = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
