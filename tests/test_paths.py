@@ -13,6 +13,7 @@ from vgen.heads import DrawRule
 from vtok import counters
 from vtok.acceleration import compile_blocks
 from vtok.decoding import decode_images, encode_images
+from vtok.layers import linear
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.tokenizer import TokenSpec
 
@@ -35,6 +36,16 @@ def trained(model, **other):
     return counted(lambda: model.train().loss(batch, progress=0.5))
 
 
+def gradients(model):
+    """Of a training step, by parameter."""
+    model.zero_grad()
+    batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": KEY} | also_read(model, 3)
+    counters.reset()
+    torch.manual_seed(0)  # of dropout
+    model.train().loss(batch, progress=0.5)["loss"].backward()
+    return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_takes_the_paths_that_are_asked_for(name):
     model = make(name)
@@ -45,6 +56,27 @@ def test_every_family_takes_the_paths_that_are_asked_for(name):
         assert counts["rows.guided" if scale != 1 else "rows.single"] == model.layout.steps
     counts = trained(model)
     paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu")).check(counts, "train")
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN products")
+@pytest.mark.skipif(linear.open_blas() is None, reason="this numpy has another library than OpenBLAS")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_trains_with_the_products_of_other_libraries(name, monkeypatch):
+    """On a processor that has them, of sizes that are worth it: the same gradients."""
+    model = make(name)
+    plain = gradients(model)
+    for where in (linear, paths):
+        monkeypatch.setattr(where, "slow_mkl", lambda: True)
+        monkeypatch.setattr(where, "ROWS", 1)
+    for least in ("WIDE", "ALONE", "SHARED"):
+        monkeypatch.setattr(linear, least, 1)
+    found = gradients(model)
+    counts = counters.read()
+    asked = paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu"))
+    asked.check(counts, "train")
+    assert {"linear.wide", "linear.gradients"} <= asked.taken
+    for key, want in plain.items():
+        torch.testing.assert_close(found[key], want, rtol=1e-3, atol=1e-4 * float(want.abs().max()) + 1e-6)
 
 
 def test_counts_are_those_of_the_layers_and_steps():
