@@ -205,8 +205,9 @@ def span(row: Mapping[str, Any]) -> str:
 
 
 def at_most(row: Mapping[str, Any]) -> str:
-    """The ratio if only our matrix products took time, at the rate measured beside it; empty where that is unknown."""
-    if "operations" not in row:
+    """The ratio if only our matrix products took time, at the rate measured beside it; empty where that is unknown,
+    or that of another library than multiplies."""
+    if "operations" not in row or "linear.gradients" in row.get("paths", ()):
         return ""
     return f"{row['original_seconds'] * row['matmul_rate'] / row['operations']:.2f}"
 
@@ -320,8 +321,8 @@ What limits a training step is the same: products are most of it (next table), 1
 LlamaGen-B on AVX-512. `At most` says what a row could be were all else free. What is gained lies in the rest: memory
 that is kept, dropout of four entries a draw, attention with dropout without PyTorch's kernel, and in MAR an encoder and
 a head that read what the batch shows and hides. Compiling the blocks (`compile=true`) gives little more. Rows that name
-AVX2 have more: oneDNN's forward products (`linear.wide`, on such processors alone), in VAR-d16 OpenBLAS's gradients too
-(`linear.gradients`; their rate is above that of `at most`, which is PyTorch's), attention of steps in a few calls
+AVX2 have more: oneDNN's forward products (`linear.wide`, on such processors alone), OpenBLAS's gradients in VAR-d16
+and in LlamaGen-B's head (`linear.gradients`; faster than the rate behind `at most`), attention of steps in a few calls
 (`attention.spans`), gradients of gates written where they belong, modulated branches added in one pass, and xAR's
 modulation without a copy for each position. Rows that name no instructions are of before, on an EPYC with AVX-512.
 

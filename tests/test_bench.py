@@ -162,6 +162,7 @@ def test_page_says_not_measured_where_there_is_no_row(tmp_path):
     assert "wall, a CPU, two processes |" in benchmarks.page([row | {"apart": True}], tmp_path)
     known = row | {"original_seconds": 3.0, "operations": 2e11, "matmul_rate": 1e11}  # two seconds of products
     assert benchmarks.at_most(known) == "1.50" and "| 1.50 |" in benchmarks.page([known], tmp_path)
+    assert benchmarks.at_most(known | {"paths": {"linear.gradients": 2}}) == ""  # not products at that rate
     cells = sum(len(batches) for *_, batches, _ in benchmarks.WANTED)
     assert benchmarks.cpu_table([row]).count("not measured") == cells - 1
     assert benchmarks.cpu_table([row | {"on": "cuda"}]).count("not measured") == cells
