@@ -174,7 +174,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 64
 
 def test_which_gradients_are_long_enough(threads, monkeypatch):
     """In multiply-adds of one product: rows times numbers of the weight, which is large itself."""
-    least = ALONE if threads == 1 else SHARED
+    least = ALONE if threads == 1 else threads * SHARED
     weight = torch.empty(1024, 4096, device="meta")
     enough = -(-least // weight.numel())
     assert long(enough, weight) == (open_blas() is not None) and not long(enough - 1, weight)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from vtok.counters import count
 
 WIDE, ROWS = 2**20, 64  # numbers of a weight, and rows of x, from which oneDNN's product is the faster
-ALONE, SHARED = 2**28, 4 * 10**9  # products from which OpenBLAS's gradients are, on one thread and on several
+ALONE, SHARED = 2**28, 2 * 10**9  # multiply-adds from which OpenBLAS's gradients are: on one thread, each of several
 
 
 class Product(torch.autograd.Function):
@@ -84,7 +84,8 @@ def wide(weight: Tensor) -> bool:
 
 def long(rows: int, weight: Tensor) -> bool:
     """Whether OpenBLAS is faster for the gradients of so many rows times this weight [out, in]."""
-    least = ALONE if torch.get_num_threads() == 1 else SHARED
+    threads = torch.get_num_threads()
+    least = ALONE if threads == 1 else threads * SHARED
     return weight.numel() >= WIDE and rows * weight.numel() >= least and open_blas() is not None
 
 
