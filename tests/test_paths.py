@@ -31,18 +31,20 @@ def sampled(model, scale, **options):
     return counted(lambda: draw(model, LABELS, sample_seeds(0, 0, 3), guidance(scale), rule, **options))
 
 
+def batch_of(model, **other):
+    return {"tokens": tokens_of(model, 3), "label": LABELS, "key": KEY} | also_read(model, 3) | other
+
+
 def trained(model, **other):
-    batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": KEY} | also_read(model, 3) | other
-    return counted(lambda: model.train().loss(batch, progress=0.5))
+    return counted(lambda: model.train().loss(batch_of(model, **other), progress=0.5))
 
 
 def gradients(model):
     """Of a training step, by parameter."""
     model.zero_grad()
-    batch = {"tokens": tokens_of(model, 3), "label": LABELS, "key": KEY} | also_read(model, 3)
     counters.reset()
     torch.manual_seed(0)  # of dropout
-    model.train().loss(batch, progress=0.5)["loss"].backward()
+    model.train().loss(batch_of(model), progress=0.5)["loss"].backward()
     return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
 
 

@@ -10,7 +10,7 @@ for large weights:
 
 OpenBLAS is called from threads of our own, each with its rows, since its threads and PyTorch's wait for work by
 spinning and would take the cores from one another. PyTorch's still spin for a moment when a product begins: on several
-threads only long ones gain (a training step of VAR-d16 does, that of LlamaGen-B does not). Other processors were not
+threads only long ones gain (the blocks of VAR-d16 do, those of LlamaGen-B do not). Other processors were not
 measured and have MKL's; other dtypes, autocast and other devices have one library.
 """
 
