@@ -13,7 +13,7 @@ import torch
 from generators import CLASSES, drawn, tokens_of
 from omegaconf import OmegaConf
 from test_generators import assert_same, draw
-from test_matrix import TINY
+from test_matrix import make_thin
 from test_model_configs import PUBLISHED, SMALL, STATED, section
 
 from vgen.generator import Generator
@@ -35,11 +35,9 @@ FIRST, DRAWN = 12, 6  # steps that are compared one by one; steps of a draw
 def thin(name: str) -> dict:
     """The configuration with few layers of little width; sizes leave, all else stays."""
     config = OmegaConf.to_container(section(name))
-    config |= {key: value for key, value in TINY.items() if key in config}
+    make_thin(config)
     if config.get("arch") == "uvit":  # two halves, joined block by block
         config |= {"depth": 2}
-    if "block" in config:  # the aligned state is one between two blocks
-        config |= {"depth": 2, "block": 1}
     if name.startswith("flexvar"):  # its widths follow from the depth
         config |= {"width": 16, "heads": 2}
     return config

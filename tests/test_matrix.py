@@ -50,17 +50,23 @@ def names(group: str) -> list[str]:
     return sorted(file.stem for file in (CONFIGS / group).glob("*_small.yaml"))
 
 
+def make_thin(model) -> None:
+    """Few layers of little width in a configuration of a generator, in place; all else stays."""
+    for key, value in TINY.items():
+        if key in model:
+            model[key] = value
+    if "alignment" in model:  # the aligned state is one between two blocks
+        model["depth"], model["block"] = 2, 1
+
+
 @functools.cache
 def section(group: str, name: str):
     """The configuration of train.py with that choice, thin; shared: copy it before a change."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=["data=cifar10", "trainer=cpu", f"{group}={name}"])
     OmegaConf.set_struct(config, False)
-    for key, value in TINY.items():
-        if group == "model" and key in config.model:
-            config.model[key] = value
-    if group == "model" and "alignment" in config.model:  # the aligned state is one between two blocks
-        config.model.depth, config.model.block = 2, 1
+    if group == "model":
+        make_thin(config.model)
     if "steps" in config[group]:  # of a flow decoder
         config[group].steps = 2
     return config
