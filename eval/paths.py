@@ -7,6 +7,7 @@ attention nothing counts: inside `fused` the slow one is an error.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,8 +21,12 @@ from vgen.generator import Generator
 from vgen.heads import CategoricalHead
 from vgen.heads_factorised import FactorisedHead
 from vgen.models.hita import PartHead
+from vtok import counters
+from vtok.acceleration import keep_memory
 from vtok.counters import STORED
 from vtok.layers.attention import SPANNED, Attention
+from vtok.layers.block import FeedForward
+from vtok.layers.dropout import Dropout
 from vtok.layers.linear import ROWS, Linear, long, slow_mkl, wide
 from vtok.layers.packed import HalfLinear, PackedLinear
 from vtok.layers.trunk import Trunk, pays
@@ -41,6 +46,9 @@ class Asked:
         self.taken.add(chosen)
         self.never.update(set(others) - {chosen})
 
+    def __or__(self, other: Asked) -> Asked:
+        return Asked(self.taken | other.taken, self.never | other.never)
+
     def check(self, counts: Mapping[str, int], part: str) -> None:
         """ValueError, naming the paths, where the counts are not as asked."""
         missed = sorted(path for path in self.taken if not counts.get(path))
@@ -49,6 +57,15 @@ class Asked:
             told = [f"not taken: {', '.join(missed)}"] if missed else []
             told += [f"taken instead: {', '.join(strayed)}"] if strayed else []
             raise ValueError(f"{part} fell back, so its time is none of this setting ({'; '.join(told)})")
+
+
+def begin(device: torch.device) -> Asked:
+    """Counts from 0; on the CPU this process keeps its memory from here on, and what has to be counted for that."""
+    counters.reset()
+    if device.type != "cpu":
+        return Asked()
+    keep_memory()
+    return Asked({"memory.kept"} if platform.libc_ver()[0] == "glibc" else set())
 
 
 def sampling(
@@ -109,6 +126,9 @@ def training(
     if compiled:
         asked.one_of("block.compiled", "block.plain")
     trunk, layout, length = generator.trunk, generator.layout, generator.trained_length(key, progress)
+    if device.type == "cpu" and not compiled:
+        asked.taken |= {path for m in generator.modules() for path in _drops(m)}
+        asked.never.add("dropout.plain")
     float32_on_cpu = device.type == "cpu" and dtype == torch.float32 and not compiled
     weights = [m.weight for m in trunk.modules() if isinstance(m, Linear)] if float32_on_cpu and slow_mkl() else []
     rows = len(key) * length
@@ -177,6 +197,14 @@ def _softmaxes(head: nn.Module, length: int) -> list[tuple[int, int]]:
     if isinstance(head, FactorisedHead):
         return [(length, size) for size in head.factors]
     return [(length, head.vocab_size)] if isinstance(head, CategoricalHead) else []
+
+
+def _drops(module: nn.Module) -> set[str]:
+    """What a layer with dropout counts in training on the CPU."""
+    if isinstance(module, Attention):
+        return {"attention.dropped", "dropout.shared"} if module.dropout else set()
+    rate = module.p if isinstance(module, Dropout) else module.dropout if isinstance(module, FeedForward) else 0
+    return {"dropout.shared"} if rate else set()
 
 
 def _own_mask(generator: Generator) -> bool:

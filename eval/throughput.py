@@ -224,7 +224,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
             job = work[part]
             with nullcontext() if job.graded else torch.inference_mode():
                 operations, bytes_read = job.cost()
-                counters.reset()  # only what is timed counts, with the run that warms it up
+                begun = paths.begin(device)  # only what is timed counts, with the run that warms it up
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 with paths.fused(device, dtype):
@@ -232,7 +232,7 @@ def measure(config: Mapping[str, Any], tokenizer: nn.Module, generator: nn.Modul
                         spent = seconds(job.run, device, int(config["repeats"]))
                     taken = counters.read()
                     profiled = shares(job.run, device) if config["profile"] else None
-            job.asked.check(taken, f"{part} at batch {batch}")
+            (begun | job.asked).check(taken, f"{part} at batch {batch}")
             middle, smallest = statistics.median(spent), max(operations / rate, bytes_read / speed)
             peak = peak_rate(device) if job.graded and dtype == torch.bfloat16 else None
             rows.append(
@@ -352,9 +352,7 @@ def learning(
         ahead = device.type == "cuda" and bool(config["encode_ahead"])
         pictures = itertools.repeat({"image": images})
         batches = iter(Ahead(pictures, encode, device)) if ahead else map(encode, pictures)
-        encoding = paths.encoding(tokenizer, dtype=torch.float32)
-        taken = asked.taken | encoding.taken | ({"tokens.ahead"} if ahead else set())
-        asked = paths.Asked(taken, asked.never | encoding.never)
+        asked |= paths.encoding(tokenizer, dtype=torch.float32) | paths.Asked({"tokens.ahead"} if ahead else set())
         step = trainer(generator, lambda: next(batches), **options)
         found["online"] = Job(step, cost, generator, asked, graded=True)
     return found

@@ -300,13 +300,13 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     given = (peer, config["dir"], options, torch.get_num_threads(), config["clock"])
     with closing(Apart(*given)) if apart else nullcontext() as other:
         for part, (theirs, ours) in timed.items():
-            counters.reset()  # only our side counts
+            begun = paths.begin(device)  # only our side counts
             first = timer(theirs, device, clock) if other is None else other.timer(part)
             second = timer(held(ours, part, options), device, clock)
             row = alternate(first, second, int(config["turns"]), device, least=config["least_seconds"])
             row["paths"] = counters.read()
             module = None if both is None else both.learning if part == "train" else both.ours
-            asked(config, module, part, options).check(row["paths"], f"{name} {part}")
+            (begun | asked(config, module, part, options)).check(row["paths"], f"{name} {part}")
             facts = {"peer": name, "size": size, "part": part, "batch": options.batch}
             facts |= {"threads": torch.get_num_threads(), "device": describe(device), "clock": config["clock"]}
             facts |= {"on": device.type, "original_dtype": config["dtype"] if options.light else "float32"}

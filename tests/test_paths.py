@@ -1,5 +1,7 @@
 """Counters of the paths taken, and benchmarks that fail where a path they ask for was not taken."""
 
+import platform
+
 import pytest
 import tokenizers
 import torch
@@ -14,6 +16,7 @@ from vtok import counters
 from vtok.acceleration import compile_blocks
 from vtok.decoding import decode_images, encode_images
 from vtok.layers import linear
+from vtok.layers.dropout import dropout
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.tokenizer import TokenSpec
 
@@ -173,6 +176,35 @@ def test_compiled_and_recomputed_blocks_are_counted():
         paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu"), compiled=True).check(
             trained(make("llamagen")), "train"
         )
+
+
+def test_dropout_in_training_is_counted_and_asked_for():
+    """RAR drops weights of attention and hidden values; on the CPU by ways of ours, and PyTorch's is a fallback."""
+    model = make("rar")
+    asked = paths.training(model, key=KEY, progress=0.5, device=torch.device("cpu"))
+    assert {"attention.dropped", "dropout.shared"} <= asked.taken
+    counts = trained(model)
+    assert counts["attention.dropped"] == len(model.trunk.blocks)
+    asked.check(counts, "train")
+    for path in ("attention.dropped", "dropout.shared"):
+        with pytest.raises(ValueError, match=f"not taken: {path}"):
+            asked.check({key: n for key, n in counts.items() if key != path}, "train")
+    off = counted(lambda: dropout(torch.ones(4), 0.5, training=False)) | counted(lambda: dropout(torch.ones(4), 0.0))
+    assert off == {} and counted(lambda: dropout(torch.ones(4), 0.5)) == {"dropout.shared": 1}
+    with pytest.raises(ValueError, match=r"taken instead: dropout\.plain"):
+        asked.check(counts | {"dropout.plain": 1}, "train")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_benchmark_on_the_cpu_keeps_its_memory_or_fails(monkeypatch):
+    counters.count("step.cached")
+    begun = paths.begin(torch.device("cpu"))
+    assert counters.read() == {"memory.kept": 1}
+    begun.check(counters.read(), "train")
+    assert paths.begin(torch.device("cuda")) == paths.Asked() and counters.read() == {}
+    monkeypatch.setattr("vtok.acceleration.ctypes.CDLL", lambda name: object())  # a C library without mallopt
+    with pytest.raises(ValueError, match=r"not taken: memory\.kept"):
+        paths.begin(torch.device("cpu")).check(counters.read(), "train")
 
 
 def test_counting_makes_compiled_code_no_slower():

@@ -198,7 +198,8 @@ def test_command_measures_every_part_and_keeps_earlier_rows(tmp_path, monkeypatc
         assert row["matmul_operations_per_image"] > 0
         assert row["paths"]
     encode, decode, sample, train = rows
-    assert encode["paths"] == {"encode.channels_last": 2, "encode.float32": 2}
+    encoded = {path: times for path, times in encode["paths"].items() if path != "memory.kept"}  # glibc's alone
+    assert encoded == {"encode.channels_last": 2, "encode.float32": 2}
     assert decode["paths"]["decode.float32"] == 2 and sample["paths"]["rows.guided"] == 2 * 16
     assert train["paths"]["loss.whole"] == 2 and "step.recomputed" not in sample["paths"]
     assert train["parameters"] == sample["parameters"] != decode["parameters"]
@@ -304,7 +305,7 @@ def test_only_what_is_timed_counts(tmp_path, monkeypatch):
     job = Job(lambda: None, lambda: (counters.count("step.cached"), (1.0, 1.0))[1], nn.Linear(1, 1), paths.Asked())
     monkeypatch.setattr("eval.throughput.jobs", lambda *_: {"sample": job})
     (row,) = evaluate(config("model=llamagen_tiny", "parts=[sample]", f"out={tmp_path / 'x.json'}"))
-    assert row["paths"] == {}
+    assert row["paths"].keys() <= {"memory.kept"}
     job.asked.taken.add("step.cached")
     with pytest.raises(ValueError, match=r"sample at batch 2 fell back.*not taken: step\.cached"):
         evaluate(config("model=llamagen_tiny", "parts=[sample]", f"out={tmp_path / 'x.json'}"))

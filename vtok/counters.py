@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 PATHS = {
+    "attention.dropped": "attention whose weights are dropped in plain products, since no kernel drops (CPU, training)",
     "attention.full": "a trunk's pass without a mask: every key is seen",
     "attention.causal": "a trunk's pass with the kernel's own causal rule",
     "attention.blocks": "a trunk's pass on FlexAttention with a block mask (CUDA, training)",
@@ -25,6 +26,8 @@ PATHS = {
     "decode.channels_first": "image decoding of which a convolution did not give channels-last results",
     "decode.channels_last": "image decoding whose convolutions all gave channels-last results",
     "decode.float32": "image decoding in float32, as stored",
+    "dropout.plain": "dropout by PyTorch's kernel",
+    "dropout.shared": "dropout of four entries a draw (CPU)",
     "encode.bfloat16": "image encoding in bfloat16",
     "encode.channels_first": "image encoding of which a convolution did not give channels-last results",
     "encode.channels_last": "image encoding whose convolutions all gave channels-last results",
@@ -39,6 +42,7 @@ PATHS = {
     "linear.packed": "a product with weights that were reordered once (CPU)",
     "loss.pieces": "cross-entropy whose logits exist piece by piece",
     "loss.whole": "cross-entropy over all logits at once",
+    "memory.kept": "a process that uses memory again that it freed (CPU, glibc)",
     "modulation.kept": "a sampling step that takes the blocks' scales, shifts and gates from an earlier one",
     "norm.bfloat16": "a norm of an image tokenizer's maps that stay bfloat16 from one convolution to the next (CUDA)",
     "norm.float32": "such a norm in float32 under autocast (CUDA, without gradients)",

@@ -65,6 +65,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, scale: float |
         if dropout and q.device.type == "cpu" and not torch.compiler.is_compiling():
             if causal and q.shape[-2] >= SPANNED:
                 return attend(q, k, v, mask=halves(q.shape[-2]), scale=scale, dropout=dropout)
+            count("attention.dropped")
             return attend_naive(q, k, v, mask=mask, scale=scale, dropout=dropout)  # no kernel drops there
         return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, is_causal=causal, scale=scale)
     if dropout:

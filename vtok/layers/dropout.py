@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.counters import count
+
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """x with a share p of its entries zero and the others divided by 1 - p.
@@ -13,8 +15,12 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     On the CPU four entries share one draw of 64 bits of PyTorch's generator, which draws one by one; p is rounded to
     1/65536 there.
     """
-    if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        count("dropout.plain")
+        return F.dropout(x, p)
+    count("dropout.shared")
     dropped = min(round(p * 2**16), 2**16)
     if dropped == 2**16:
         return x * 0.0
