@@ -56,7 +56,26 @@ def read_run(place: str | Path) -> Run:
 def read_runs(places: list[str]) -> list[Run]:
     if not places:
         raise ValueError("runs=[] names no run: give run directories, folders of results, or JSON files")
-    return [read_run(place) for place in places]
+    runs = [read_run(place) for place in places]
+    name_apart(runs, [Path(place) for place in places])
+    return runs
+
+
+def name_apart(runs: list[Run], places: list[Path]) -> None:
+    """Name the jobs of a sweep, whose folders are numbers, by the overrides that not all jobs given here have; all runs
+    by their places where two names would be the same."""
+    jobs: dict[Path, list[tuple[Run, list[str]]]] = {}
+    for run, place in zip(runs, places):
+        if run.name.isdigit() and (place / "overrides.txt").is_file():
+            given = (place / "overrides.txt").read_text().splitlines()
+            jobs.setdefault(place.resolve().parent, []).append((run, given))
+    for sweep, siblings in jobs.items():
+        for run, given in siblings:
+            own = [word for word in given if any(word not in other for _, other in siblings)]
+            run.name = " ".join(own) or f"{sweep.name}/{run.name}"
+    if len({run.name for run in runs}) < len(runs):
+        for run, place in zip(runs, places):
+            run.name = str(place)
 
 
 def take_results(run: Run, file: Path) -> None:
@@ -195,9 +214,6 @@ def compare(places: list[str], out: Path, curves: list[str] | None = None) -> Ma
     known = sorted({name for run in runs for name in run.curves})
     if unknown := sorted(set(curves or ()) - set(known)):
         raise ValueError(f"curves={unknown[0]}: no run has it; there are {', '.join(known) or 'none'}")
-    if len({run.name for run in runs}) < len(runs):
-        for run, place in zip(runs, places):
-            run.name = str(place)
     # the newest of each run; one that cannot be read shows before anything is written
     pictures = [(run.name, read_image(run.picture)) for run in runs if run.picture]
     rows, notes = table(runs)

@@ -444,6 +444,16 @@ def test_the_launcher_composes(tmp_path):
     assert done.returncode == 0 and "SlurmLauncher" in done.stdout, done.stderr
 
 
+def test_a_sweep_of_jobs_where_none_can_be_submitted_says_so(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    if shutil.which("srun"):
+        pytest.skip("jobs can be submitted here")
+    sweep = ("-m", "launcher=submitit_slurm", "trainer=slurm", f"hydra.sweep.dir={tmp_path}", "seed=0,1")
+    done = command("train.py", *sweep)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) <= 3, done.stderr
+    assert "there is no srun here" in done.stderr and "login node" in done.stderr
+
+
 # --- fuzzed input ---------------------------------------------------------------------------------------------------
 
 

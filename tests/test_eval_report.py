@@ -254,6 +254,27 @@ def test_numbers_under_other_protocols_are_marked(tmp_path, capsys) -> None:
         compare.read_run(tmp_path / "empty")
 
 
+def test_jobs_of_a_sweep_are_named_by_what_they_vary(tmp_path, capsys) -> None:
+    sweep, other = tmp_path / "sweeps" / "lr", tmp_path / "sweeps" / "width"
+    for folder, number, words in (
+        (sweep, 0, ["model=var_small", "optimizer.lr=1e-4", "seed=0"]),
+        (sweep, 1, ["model=var_small", "optimizer.lr=3e-4", "seed=0"]),
+        (sweep, 2, ["model=var_small", "optimizer.lr=3e-4", "seed=1"]),
+        (other, 0, ["model=var_small", "model.width=64"]),
+    ):
+        fake_run(folder, str(number), 2.0 + number)
+        (folder / str(number) / "overrides.txt").write_text("\n".join(words) + "\n")
+    fake_run(tmp_path, "baseline", 3.0)
+    given = [str(sweep / "0"), str(sweep / "1"), str(sweep / "2"), str(other / "0"), str(tmp_path / "baseline")]
+    names = [row[0] for row in compare.compare(given, tmp_path / "out")["rows"][1:]]
+    assert names == [
+        "optimizer.lr=1e-4 seed=0", "optimizer.lr=3e-4 seed=0", "optimizer.lr=3e-4 seed=1", "width/0", "baseline"
+    ]  # fmt: skip
+    shutil.copytree(sweep / "0", sweep / "3")  # the same once more
+    names = [row[0] for row in compare.compare([*given[:2], str(sweep / "3")], tmp_path / "out")["rows"][1:]]
+    assert names == [str(sweep / "0"), str(sweep / "1"), str(sweep / "3")]
+
+
 def stored(images: np.ndarray, name: str) -> Images:
     data = torch.from_numpy(images)
 

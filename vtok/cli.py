@@ -59,7 +59,7 @@ def entry(
             try:
                 command()
             except Exception as error:
-                wrong = _no_choice(error, configs)
+                wrong = _no_choice(error, configs) or _no_slurm(error)
                 if wrong is None and not _mistake(error):
                     raise
                 error = wrong or error
@@ -250,16 +250,30 @@ def _mistake(error: BaseException) -> bool:
 
 def _no_choice(error: BaseException, configs: Path) -> ValueError | None:
     """What Hydra stumbles over where a group of configs is given something else than names."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    inside = trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("hydra._internal")
-    if not inside and not str(error).startswith("Config group override must be"):
+    if not _raised_in(error, "hydra._internal") and not str(error).startswith("Config group override must be"):
         return None
     for name, equals, value in (argument.partition("=") for argument in sys.argv[1:]):
         if equals and re.match(r"[\[{]|(null|true|false|-?[\d.]+)$", value) and (configs / name.lstrip("+")).is_dir():
             return ValueError(f"{name}={value} is no choice: pass {name}=<name>, or set {name}.<key>")
     return None
+
+
+def _no_slurm(error: BaseException) -> ValueError | None:
+    """What submitit says where no jobs can be submitted."""
+    if isinstance(error, RuntimeError) and _raised_in(error, "submitit.") and shutil.which("srun") is None:
+        return ValueError(
+            "launcher=submitit_slurm submits jobs, and there is no srun here: run this on a login node of the "
+            "cluster, or leave launcher= out"
+        )
+    return None
+
+
+def _raised_in(error: BaseException, package: str) -> bool:
+    """Whether the module that raised it has a name that begins so."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(package)
 
 
 def report(error: BaseException) -> int:
