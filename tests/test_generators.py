@@ -55,6 +55,7 @@ every_sequence = pytest.mark.parametrize("name", [name for name in FAMILIES if n
 every_discrete = pytest.mark.parametrize("name", [n for n in FAMILIES if n not in CONTINUOUS and n not in MASKED])
 every_continuous = pytest.mark.parametrize("name", CONTINUOUS)
 LABELS = torch.tensor([0, 3, CLASSES])
+LEVELS = ("dtm", "artm", "fhtm")  # the first step is noise
 NO_CACHE = "every step encodes all tokens anew: MAR and MaskGIT fill masks, DTM's levels are Markov"
 
 
@@ -280,11 +281,11 @@ def test_edits_are_made_on_entry_to_every_block(name):
     count = sum(len(stack.blocks) for stack in stacks)
     plain, other = model(canvas, cond), model(canvas, null)
 
-    def push(h):
+    def push(h, place):
         return h + torch.linspace(-1, 1, h.shape[-1])
 
     for block in range(count):
-        assert torch.equal(model(canvas, replace(cond, at={block: lambda h: h})), plain)
+        assert torch.equal(model(canvas, replace(cond, at={block: lambda h, place: h})), plain)
         pushed = replace(cond, at={block: push})
         moved = model(canvas, pushed)
         assert not torch.allclose(moved, plain, atol=1e-3)
@@ -298,6 +299,69 @@ def test_edits_are_made_on_entry_to_every_block(name):
             torch.testing.assert_close(torch.cat(parts, 1), moved, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=rf"edits of blocks \[{count}\]"):
         model(canvas, replace(cond, at={count: push}))
+
+
+@every_family
+def test_control_aligned_with_the_tokens_reaches_what_it_belongs_to(name):
+    """A table with a row a token, added to the state that predicts it, as ControlAR does (arXiv 2410.02705): another
+    row moves that token's state and those of later steps alone; kept keys and values and rows in another batch draw the
+    same; a table of zeros changes nothing, and null rows have none."""
+    model, seeds = make(name), sample_seeds(0, 0, 3)
+    canvas, cond, null = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS), model.conditioner.null(3)
+    stacks = model.trunk.values() if isinstance(model.trunk, torch.nn.ModuleDict) else [model.trunk]
+    last, length = sum(len(stack.blocks) for stack in stacks) - 1, model.layout.length
+    plain = model(canvas, cond)
+    table = torch.randn(3, length, plain.shape[-1], generator=torch.Generator().manual_seed(3))
+
+    def control(table):
+        def add(h, place):
+            place = place.expand(len(h), -1)
+            row = torch.arange(len(h)) * len(table) // len(h)  # DTM has several rows for one
+            return h + torch.where(place[..., None] >= 0, table[row[:, None], place.clamp(min=0)], 0)
+
+        return {last: add}
+
+    seen = model(canvas, replace(cond, at=control(table)))
+    assert torch.equal(model(canvas, replace(cond, at=control(0 * table))), plain)
+    step = model.layout.steps_of_tokens()
+    for token in {model.layout.written(k, k + 1)[0] for k in range(model.layout.steps)}:
+        other = table.clone()
+        other[:, token] += torch.linspace(-3, 3, table.shape[-1])  # a constant would leave LayerNorm as it is
+        moved = (model(canvas, replace(cond, at=control(other))) - seen).abs().amax(-1) > 1e-4
+        if name not in MASKED and name != "dtm":  # bidirectional in their last block
+            assert not moved[:, step < step[token]].any()
+        if not (name in LEVELS and step[token] == 0):  # which is noise
+            assert moved[:, token].all()
+    if model.caches:
+        cache, parts = model.cache(3), []
+        for k in range(model.layout.steps):
+            parts.append(model(canvas, replace(cond, at=control(table)), k, k + 1, cache))
+            cache.commit(model.layout.reads[k])
+        torch.testing.assert_close(torch.cat(parts, 1), seen, rtol=1e-4, atol=1e-4)
+    both = Cond.cat([replace(cond, at=control(table)), null])
+    torch.testing.assert_close(
+        model(canvas.repeat(2), both), torch.cat([seen, model(canvas, null)]), rtol=1e-4, atol=1e-4
+    )
+    options = {"guide": guidance(2.0), "rule": DrawRule(temperature=0.9)}
+    made = model.sampler(model, both, noise=SampleNoise(seeds), **options).tokens
+    alone = Cond.cat([replace(model.conditioner(LABELS[1:2]), at=control(table[1:2])), model.conditioner.null(1)])
+    assert_same(model.sampler(model, alone, noise=SampleNoise(seeds[1:2]), **options).tokens, made[1:2])
+    free = model.sampler(model, Cond.cat([cond, null]), noise=SampleNoise(seeds), **options).tokens
+    assert not torch.equal(free, made)
+
+
+@pytest.mark.parametrize("name", ["rar", "mar"])
+def test_aligned_control_follows_an_order_of_the_sample(name):
+    """In another order the same token has the same row: `place` is the token's in the tokenizer's order."""
+    model, rows = make(name), []
+    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    cond = model.conditioner(LABELS)
+    stacks = model.trunk.values() if isinstance(model.trunk, torch.nn.ModuleDict) else [model.trunk]
+    last = sum(len(stack.blocks) for stack in stacks) - 1
+    at = {last: lambda h, place: (rows.append(place.expand(len(h), -1)), h)[1]}
+    model(model.arrange(tokens_of(model, 3), order), replace(cond, at=at))
+    want = order if name == "rar" else torch.arange(16).expand(3, -1)  # MAR's decoder reads every cell in its place
+    assert torch.equal(rows[0][:, -16:], want) and bool((rows[0][:, :-16] == -1).all())
 
 
 # families with a likelihood, so small that all of their sequences can be listed

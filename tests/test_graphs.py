@@ -114,7 +114,7 @@ def test_what_cannot_be_recorded_says_so():
         GraphSampler(make("llamagen"))
     model = make("llamagen")
     cond = conditions(model, LABELS, guidance(1.0))
-    cond.at = {0: lambda h: h}
+    cond.at = {0: lambda h, place: h}
     with pytest.raises(ValueError, match=r"cond\.at"):
         GraphSampler(model, capture=Tape)(model, cond, noise=SampleNoise(sample_seeds(0, 0, 3)))
 

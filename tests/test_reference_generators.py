@@ -59,7 +59,7 @@ def test_gpt(family, option):
     if "projected" in outputs:
         states = []
         cond = model.conditioner(inputs["label"])
-        cond = replace(cond, at={model.block: lambda h: (states.append(h), h)[1]})
+        cond = replace(cond, at={model.block: lambda h, place: (states.append(h), h)[1]})
         model(model.arrange(inputs["indices"]), cond)
         assert_close(model.projector(states[0]), outputs["projected"])
 
@@ -72,7 +72,7 @@ def test_ifsq_with_sub_codes():
     assert sum(p.numel() for p in model.parameters()) == sum(v.numel() for v in state.values())
     ids, states = join(parts.movedim(0, -1), sizes), []
     cond = model.conditioner(inputs["label"])
-    cond = replace(cond, at={model.block: lambda h: (states.append(h), h)[1]})
+    cond = replace(cond, at={model.block: lambda h, place: (states.append(h), h)[1]})
     canvas = model.arrange(ids)
     for f, logits in enumerate(model.head.logits(model(canvas, cond), canvas.tokens)):
         assert_close(logits, outputs[f"logits_{f}"])

@@ -114,9 +114,9 @@ def test_the_first_cell_runs_no_null_rows_but_where_they_are_kept(cached, monkey
     got, fewer = run(cond), rows.copy()
     assert fewer == [3] * 4 + [6] * 3 * (4 + again)
     rows.clear()
-    edited = run(replace(cond, at={0: lambda h: h}))
+    edited = run(replace(cond, at={0: lambda h, place: h}))
     monkeypatch.setattr("vgen.flow_draw.reads_null", lambda *_: True)
-    want = run(replace(cond, at={0: lambda h: h}))
+    want = run(replace(cond, at={0: lambda h, place: h}))
     assert set(rows) == {6}
     for other in (edited, want):
         torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-4)

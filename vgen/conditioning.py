@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+# h [R, l, D] on entry to a block, and which token each of its positions predicts -> h
+Edit = Callable[[Tensor, Tensor], Tensor]
+
 
 @dataclass
 class Cond:
@@ -16,13 +19,15 @@ class Cond:
     start [R, 1, D]: what takes the place of the token before the first. prefix [R, P, D] or None: positions every token
     sees, such as a text's. vector [R, 1, D] or None: for modulation. at: block -> edit of h [R, l, D] on entry to that
     block, of the l positions that are read at a time (not those of the prefix), for spatial control; the blocks of two
-    stacks (xAR, FlowAR, E-CAR, MAR) are counted through.
+    stacks (xAR, FlowAR, E-CAR, MAR) are counted through. An edit also gets int64 [l] or [R, l]: the token that each
+    position predicts, by its place in the generator's layout or, where samples have orders of their own (RAR, MAR), in
+    the tokenizer's; -1 for positions that predict none, or several.
     """
 
     start: Tensor
     prefix: Tensor | None = None
     vector: Tensor | None = None
-    at: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    at: dict[int, Edit] = field(default_factory=dict)
 
     def first(self, rows: int) -> Cond:
         """The conditions of the first rows alone; not with edits, which may know all of them."""
@@ -52,14 +57,15 @@ class Cond:
         return self.prefix.shape[1] if step == 0 and self.prefix is not None else 0
 
 
-def _each(streams: list[Cond], block: int) -> Callable[[Tensor], Tensor]:
+def _each(streams: list[Cond], block: int) -> Edit:
     """The edit of h that has each stream's own on its rows; a model may have several rows for one of the condition."""
     rows = [len(stream.start) for stream in streams]
 
-    def change(h: Tensor) -> Tensor:
-        times = len(h) // sum(rows)
-        parts = zip(streams, h.split([times * count for count in rows]))
-        return torch.cat([stream.at[block](part) if block in stream.at else part for stream, part in parts])
+    def change(h: Tensor, place: Tensor) -> Tensor:
+        counts = [len(h) // sum(rows) * count for count in rows]
+        places = place.split(counts) if place.dim() == 2 else [place] * len(rows)
+        parts = zip(streams, h.split(counts), places)
+        return torch.cat([s.at[block](part, own) if block in s.at else part for s, part, own in parts])
 
     return change
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgen.conditioning import ClassConditioner, Cond
+from vgen.conditioning import ClassConditioner, Cond, Edit
 from vgen.gaussian import Moments
 from vgen.guidance import Guidance, Progress
 from vgen.heads import CategoricalHead, DrawRule
@@ -175,7 +175,8 @@ class Generator(Configured, nn.Module):
         """Hidden states for the tokens written in steps start..stop-1, [R, n, D]. With start > 0 a cache is needed."""
         stop = canvas.layout.steps if stop is None else stop
         inputs = self.inputs_behind(cache, canvas, cond, start, stop)
-        return self.run(conditioned(inputs, cond, start), cache)
+        place = predicted(inputs, canvas, start, stop) if cond.at else None
+        return self.run(conditioned(inputs, cond, start, place), cache)
 
     def cache(self, rows: int, *, prefix: int = 0, layout: SequenceLayout | None = None) -> KVCache | None:
         """An empty cache for `rows` rows (streams included) of whole sequences behind `prefix` extra positions.
@@ -277,18 +278,31 @@ class Generator(Configured, nn.Module):
         return self.head.log_prob(h, canvas.tokens, canvas.layout.sizes)
 
 
-def conditioned(inputs: Inputs, cond: Cond, start: int = 0) -> Inputs:
+def conditioned(inputs: Inputs, cond: Cond, start: int = 0, place: Tensor | None = None) -> Inputs:
     """What the trunk reads from step `start` on, with the edits of `cond` after the family's own and, where it starts,
-    behind the prefix."""
+    behind the prefix. place: what the edits are told of the positions, see Cond; None where there are no edits."""
     at = dict(inputs.at)
     for block, edit in cond.at.items():
-        at[block] = _then(at[block], edit) if block in at else edit
+        at[block] = placed(edit, place, at.get(block))
     inputs = replace(inputs, at=at)
     return inputs.behind(cond.prefix) if cond.ahead(start) else inputs
 
 
-def _then(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda h: second(first(h))
+def placed(edit: Edit, place: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """An edit of positions that predict `place`, after `before`."""
+    return lambda h: edit(h if before is None else before(h), place)
+
+
+def predicted(inputs: Inputs, canvas: Canvas, start: int, stop: int) -> Tensor:
+    """The token that each position of `inputs` predicts in steps start..stop-1, int64 [l] or [R, l], as in Cond."""
+    a, b = canvas.layout.written(start, stop)
+    tokens = torch.arange(a, b, device=inputs.x.device) if canvas.order is None else canvas.order[:, a:b]
+    if inputs.read is None:
+        return tokens
+    length = inputs.x.shape[1]
+    place = tokens.new_full((*tokens.shape[:-1], length), -1)
+    place[..., inputs.read] = tokens
+    return place.masked_fill(inputs.read.bincount(minlength=length) > 1, -1)
 
 
 def require_ids(spec: TokenSpec, family: str, instead: str = "") -> None:

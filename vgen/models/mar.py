@@ -11,7 +11,7 @@ to the most that are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from statistics import NormalDist
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgen.conditioning import ClassConditioner, Cond
+from vgen.conditioning import ClassConditioner, Cond, Edit
 from vgen.gaussian import Moments
-from vgen.generator import Canvas, Generator, conditioned
+from vgen.generator import Canvas, Generator, conditioned, placed
 from vgen.heads_continuous import Network
 from vgen.heads_diffusion import DiffusionHead
 from vgen.heads_token_flow import FlowHead
@@ -33,7 +33,6 @@ from vtok.layers.vit import together
 from vtok.noise import SampleNoise, sample_seeds
 from vtok.tokenizer import TokenSpec
 
-Edit = Callable[[Tensor], Tensor]
 DRAWS = 1000  # samples, for a mean
 RATIO_MEAN, RATIO_STD = 1.0, 0.25  # of the normal whose part in [mask_ratio, 1] is the share hidden in training
 
@@ -199,7 +198,8 @@ class MAR(Generator):
         depth = len(self.trunk["encoder"].blocks)
         check_edits(cond.at, depth + len(self.trunk["decoder"].blocks))
         at = {block: edit for block, edit in cond.at.items() if block < depth}
-        return self.trunk["encoder"](conditioned(together(x, mask=mask), replace(cond, at=at)))
+        nothing = cells.new_full(x.shape[1:2], -1)  # the encoder reads decided tokens alone
+        return self.trunk["encoder"](conditioned(together(x, mask=mask), replace(cond, at=at), place=nothing))
 
     def decode(
         self, encoded: Tensor, cells: Tensor, there: Tensor | None = None, at: Mapping[int, Edit] | None = None
@@ -214,7 +214,9 @@ class MAR(Generator):
         filled = filled.scatter(1, cells.unsqueeze(-1).expand_as(given), given)
         depth, edits = len(self.trunk["encoder"].blocks), at or {}
         inputs = together(torch.cat([slots, filled], dim=1) + self.decoder_position)
-        inputs = replace(inputs, at={block - depth: edit for block, edit in edits.items() if block >= depth})
+        place = torch.arange(-self.buffer, len(self.head_position), device=x.device).clamp(min=-1)
+        at = {block - depth: placed(edit, place) for block, edit in edits.items() if block >= depth}
+        inputs = replace(inputs, at=at)
         x = self.trunk["decoder"](inputs.behind(prefix) if ahead else inputs)
         return x[:, ahead + self.buffer :] + self.head_position
 

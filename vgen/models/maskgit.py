@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vgen.conditioning import ClassConditioner, Cond
 from vgen.cross_entropy import linear_cross_entropy
-from vgen.generator import Canvas, Generator, require_ids
+from vgen.generator import Canvas, Generator, placed, require_ids
 from vgen.heads import CategoricalHead
 from vgen.masking import masked_layout, random_order, ratio_uniform
 from vtok.acceleration import linear_parameters
@@ -249,5 +249,6 @@ def opened(x: Tensor, cond: Cond, blocks: int) -> tuple[Tensor, list[Callable[[T
     count = cond.ahead(0)
     if count:
         x = torch.cat([cond.prefix.to(x.dtype), x], dim=1)
-    plain = [cond.at.get(i, lambda h: h) for i in range(blocks)]
+    place = torch.arange(-1, x.shape[1] - count - 1, device=x.device)  # of the class, then the cells
+    plain = [placed(cond.at.get(i, lambda h, place: h), place) for i in range(blocks)]
     return x, [past(edit, count) for edit in plain] if count else plain

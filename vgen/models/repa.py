@@ -78,8 +78,8 @@ class LlamaGenREPA(LlamaGen):
         canvas = self.arrange(batch["tokens"])
         context = self.arrange(batch["context"]) if "context" in batch else canvas
         cond, states = self.conditioner(batch["label"], self.dropped(batch)), []
-        then = cond.at.get(self.block, lambda h: h)
-        cond = replace(cond, at={**cond.at, self.block: lambda h: (states.append(h), then(h))[1]})
+        then = cond.at.get(self.block, lambda h, place: h)
+        cond = replace(cond, at={**cond.at, self.block: lambda h, place: (states.append(h), then(h, place))[1]})
         nats = self.head.loss(self(context, cond), canvas.tokens, canvas.layout.sizes)
         found = {"loss": nats.mean(), "nats": nats.detach()}
         if "patches" not in batch:

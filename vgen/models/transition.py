@@ -181,8 +181,8 @@ class DTM(Transition):
         shares = [level / self.levels for level in range(self.levels + 1)]
         return Canvas(torch.cat([share * tokens + (1 - share) * start for share in shares], dim=1), self.layout)
 
-    def read(self, x: Tensor, time: Tensor, cond: Cond) -> Inputs:
-        """One level a row: values x [R, N, C] at flow times [R]."""
+    def read(self, x: Tensor, time: Tensor, cond: Cond, level: Tensor) -> Inputs:
+        """One level a row: values x [R, N, C] at flow times [R], which predict those of int64 `level` [R]."""
         inputs = Inputs(
             x=self.project(x) + self.position.weight,
             rank=torch.zeros(x.shape[1], dtype=torch.int64, device=x.device),
@@ -190,7 +190,9 @@ class DTM(Transition):
             position=(self.cos, self.sin, None),
             vector=cond.vector + self.time(time)[:, None],
         )
-        return conditioned(inputs, cond)
+        count = x.shape[1]
+        place = level[:, None] * count + torch.arange(count, device=x.device)
+        return conditioned(inputs, cond, place=place)
 
     def forward(
         self, canvas: Canvas, cond: Cond, start: int = 0, stop: int | None = None, cache: KVCache | None = None
@@ -201,11 +203,12 @@ class DTM(Transition):
         parts = [canvas.tokens.new_zeros(rows, count, self.trunk.dim)] if start == 0 else []
         if stop > first:
             before = canvas.tokens[:, (first - 1) * count : (stop - 1) * count].unflatten(1, (-1, count)).flatten(0, 1)
-            time = 1 - torch.arange(first - 1, stop - 1, device=before.device) / self.levels
+            level = torch.arange(first, stop, device=before.device)
+            time = 1 - (level - 1) / self.levels
             each = {name: getattr(cond, name) for name in ("prefix", "vector")}
             each = {name: None if v is None else v.repeat_interleave(len(time), 0) for name, v in each.items()}
             repeated = Cond(cond.start, **each, at=cond.at)
-            h = self.run(self.read(before, time.repeat(rows), repeated))
+            h = self.run(self.read(before, time.repeat(rows), repeated, level.repeat(rows)))
             parts.append(h.unflatten(0, (rows, -1)).flatten(1, 2))
         return torch.cat(parts, dim=1)
 
@@ -231,7 +234,8 @@ class DTM(Transition):
         (data, context), noise = self.given(batch, progress), SampleNoise(batch["key"])
         start, time = self.level_of(data, noise)
         cond = self.conditioner(batch["label"], self.dropped(batch))
-        h = self.run(self.read(interpolate(context, start, time), time, cond))
+        level = ((1 - time) * self.levels).round().long() + 1
+        h = self.run(self.read(interpolate(context, start, time), time, cond, level))
         error = self.head.loss(h, data - start, (data.shape[1],), noise=noise)
         return {"loss": error.mean(), "nats": error.detach()}
 
