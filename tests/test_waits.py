@@ -1,5 +1,7 @@
-"""Training on CUDA never waits for the device: seen on the CPU, with fake tensors and with watched backward passes."""
+"""Training and sampling on CUDA never wait for the device: seen on the CPU, with fake tensors and with watched backward
+passes."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,12 +13,16 @@ from tape import Watch
 from test_generators import LABELS
 from torch import nn
 
+from vgen.conditioning import Cond
 from vgen.corruption import Corruption
 from vgen.generator import Generator
+from vgen.guidance import guidance
+from vgen.heads import DrawRule
+from vtok import counters
 from vtok.data.module import keep_keys
 from vtok.layers.trunk import Trunk
 from vtok.losses.objective import TokenizerObjective
-from vtok.noise import sample_seeds
+from vtok.noise import SampleNoise, sample_seeds
 
 OPTIONS = {"rar": {"anneal": (0.0, 1.0)}, "var": {"progressive_until": 0.9, "progressive_first": 1, "drop_path": 0.1}}
 OPTIONS["flexvar"] = {"sample_scales": True, "spec": map_spec((1, 2, 3, 4, 5)), "sides": (1, 3, 5)}
@@ -47,6 +53,26 @@ def test_a_training_step_never_waits_for_the_device(name, monkeypatch):
         with Arrivals():
             loss = model.loss(corrupt(batch), progress=0.5)["loss"]
         assert loss.is_cuda and loss.requires_grad
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mar"])
+def test_a_sampling_step_never_waits_for_the_device(name):
+    """The second run: the first places constants there. Guidance ends behind the first step, where the null rows go.
+    MAR's diffusion reads its schedule on the host, where fake tensors have no values; tests/test_graphs.py records it.
+    """
+    model, guide = make(name), guidance(3.0, "interval", high=0.01)
+    rule = DrawRule(temperature=0.9, top_k=9, top_p=0.8) if model.spec.discrete else DrawRule(solver_steps=2)
+    with torch.no_grad(), fake_cuda(model, {"label": LABELS, "key": sample_seeds(0, 0, 3)}) as batch:
+        streams = [model.conditioner(batch["label"]), model.conditioner.null(3)]
+        cond, noise = Cond.cat(streams), SampleNoise(batch["key"])
+        stop = min(3, model.layout.steps)
+        counters.reset()
+        for watch in (nullcontext(), Arrivals()):
+            with watch:
+                tokens = model.sampler(model, cond, noise=noise, guide=guide, rule=rule, stop=stop).tokens
+        assert tokens.is_cuda
+        taken = counters.read()
+        assert taken["rows.guided"] == 2 and taken.get("rows.single", 0) == 2 * (stop - 1)
 
 
 TOKENIZERS = tokenizers.FAMILIES | {
