@@ -1,7 +1,7 @@
 """`make bench-gpu`: speed on one GPU, most wanted rows first, one JSON a row, resumable.
 
     python scripts/bench_gpu.py
-    python scripts/bench_gpu.py seconds=540 only=[llamagen_l_sample_1]
+    python scripts/bench_gpu.py seconds=170 only=[llamagen_l_sample_1]
     python scripts/bench_gpu.py peers=..
 
 A row is one call of eval.throughput in a process of its own, on the fast paths unless its name says plain; where one
@@ -9,8 +9,8 @@ was not taken, the row fails. A call of this script starts no row after `seconds
 so that three calls end within 25 minutes: a row has at least `row_seconds`, more where it starts early (compiling both
 sides of a comparison takes minutes), and `most_seconds` at most. What these calls do not measure, the least wanted
 rows, is left for more. Rows whose file holds a measurement are done. A row that failed or was killed leaves
-`<row>.failed` and comes first in the next call, last once it failed twice. MAR is measured at 16 iterations and xAR at
-10 solver steps, as in eval.versus; the rows say so.
+`<row>.failed` and comes first in the next call, last once it failed twice or had `most_seconds`. MAR is measured at 16
+iterations and xAR at 10 solver steps, as in eval.versus; the rows say so.
 
 peers: a folder with clones of the originals, named as their repositories are (LlamaGen, VAR, ..). Rows of eval.versus
 (`versus_..`) for those that are there then come behind the most wanted ones. scripts/benchmarks.py writes
@@ -77,6 +77,7 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 
 
+SPENT = "the most that a row has, given up"  # told of a row that more time would not help
 FIRST = list(ROWS).index("llamagen_3b_sample_1_compiled") + 1  # rows that come before those of VERSUS
 VERSUS: dict[str, tuple[str, str, str, int, float]] = {  # peer, size, part, batch, the ratio that is wanted
     "versus_llamagen_l_sample_1": ("llamagen", "GPT-L", "sample", 1, 3.0),
@@ -137,8 +138,8 @@ def wanted(peers: str | None) -> list[str]:
 
 
 def left(folder: Path, only: list[str] | None, peers: str | None = None) -> list[str]:
-    """Rows without a measurement: those that failed once, then the others, then those that failed again, each in the
-    order in which they are wanted. ValueError for an unknown name."""
+    """Rows without a measurement: those that failed once, then the others, then those that failed again or had all the
+    time that a row may have, each in the order in which they are wanted. ValueError for an unknown name."""
     rows = wanted(peers)
     unknown = set(only or ()) - set(rows)
     if unknown:
@@ -146,8 +147,14 @@ def left(folder: Path, only: list[str] | None, peers: str | None = None) -> list
         raise ValueError(f"only={sorted(unknown)}: choose of {', '.join(rows)}{more}")
     names = [name for name in rows if (not only or name in only) and not measured(folder / f"{name}.json")]
     files = {name: folder / f"{name}.failed" for name in names}
-    times = {name: len(file.read_text().splitlines()) if file.is_file() else 0 for name, file in files.items()}
-    return sorted(names, key=lambda name: {1: 0, 0: 1}.get(times[name], 2))
+    told = {name: file.read_text().splitlines() if file.is_file() else [] for name, file in files.items()}
+
+    def turn(name: str) -> int:
+        if len(told[name]) > 1 or any(SPENT in line for line in told[name]):
+            return 2
+        return 0 if told[name] else 1
+
+    return sorted(names, key=turn)
 
 
 def command(name: str, out: Path, repeats: int, peers: str | None = None) -> list[str]:
@@ -189,7 +196,7 @@ def run(config: Mapping[str, Any], *, start=subprocess.run, clock=time.monotonic
             ended = start(command(name, part, config["repeats"], peers), cwd=ROOT, timeout=limit)
             why = "" if ended.returncode == 0 and measured(part) else f"failed, exit code {ended.returncode}"
         except subprocess.TimeoutExpired:
-            why = f"over {limit:.0f} s, given up"
+            why = f"over {limit:.0f} s, {SPENT if limit == config['most_seconds'] else 'given up'}"
         if why:
             with open(failed, "a") as file:
                 file.write(f"{why}\n")

@@ -76,8 +76,10 @@ def test_slow_and_broken_rows_come_first_in_the_next_call(tmp_path):
     calls, now, wanted = [], [0.0], settings(tmp_path, only=five)
     done = bench_gpu.run(wanted, start=runner(calls, slow=[b], broken=[d], now=now), clock=lambda: now[0])
     assert calls == [a, b, c, d] and done == [a, c]
-    assert bench_gpu.left(tmp_path, five) == [b, d, e], "e was never tried"
-    assert (tmp_path / f"{b}.failed").read_text() == "over 25 s, given up\n"
+    assert bench_gpu.left(tmp_path, five) == [d, e, b], "e was never tried, b had all the time that a row may have"
+    assert (tmp_path / f"{b}.failed").read_text() == "over 25 s, the most that a row has, given up\n"
+    (tmp_path / f"{b}.failed").write_text("over 12 s, given up\n")
+    assert bench_gpu.left(tmp_path, five) == [b, d, e], "b had what a call had left"
     bench_gpu.run(wanted, start=runner(calls))
     assert calls[4:] == [b, d, e] and not list(tmp_path.glob("*.failed")) and not bench_gpu.left(tmp_path, five)
     for _ in range(2):
