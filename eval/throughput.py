@@ -107,7 +107,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def bandwidth(device: torch.device) -> float:
     """Bytes a second of reading a large array (a sum), as a pass over weights does."""
     x = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
-    return x.numel() * 4 / min(seconds(lambda: x.sum(), device, 5))
+    passes = 16 if device.type == "cuda" else 1  # there one takes but ten times what launching and waiting do
+
+    def read() -> None:
+        for _ in range(passes):
+            x.sum()
+
+    return passes * x.numel() * 4 / min(seconds(read, device, 5))
 
 
 def weight_bytes(

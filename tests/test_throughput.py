@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from eval import paths
 from eval.resident import CLEAR
 from eval.shares import kind_of, shares
-from eval.throughput import Job, counted, evaluate, table, trainer, training_cost, weight_bytes
+from eval.throughput import Job, bandwidth, counted, evaluate, table, trainer, training_cost, weight_bytes
 from vgen.guidance import guidance
 from vgen.heads import DrawRule
 from vgen.models.repa import LlamaGenREPA
@@ -63,6 +64,17 @@ def test_operations_and_bytes_of_a_linear_model():
 
     assert counted(more, model) == (2 * 4 * (3 * first + second), 4 * (3 * (first + 7) + second + 3))
     assert counted(lambda: model[1](torch.zeros(4, 7)), model) == (2 * 4 * second, 4 * (second + 3))
+
+
+def test_bandwidth_is_bytes_over_seconds_and_of_many_passes_where_one_is_short(monkeypatch):
+    """Half a second each, of the passes that the sum was asked for: one on the CPU, 16 of a GiB on a GPU."""
+    asked = []
+    array = SimpleNamespace(numel=lambda: 2**20, sum=lambda: asked.append(1))
+    monkeypatch.setattr("eval.throughput.torch.ones", lambda *_, **__: array)
+    monkeypatch.setattr("eval.throughput.seconds", lambda run, *_: (run(), [0.5, 0.75])[1])
+    for device, passes in (("cpu", 1), ("cuda", 16)):
+        asked.clear()
+        assert bandwidth(torch.device(device)) == passes * 2**22 / 0.5 and len(asked) == passes
 
 
 def sampled(model, guide=1.0, **options):
