@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -412,6 +413,12 @@ def test_training_is_checked_with_its_own_attention_and_without_dropout(monkeypa
         assert trunk.training
         raise KeyError
     assert not trunk.training
+
+
+def test_selftest_is_a_flag_too():
+    command = [sys.executable, "-m", "eval.versus", "--selftest", "peer=var"]
+    ended = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True)
+    assert ended.returncode == 2 and "selftest=true times a small model of ours against itself" in ended.stderr
 
 
 def test_selftest_command_writes_one_row_and_keeps_others(tmp_path, monkeypatch):
