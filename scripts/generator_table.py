@@ -102,6 +102,12 @@ FAMILIES: dict[str, Family] = {
     ),
     # latents; iterative heads walk fewer steps than published (MAR 64 x 100, xAR 40, FlowAR 25)
     "mar": Family("kl", ["model=mar_small", *WIDTH, *SLIM_HEAD], ["guidance=4.0", "steps=16", "solver_steps=25"]),
+    "orthus": Family(
+        "kl",
+        ["model=orthus_small", *NARROW, *ONCE],
+        ["guidance=4.0", "solver_steps=25"],
+        UNOFFICIAL,
+    ),
     "xar": Family("kl", ["model=xar_small", *WIDTH], ["guidance=4.0", "solver_steps=12"]),
     "flowar": Family("kl", ["model=flowar_small", *WIDTH, *SLIM_HEAD], ["guidance=4.0", "solver_steps=12"], UNOFFICIAL),
     "ecar": Family("kl", ["model=ecar_small", *WIDTH, *SLIM_HEAD], ["guidance=4.0", "solver_steps=8"], UNOFFICIAL),

@@ -15,6 +15,7 @@ from vgen.models.llamagen import LlamaGen
 from vgen.models.mar import MAR
 from vgen.models.maskgit import MaskGIT
 from vgen.models.nbp import NBP
+from vgen.models.orthus import Orthus
 from vgen.models.par import PAR
 from vgen.models.rar import RAR
 from vgen.models.repa import LlamaGenREPA
@@ -102,6 +103,11 @@ def transition(cls, levels: int, **options):
     return cls(latent_spec(), CLASSES, levels=levels, **sizes)
 
 
+def orthus(**options):
+    sizes = {"depth": 2, "width": 16, "heads": 2, "head_depth": 1, "head_width": 16, "solver_steps": 4, "codes": 12}
+    return Orthus(latent_spec(), CLASSES, **{**sizes, "repeats": 2, **options})
+
+
 CONTINUOUS = {
     "xar_token": lambda **o: xar("token", spec=latent_spec(2, 4), **o),
     "xar_cell": lambda **o: xar("cell", **o),
@@ -115,6 +121,8 @@ CONTINUOUS = {
     "dtm": lambda **o: transition(DTM, 4, **o),
     "artm": lambda **o: transition(ARTM, 2, **o),
     "fhtm": lambda **o: transition(FHTM, 2, **o),
+    "orthus": lambda **o: orthus(**o),
+    "orthus_linear": lambda **o: orthus(codes=0, **o),
 }
 OWN_INPUT = {name for name in CONTINUOUS if name.startswith("xar")}  # step k reads its own tokens, noised
 

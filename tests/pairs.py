@@ -18,6 +18,7 @@ from vgen.models.llamagen import LlamaGen
 from vgen.models.mar import MAR
 from vgen.models.maskgit import MaskGIT
 from vgen.models.nbp import NBP
+from vgen.models.orthus import Orthus
 from vgen.models.par import PAR
 from vgen.models.rar import RAR
 from vgen.models.repa import LlamaGenREPA
@@ -50,6 +51,7 @@ PAIRS = {
     "maskgit_grid": ("cnn_vq", MaskGIT, {"steps": 3, "arch": "uvit"}),
     "mar": ("cnn_kl", MAR, HEAD | {"steps": 3, "buffer": 2}),
     "mar_flow": ("titok_kl", MAR, HEAD | {"steps": 3, "buffer": 2, "head": "flow"}),
+    "orthus": ("cnn_kl", Orthus, HEAD | {"codes": 8}),
     "xar": ("cnn_kl", XAR, {"solver_steps": 2}),
     "xar_scale": ("cnn_kl", XAR, {"solver_steps": 2, "entity": "scale"}),
     "flowar": ("cnn_kl", FlowAR, HEAD),

@@ -349,6 +349,7 @@ def test_operations_are_those_that_torch_counts_in_trunk_and_head(name):
 
 
 STACKED = ["xar_token", "xar_cell", "xar_scale", "xar_image", "flowar", "flowar_cross", "ecar", "dtm", "artm", "fhtm"]
+STACKED += ["orthus", "orthus_linear"]
 FACTORISED = ["llamagen_factorised", "llamagen_factorised_depth", "llamagen_factorised_tied"]
 
 

@@ -36,6 +36,7 @@ RECORDED += [
     "dtm",
     "artm",
     "fhtm",
+    "orthus",
     "mar",
     "mar_flow",
 ]

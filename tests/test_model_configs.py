@@ -99,8 +99,9 @@ PUBLISHED = {
 }
 STATED = {  # a header states the count: no published one is exact, or there is none
     **dict.fromkeys(("flowar_s", "flowar_b", "flowar_l", "flowar_h"), KL16),
-    **dict.fromkeys(("ecar_l", "dtm_l", "artm_l", "fhtm_l"), KL16),
+    **dict.fromkeys(("ecar_l", "dtm_l", "artm_l", "fhtm_l", "orthus_l"), KL16),
     **dict.fromkeys(("xar_small", "flowar_small", "ecar_small", "dtm_small", "artm_small", "fhtm_small"), KL_SMALL),
+    "orthus_small": KL_SMALL,
     **dict.fromkeys(("nbp_l", "par_l"), grid(16, 16384)),
     **dict.fromkeys(("elm_l", "elm_xl"), grid(16, 2**20)),
     **dict.fromkeys(("elm_xxl", "elm_2b"), grid(16, 2**24)),

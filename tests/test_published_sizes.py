@@ -31,7 +31,7 @@ SHAPES |= {"rar_b": (24, 768, 16), "rar_l": (24, 1024, 16), "rar_xl": (32, 1280,
 SHAPES |= dict.fromkeys(("maskgit_titok_l32", "maskgit_titok_b64"), (24, 768, 16)) | {
     "maskgit_titok_s128": (20, 1024, 16)
 }
-OURS = {"flowar_b", "ecar_l", "dtm_l", "artm_l", "fhtm_l"}  # of no published shape
+OURS = {"flowar_b", "ecar_l", "dtm_l", "artm_l", "fhtm_l", "orthus_l"}  # of no published shape
 
 # what else the papers' code sets by size [C, R]
 OTHER = {f"var_d{d}": {"gate_init": g} for d, g in ((16, 1e-3), (20, 1e-3), (24, 1e-4), (30, 1e-5), (36, 5e-6))}
@@ -73,7 +73,7 @@ TOKENIZERS = {
     "maskgit_titok_l32": ("titok_l32",),
     "maskgit_titok_b64": ("titok_b64",),
     "maskgit_titok_s128": ("titok_s128",),
-    **dict.fromkeys(("mar", "xar", "flowar", "ecar", "dtm", "artm", "fhtm"), ("kl16",)),
+    **dict.fromkeys(("mar", "xar", "flowar", "ecar", "dtm", "artm", "fhtm", "orthus"), ("kl16",)),
 }
 BITS = ("magvit2_16k", "tokenizer.quantizer.bits=20", "tokenizer.quantizer.groups=[10,10]")
 WIDE = ("magvit2_16k", "tokenizer.quantizer.bits=24", "tokenizer.quantizer.groups=[12,12]")

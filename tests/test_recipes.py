@@ -24,7 +24,17 @@ from vtok.optim import make_optimizer, rate
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 IMAGES = 1_281_167
-UNOFFICIAL = ("nbp", "par", "flowar", "ecar", "dtm", "artm", "fhtm", "elm")  # no code or outputs to check against
+UNOFFICIAL = (
+    "nbp",
+    "par",
+    "flowar",
+    "ecar",
+    "dtm",
+    "artm",
+    "fhtm",
+    "orthus",
+    "elm",
+)  # no code or outputs to check against
 LLAMAGEN = {"token_dropout": 0.1, "dropout": 0.1, "attention_dropout": 0.0}
 VIT = {"dropout": 0.1, "attention_dropout": 0.1}
 CACHED, CENTRE, RANDOM, VAR, TEN = "cached", ("center", True), ("random", True), ("var", False), ("ten", False)
@@ -95,6 +105,11 @@ TABLE = {
     "dtm": Row("dtm_l", 4e-4, OLD, 2048, 500_000, TRANSITION, 0.02, 3.0, 0.9999, CENTRE, {}),
     "artm": Row("artm_l", 4e-4, OLD, 2048, 500_000, TRANSITION, 0.02, 3.0, 0.9999, CENTRE, {}),
     "fhtm": Row("fhtm_l", 4e-4, OLD, 2048, 500_000, TRANSITION, 0.02, 3.0, 0.9999, CENTRE, {}),
+    # no recipe for images alone: MAR's [O]
+    "orthus": Row(
+        "orthus_l", 8e-4, OLD, 2048, 800, ((0.0625, 0.5), (0.125, 1.0), (1.0, 1.0)), 0.02, 3.0, 0.9999, CENTRE,
+        {"dropout": 0.1},
+    ),
     # the recipe of video: UCF-101 [C]; crops, clip and drops [O]
     "nbp": Row(
         "nbp_l", 6e-4, OLD, 256, 100_000,
@@ -150,6 +165,7 @@ TABLE = {
 OWN = {
     "mar": {"mask_ratio": 0.7, "repeats": 4, "buffer": 64, "solver_steps": 100},
     "maskgit_titok": {"smoothing": 0.1, "unmasked_weight": 0.1, "steps": 8},
+    "orthus": {"codes": 1024, "repeats": 4, "solver_steps": 100},
     "elm": {"factors": [1024, 1024], "factor_depth": 0},
     "dtm": {"levels": 32},
     "artm": {"levels": 3},

@@ -16,6 +16,7 @@ FAMILIES: dict[str, str] = {
     "MAR": "vgen.models.mar:MAR",
     "MaskGIT": "vgen.models.maskgit:MaskGIT",
     "VAR": "vgen.models.var:VAR",
+    "Orthus": "vgen.models.orthus:Orthus",
     "XAR": "vgen.models.xar:XAR",
     "FlowAR": "vgen.models.flowar:FlowAR",
     "ECAR": "vgen.models.ecar:ECAR",
