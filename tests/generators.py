@@ -105,7 +105,7 @@ def transition(cls, levels: int, **options):
 
 def orthus(**options):
     sizes = {"depth": 2, "width": 16, "heads": 2, "head_depth": 1, "head_width": 16, "solver_steps": 4, "codes": 12}
-    return Orthus(latent_spec(), CLASSES, **{**sizes, "repeats": 2, **options})
+    return Orthus(latent_spec(), CLASSES, **{**sizes, "repeats": 2, "clip": 12.0, **options})  # trained for seconds
 
 
 CONTINUOUS = {

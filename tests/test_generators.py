@@ -418,7 +418,8 @@ def test_one_image_of_latents_is_overfitted(name):
     """Four draws of noise a step on one image: most of the error goes, and samples are near the image, of power 9.
     After 100 steps, or sooner where it is so."""
     torch.manual_seed(0)
-    model = CONTINUOUS[name]().train()
+    diffuses = name.startswith("orthus")  # what a chain of few steps draws is far from what its network knows
+    model = CONTINUOUS[name](**{"head_depth": 2, "head_width": 64, "repeats": 4} if diffuses else {}).train()
     image, labels = 3 * tokens_of(model, 1), torch.zeros(4, dtype=torch.int64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     losses = []
@@ -431,7 +432,7 @@ def test_one_image_of_latents_is_overfitted(name):
         optimizer.step()
         if step in (59, 79, 99):
             model.eval()
-            canvas = draw(model, labels, sample_seeds(0, 0, 4), rule=DrawRule(solver_steps=8))
+            canvas = draw(model, labels, sample_seeds(0, 0, 4), rule=DrawRule(solver_steps=50 if diffuses else 8))
             error = float((model.restore(canvas) - image).square().mean())
             if sum(losses[-5:]) < 0.3 * sum(losses[:5]) and error < 0.7 * float(image.square().mean()):
                 return
