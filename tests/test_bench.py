@@ -156,7 +156,7 @@ def test_page_says_not_measured_where_there_is_no_row(tmp_path):
         "threads": 2,
         "versions": {"torch": "2"},
     }
-    name = next(iter(bench_gpu.ROWS))
+    name, short = next(iter(bench_gpu.ROWS)), {"fraction": 0.29}
     (tmp_path / f"{name}.json").write_text(json.dumps(result(name)))
     text = benchmarks.page([row], tmp_path)
     line = "| float32 | >= 2.0 | 2.50 (2.25 to 2.75) | yes |  | 5.00, 2.00 | 256 tokens | wall, a CPU, one process |"
@@ -166,10 +166,25 @@ def test_page_says_not_measured_where_there_is_no_row(tmp_path):
     assert benchmarks.at_most(known) == "1.50" and "| 1.50 |" in benchmarks.page([known], tmp_path)
     assert benchmarks.at_most(known | {"paths": {"linear.gradients": 2}}) == ""  # not products at that rate
     cells = sum(len(batches) for *_, batches, _ in benchmarks.WANTED)
+    cells += sum(part == "sample" for *_, part, _, _ in benchmarks.WANTED)  # in bf16, one image at a time
     assert benchmarks.cpu_table([row]).count("not measured") == cells - 1
+    assert benchmarks.cpu_table([row, row | {"dtype": "bfloat16"}]).count("not measured") == cells - 2
     assert benchmarks.cpu_table([row | {"on": "cuda"}]).count("not measured") == cells
-    line = f"| {name} | sample |  | 1 | 2.00 | 500.0 | 30% |  | a GPU | 1.5 | 2026-01-02 | 2.9 |"
+    goal = ">= 30% of the roofline"
+    line = f"| {name} | sample |  | 1 | 2.00 | 500.0 | 30% |  | a GPU | {goal} | yes | 1.5 | 2026-01-02 | 2.9 |"
     assert benchmarks.gpu_table(tmp_path).splitlines().count(line) == 1
+    (tmp_path / f"{name}.json").write_text(json.dumps(result(name) | {"rows": [result(name)["rows"][0] | short]}))
+    assert f"| {goal} | no |" in benchmarks.gpu_table(tmp_path)
+
+
+def test_a_range_that_ends_just_below_the_goal_does_not_look_as_if_it_reached_it():
+    row = {"ratio": 1.17, "ratio_low": 1.0968, "ratio_high": 1.28}
+    assert benchmarks.span(row, 1.1) == "1.17 (1.097 to 1.28)"
+    assert benchmarks.span(row, 1.0) == benchmarks.span(row, 1.2) == "1.17 (1.10 to 1.28)"
+
+
+def test_goals_are_of_rows_that_exist():
+    assert benchmarks.GOALS.keys() <= bench_gpu.ROWS.keys() and len(benchmarks.GOALS) == 10
 
 
 def compared(peer, size, part, batch, **more):
@@ -261,12 +276,11 @@ def test_a_profile_is_that_of_the_command_above_it():
                 row | {"part": chosen.parts[0], "batch": chosen.batches[0], "profile": profile, "device": "a CPU"}
             )
     table = benchmarks.profile_table([*rows[1:], rows[0] | {"profile": None}])
+    assert table.count("not measured") == 1 and [f"{n}.5 s in operations" in table for n in range(len(rows))] == [
+        False
+    ] + [True] * (len(rows) - 1)
     assert (
-        table.count("not measured") == 1
-        and [f"{n}.5 s in operations" in table for n in range(4)] == [False] + [True] * 3
-    )
-    assert (
-        "| train, mar_b | 2 | float32 | 3.5 s in operations: products 75%, other 25% (of the others ) | a CPU |"
+        "| train, mar_b | 2 | float32 | 7.5 s in operations: products 75%, other 25% (of the others ) | a CPU |"
         in table
     )
 
