@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 PRODUCTS = ("mm", "bmm", "addmm", "addmv", "baddbmm", "mv", "linear", "_linear_pointwise", "_int_mm", "_scaled_mm")
-PRODUCTS += ("linear_dynamic_fp16",)
+PRODUCTS += ("linear_dynamic_fp16", "ProductBackward")  # the latter by OpenBLAS, which the profiler does not see
 FUSED = ("## Call Compiled", "triton_")  # what torch.compile made, by its backend
 LARGEST = 5
 

@@ -332,19 +332,33 @@ VAR-d16 in bf16 is at 61 % of the roofline, 64 % with compiled blocks (`eval.thr
 3.8 times as fast as the original at most.
 
 What limits many rows is the rate of the products, 195 to 199 billion operations a second on two threads with AVX-512,
-119 to 121 with AVX2 (the `matmul_rate` that `eval.throughput` writes): on the first, sampling of VAR-d16 at batch 8
-could be 1.28 at most by it (91 % of that roofline while fresh memory was still cleared, when the ratio was 1.17), and
-xAR-B reaches 78 %. Tensors above 32 MiB were the other limit: fresh memory for each costs more than writing it, which
-memory that is kept does not (VAR's VQVAE was 1.10 and 1.08 without).
+109 to 151 with AVX2, as shared as that machine is (the `matmul_rate` that `eval.throughput` writes): on the first,
+sampling of VAR-d16 at batch 8 could be 1.28 at most by it (91 % of that roofline while fresh memory was still cleared,
+when the ratio was 1.17), and xAR-B reaches 78 %. Tensors above 32 MiB were the other limit: fresh memory for each costs
+more than writing it, which memory that is kept does not (VAR's VQVAE was 1.10 and 1.08 without).
 
-What limits a training step is the same: products are most of it (next table), 1.57 of the original's 2.2 s in
-LlamaGen-B on AVX-512. `At most` says what a row could be were all else free. What is gained lies in the rest: memory
-that is kept, dropout of four entries a draw, attention with dropout without PyTorch's kernel, and in MAR an encoder and
-a head that read what the batch shows and hides. Compiling the blocks (`compile=true`) gives little more. Rows that name
-AVX2 have more: oneDNN's forward products (`linear.wide`, on such processors alone), OpenBLAS's gradients in VAR-d16
-and in LlamaGen-B's head (`linear.gradients`; faster than the rate behind `at most`), attention of steps in a few calls
-(`attention.spans`), gradients of gates written where they belong, modulated branches added in one pass, and xAR's
-modulation without a copy for each position. Rows that name no instructions are of before, on an EPYC with AVX-512.
+What limits a training step is the same: products are most of it (next table). `At most` says what a row could be were
+all else free, at the rate of its own run; on AVX-512, at 197 billion, that is 1.3 for VAR-d16, 1.4 for LlamaGen-B, 1.5
+for RAR-B and MAR-B and 1.9 for xAR-B. What is gained lies in the rest: memory that is kept, dropout of four entries a
+draw, attention with dropout without PyTorch's kernel, and in MAR an encoder and a head that read what the batch shows
+and hides. Compiling the blocks (`compile=true`) gives little more. Rows that name AVX2 have more: oneDNN's forward
+products (`linear.wide`, on such processors alone), OpenBLAS's gradients in VAR-d16 and in LlamaGen-B's head
+(`linear.gradients`, not at the rate behind `at most`), attention of steps in a few calls (`attention.spans`), gradients
+of gates written where they belong, modulated branches added in one pass, and xAR's modulation without a copy for each
+position. Rows that name no instructions are of before, on an EPYC with AVX-512.
+
+Rows that are not reached, and what keeps them:
+
+- LlamaGen-B in bf16, not compiled: small operations between the products, a fifth of its profile; compiled it reaches.
+- VAR-d16 in bf16: the rate of products; it could be 3.8 at most.
+- VAR-d16 at batch 8: the rate of products. AVX-512 allows 1.28; with AVX2, where oneDNN's products are faster than the
+  original's MKL, the median is above 1.3 and the lower end, in minutes that other jobs shared, is not.
+- Training of VAR-d16: the rate of products, which are most of its profile. A run of before, with OpenBLAS for a few
+  more gradients, gave 1.17 (1.12 to 1.24), against an original that took 20.6 s in those minutes and 18.4 s in these.
+- Training of MAR-B: its products would allow 1.38. The head now passes a token's draws of noise at once, which took
+  0.95 of the time of a step in three pairs; the row has not been measured again.
+- Training of LlamaGen-B, xAR-B and RAR-B on AVX-512: these rows are of before; on AVX2 all three reach. What their
+  profiles have beside products was brought down since, but no processor with AVX-512 was there to measure it again.
 
 Where the time goes, by PyTorch's profiler in one run of one thread (training: with the AdamW update):
 

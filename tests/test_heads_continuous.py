@@ -8,6 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from vgen.guidance import ClassifierFree, Constant, Progress, Unguided
 from vgen.heads import DrawRule
+from vgen.heads_continuous import LOSS_STREAM
 from vgen.heads_diffusion import STEPS, DiffusionHead, chain, spaced
 from vgen.heads_token_flow import FlowHead
 from vtok.noise import SampleNoise, sample_seeds
@@ -136,6 +137,25 @@ def test_a_sample_s_loss_does_not_depend_on_its_batch(make):
     whole = head.loss(h, target, (5,), noise=SampleNoise(keys))
     assert whole.shape == (4, 5) and whole.std() > 0.01
     torch.testing.assert_close(head.loss(h[2:3], target[2:3], (5,), noise=SampleNoise(keys[2:3])), whole[2:3])
+
+
+@HEADS
+def test_repeats_are_the_mean_of_passes_of_their_own(make):
+    """Loss and gradients of three draws at once, and of a pass each."""
+    head, noise, index = drawn_head(make, repeats=3), SampleNoise(sample_seeds(0, 0, 4)), torch.arange(5)
+    h, target = torch.randn(4, 5, 8, requires_grad=True), torch.randn(4, 5, 3)
+    given = [h, *head.parameters()]
+    together = head.loss(h, target, (5,), noise=noise)
+    found = torch.autograd.grad(together.sum(), given)
+    passes = []
+    for repeat in range(3):
+        t = head.times(noise.uniform(index, LOSS_STREAM + 2 * repeat))
+        e = noise.normal(index, 3, LOSS_STREAM + 2 * repeat + 1)
+        passes.append(head.denoising_loss(h, target, t, e))
+    apart = torch.stack(passes).mean(0)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
+    for one, other in zip(found, torch.autograd.grad(apart.sum(), given)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @HEADS

@@ -75,7 +75,7 @@ def test_the_difference_chain_of_a_perfect_head_ends_at_the_data(monkeypatch, st
 
 def test_training_levels_of_dtm_are_uniform_and_its_target_is_the_difference(monkeypatch):
     model, seen = FAMILIES["dtm"](), []
-    monkeypatch.setattr(model, "read", lambda x, time, cond: seen.append((x, time)) or x)
+    monkeypatch.setattr(model, "read", lambda x, time, cond, level: seen.append((x, time, level)) or x)
     monkeypatch.setattr(model, "run", lambda x: x.new_zeros(len(x), 16, 16))
     targets = []
     monkeypatch.setattr(
@@ -84,7 +84,8 @@ def test_training_levels_of_dtm_are_uniform_and_its_target_is_the_difference(mon
     data = torch.randn(4000, 16, CHANNELS)
     labels = torch.zeros(4000, dtype=torch.int64)
     model.loss({"tokens": data, "label": labels, "key": sample_seeds(0, 0, 4000)})
-    (x, time), target = seen[0], targets[0]
+    (x, time, level), target = seen[0], targets[0]
+    assert torch.equal(level, 5 - (4 * time).long())  # the one that follows
     counts = torch.stack([(time == t).sum() for t in (1.0, 0.75, 0.5, 0.25)])
     assert counts.sum() == 4000 and (counts - 1000).abs().max() < 120  # 4 sigma
     torch.testing.assert_close(x + time[:, None, None] * target, data, rtol=1e-4, atol=1e-4)

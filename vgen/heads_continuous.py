@@ -98,13 +98,15 @@ class ContinuousHead(nn.Module):
     def denoising_loss(
         self, h: Tensor, target: Tensor, t: Tensor, noise: Tensor, network: Network | None = None
     ) -> Tensor:
-        """Loss float32 [..] of targets [.., C] noised to times t [..] by `noise` [.., C], given h [.., D]."""
+        """Loss float32 [..] of targets [.., C] noised to times t [..] by `noise` [.., C], given h [.., D]; targets and
+        h may be broadcast."""
         raise NotImplementedError
 
     def operations(self, tokens: Tensor | float) -> Tensor | float:
         """Operations of a training step of that many tokens (vtok/acceleration.py): each passes the network `repeats`
-        times, its hidden state too."""
-        return 6.0 * linear_parameters(self) * self.repeats * tokens
+        times, its hidden state the layer that takes it in once."""
+        again = linear_parameters(self) - self.mlp.condition.weight.numel()
+        return 6.0 * (linear_parameters(self) + (self.repeats - 1) * again) * tokens
 
     def gaussian(self) -> Network:
         """What predicts best where h is [mean, variance] of a Gaussian, in the network's place."""
@@ -126,14 +128,12 @@ class ContinuousHead(nn.Module):
         network: of (noisy tokens, times, h), in the place of the head's own.
         """
         index = torch.arange(h.shape[1], device=h.device) if position is None else position
-        total = 0
+        streams = [LOSS_STREAM + 2 * repeat for repeat in range(self.repeats)]
         with torch.autocast(h.device.type, enabled=False):  # float32: errors of a few percent decide what is learnt
-            h, target = h.float(), target.float()
-            for repeat in range(self.repeats):
-                t = self.times(noise.uniform(index, LOSS_STREAM + 2 * repeat))
-                e = noise.normal(index, self.channels, LOSS_STREAM + 2 * repeat + 1)
-                total = total + self.denoising_loss(h, target, t, e, network)
-        return total / self.repeats
+            t = self.times(torch.stack([noise.uniform(index, stream) for stream in streams]))
+            e = torch.stack([noise.normal(index, self.channels, stream + 1) for stream in streams])
+            # all repeats in one pass: products of more rows, of one projection of the hidden states
+            return self.denoising_loss(h.float().unsqueeze(0), target.float().unsqueeze(0), t, e, network).mean(0)
 
     def log_prob(self, h: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
         raise ValueError(f"{type(self).__name__} has no likelihood in closed form; compare its loss instead")
