@@ -64,7 +64,8 @@ def begin(device: torch.device) -> Asked:
     counters.reset()
     if device.type != "cpu":
         return Asked()
-    keep_memory()
+    if keep_memory():
+        counters.count("memory.kept")
     return Asked({"memory.kept"} if platform.libc_ver()[0] == "glibc" else set())
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vtok.counters import count
 from vtok.layers.block import Block
 from vtok.layers.packed import can_halve, can_pack, halve_linears, pack_linears
 from vtok.layers.trunk import Trunk
@@ -66,10 +65,7 @@ def keep_memory() -> bool:
     if malloc is None:
         return False
     # none outside the heap, whose end is never given back; both answer 1 in glibc, and musl has no such function
-    kept = bool(malloc(M_MMAP_MAX, 0) and malloc(M_TRIM_THRESHOLD, -1))
-    if kept:
-        count("memory.kept")
-    return kept
+    return bool(malloc(M_MMAP_MAX, 0) and malloc(M_TRIM_THRESHOLD, -1))
 
 
 def compile_blocks(module: nn.Module, *, backend: str = "inductor") -> int:

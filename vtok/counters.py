@@ -42,7 +42,7 @@ PATHS = {
     "linear.packed": "a product with weights that were reordered once (CPU)",
     "loss.pieces": "cross-entropy whose logits exist piece by piece",
     "loss.whole": "cross-entropy over all logits at once",
-    "memory.kept": "a process that uses memory again that it freed (CPU, glibc)",
+    "memory.kept": "a benchmark whose process uses memory again that it freed (CPU, glibc)",
     "modulation.kept": "a sampling step that takes the blocks' scales, shifts and gates from an earlier one",
     "norm.bfloat16": "a norm of an image tokenizer's maps that stay bfloat16 from one convolution to the next (CUDA)",
     "norm.float32": "such a norm in float32 under autocast (CUDA, without gradients)",
