@@ -85,6 +85,8 @@ class ContinuousHead(nn.Module):
     repeats: draws of (time, noise) a token and training step; the hidden state is computed once (MAR: 4).
     """
 
+    operations_formula = "6 parameters of the head x tokens x repeats (of its layer that takes the state in: once)"
+
     def __init__(self, *, channels: int, repeats: int) -> None:
         super().__init__()
         if repeats < 1:

@@ -52,7 +52,7 @@ class MAR(Generator):
     drawn_operations = True
     operations_formula = (
         "6 (encoder parameters x (buffer + shown) + decoder parameters x (buffer + tokens) + head parameters x repeats "
-        "x hidden) + 12 width x depth x pairs, on average"
+        "x hidden, once those that take the state in) + 12 width x depth x pairs, on average"
     )
     head: DiffusionHead | FlowHead
 

@@ -123,10 +123,10 @@ class Orthus(Generator):
 
     @property
     def operations_formula(self) -> str:
-        return super().operations_formula + " + 6 parameters of the head x tokens x repeats"
+        return f"{super().operations_formula} + {self.head.operations_formula}"
 
     def operations(self, key: Tensor | None = None) -> float:
-        entered = sum(p.numel() for name, p in self.embed.named_parameters() if name.endswith("weight"))
+        entered = sum(p.numel() for p in self.embed.parameters() if p.dim() == 2)
         return super().operations(key) + 6.0 * entered * (self.layout.length - 1)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 0.0) -> dict[str, Tensor]:

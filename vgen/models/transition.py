@@ -241,7 +241,7 @@ class DTM(Transition):
 
     @property
     def operations_formula(self) -> str:
-        return super().operations_formula + ", of one level, + 6 parameters of the head x tokens x repeats"
+        return f"{super().operations_formula}, of one level, + {self.head.operations_formula}"
 
     def operations(self, key: Tensor | None = None) -> float:
         """One level a sample."""

@@ -112,7 +112,7 @@ class CausalTransition(Transition):
 
     @property
     def operations_formula(self) -> str:
-        return super().operations_formula + " + 6 parameters of the head x tokens x repeats"
+        return f"{super().operations_formula} + {self.head.operations_formula}"
 
     def operations(self, key: Tensor | None = None) -> float:
         """Of the levels before, a position of ARTM sees only the one that its own level starts from."""
