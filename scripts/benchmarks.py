@@ -83,12 +83,13 @@ FAST = [  # path, command with the key, the key, where it is shown to change not
         "tests/test_light_weights.py",
     ),
     (
-        "int8 weights",
+        "int8 weights, float8 weights",
         f"{THROUGHPUT} model=llamagen_b parts=[sample] batches=[1] dtype=bfloat16 quant=int8",
         "quant",
-        "tests/test_light_weights.py: logits of a tiny model off by 0.4 % of the largest; the generator of "
-        "`make demo` has 3.0256 nats a token on 300 held-out digits in float32, 3.0255 in int8, 3.0257 in both bf16 "
-        "and int8 (`python -m eval.likelihood from=outputs/demo/generator images=300 quant=int8`)",
+        "tests/test_light_weights.py: logits of a tiny model off by 0.4 % of the largest in int8, 1.4 % in float8; the "
+        "generator of `make demo` has 3.0405 nats a token on 300 held-out digits in float32, 3.0401 in int8, 3.0404 in "
+        "float8, and with dtype=bfloat16 besides 3.0404 and 3.0402 "
+        "(`python -m eval.likelihood from=outputs/demo/generator images=300 quant=float8`)",
     ),
     (
         "channels-last bf16 decoding, CPU",
@@ -351,12 +352,16 @@ Rows that are not reached, and what keeps them:
 
 - LlamaGen-B in bf16, not compiled: small operations between the products, a fifth of its profile; compiled it reaches.
 - VAR-d16 in bf16: the rate of products; it could be 3.8 at most.
-- VAR-d16 at batch 8: the rate of products. AVX-512 allows 1.28; with AVX2, where oneDNN's products are faster than the
-  original's MKL, the median is above 1.3 and the lower end, in minutes that other jobs shared, is not.
-- Training of VAR-d16: the rate of products, which are most of its profile. A run of before, with OpenBLAS for a few
-  more gradients, gave 1.17 (1.12 to 1.24), against an original that took 20.6 s in those minutes and 18.4 s in these.
-- Training of MAR-B: its products would allow 1.38. The head now passes a token's draws of noise at once, which took
-  0.95 of the time of a step in three pairs; the row has not been measured again.
+- VAR-d16 at batch 8: the rate of products. AVX-512 allows 1.28. With AVX2 the products are four fifths of a run, at 126
+  billion operations a second, where the original's MKL has 115 to 125: a run of before gave 1.32 (1.18 to 1.34).
+- Training of VAR-d16: the rate of products, which are most of its profile. A step has 1.79e12 operations, all within
+  12.9 s: 138 billion a second, where large products had 175 at their best in that run. Runs of before gave 1.17 (1.12
+  to 1.24) and 1.06 (1.03 to 1.11), against an original that took 20.6 and 18.4 s, not 13.3: the more of the machine is
+  free, the nearer MKL comes to the other two. In turns with what is there, OpenBLAS for the forward products as well
+  gave 1.00 to 1.02 and for shorter gradients 0.98, and putting PyTorch's waiting threads to sleep before it 1.04, in
+  turns that differed by more.
+- Training of MAR-B: the median is above 1.1, the lower end, in minutes that other jobs shared, is 1.09; its products
+  would allow more (`at most`).
 - Training of LlamaGen-B, xAR-B and RAR-B on AVX-512: these rows are of before; on AVX2 all three reach. What their
   profiles have beside products was brought down since, but no processor with AVX-512 was there to measure it again.
 
@@ -378,7 +383,7 @@ name is the batch.
 ## What each fast path gives
 
 Run each command with its key and without; measured is the first alone, in the table above. Outputs are those of the
-plain path, up to bfloat16's and int8's rounding where those are named.
+plain path, up to the rounding of bfloat16 and of 8 bits where those are named.
 
 {paths_table()}
 
@@ -388,7 +393,7 @@ plain path, up to bfloat16's and int8's rounding where those are named.
 the measured rate and of reading the weights at the measured bandwidth; reads of the cache of keys and values are not in
 it, which at large batches are many. MFU is the share of the rate that the GPU's maker states for bf16; a training step
 here has a fused AdamW update in it. Steps are those of sampling, and of the solver in each of them. Training counts as
-reached at the best batch of its model. What 8-bit floats cost in quality is not measured: they need a GPU.
+reached at the best batch of its model.
 
 {gpu_table(gpu)}
 

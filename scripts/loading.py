@@ -7,6 +7,10 @@ training only), the decoded cache, and cached codes: 16,384 rows of ten crops in
 Everything is read in the shuffled order of training, images with the centre crop and flips, in batches of 64, once in
 this process and once by `workers` others. Seconds are CPU seconds of this process and the workers together, so that
 other jobs do not count; files are in the page cache.
+
+The second table sets against it what training consumes: how many cores keep one GPU fed and how many keep `gpus` of
+them, for each generator of `consumers`, at `mfu` of the bf16 rate that the maker of `gpu` states. What encodes online
+consumes less, since the encoder takes its share of the GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +38,8 @@ LEAST = 32  # images
 @entry(
     "loading",
     ROOT / "configs",
-    whole={"count": LEAST, "image_size": 1, "workers": 0},
-    numbers={"seconds": (0.01, 3600)},
+    whole={"count": LEAST, "image_size": 1, "workers": 0, "gpus": 1},
+    numbers={"seconds": (0.01, 3600), "mfu": (0.01, 1)},
 )
 def main(config: Any) -> None:
     if config.workers and not Path("/proc/self/stat").exists():
@@ -49,7 +53,7 @@ def main(config: Any) -> None:
     from vtok.data.packed import Parquet, Tars
 
     torch.set_num_threads(1)
-    names = listed(config)
+    names, consumed = listed(config), consumption(config)
     out, size = own_folder("out", config.out, ".loading"), int(config.image_size)
     files = pictures(config, names, out)
     shared = dict(image_size=size, batch_size=IMAGES, flip=True, cache_dir=str(out / "cache"))
@@ -74,8 +78,60 @@ def main(config: Any) -> None:
     print("| format |" + "".join(f" workers={workers} |" for workers in counts) + "\n|---|" + "---|" * len(counts))
     for name, speeds in found.items():
         print(f"| {name} |" + "".join(f" {speed:,.0f} |" for speed in speeds))
+    if consumed:
+        print("\n" + needed(found, consumed, config))
     facts = {"workers": counts, "images": len(files), "mean_bytes": bytes_of}
-    write_json(out / "loading.json", {"images_per_second": found, **facts})
+    write_json(out / "loading.json", {"images_per_second": found, "consumed_per_second": consumed, **facts})
+
+
+def consumption(config: Any) -> dict[str, float]:
+    """Images a second at which one GPU trains each of `consumers`. ValueError for an unknown GPU or model, and for a
+    model whose operations have no closed form."""
+    import torch
+    from hydra import compose
+    from hydra.errors import MissingConfigException
+
+    from vtok.acceleration import PEAKS, training_operations
+    from vtok.config import instantiate
+
+    if config.gpu not in PEAKS:
+        raise ValueError(f"gpu={config.gpu}: its rate is not known; choose from {', '.join(PEAKS)}")
+    rate, found = config.mfu * PEAKS[config.gpu], {}
+    pairs = [] if config.consumers is None else config.consumers
+    listed = isinstance(pairs, Sequence) and not isinstance(pairs, str)
+    if not listed or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+        raise ValueError(f"consumers={config.consumers}: give a list of [<model>, <tokenizer>]")
+    for model, tokenizer in pairs:
+        try:
+            made = compose("eval_throughput", overrides=[f"model={model}", f"tokenizer={tokenizer}"])
+        except MissingConfigException as error:
+            raise ValueError(f"consumers=[[{model},{tokenizer}]]: {str(error).splitlines()[0]}") from None
+        with torch.device("meta"):
+            spec = instantiate(made.tokenizer, _convert_="all").spec
+            generator = instantiate(made.model, _convert_="all", _partial_=True)(spec=spec, num_classes=1000)
+        operations = training_operations(generator)
+        if operations is None:
+            raise ValueError(f"consumers=[[{model},{tokenizer}]]: the operations of its step have no closed form")
+        found[model] = rate / operations
+    return found
+
+
+def needed(found: dict[str, list[float]], consumed: dict[str, float], config: Any) -> str:
+    """A table of the cores that each format needs, at the better of its figures, for one GPU and for all."""
+    lines = [
+        f"cores that keep one {config.gpu} fed at {config.mfu:.0%} MFU, and {config.gpus} of them\n",
+        "| model | images/s of one |" + "".join(f" {name} |" for name in found),
+        "|---|---|" + "---|" * len(found),
+    ]
+    for model, rate in consumed.items():
+        cores = [rate / max(speeds) for speeds in found.values()]
+        cells = "".join(f" {short(one)}, {short(config.gpus * one)} |" for one in cores)
+        lines.append(f"| {model} | {rate:,.0f} |{cells}")
+    return "\n".join(lines)
+
+
+def short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def measure(data: Any, workers: int, seconds: float) -> float:

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts import bench_gpu, benchmarks, scaling  # noqa: E402
+from scripts import bench_gpu, benchmarks, loading, scaling  # noqa: E402
 
 CONFIGS = ROOT / "configs"
 
@@ -328,3 +328,20 @@ def test_kernels_of_a_decode_step_do_not_grow_with_the_position():
     assert all(step == steps[0] for step in steps[:-1]) and len(steps) == 62
     whole = [call.replace("alias.default", "slice.Tensor") for call in steps[-1]]  # the last slice is the whole cache
     assert whole == [call.replace("alias.default", "slice.Tensor") for call in steps[0]]
+
+
+def test_what_training_consumes_and_the_cores_that_feed_it():
+    """LlamaGen-B: at each of 256 positions 6 times the weights of 12 blocks, 4 x 768 x 768 + 3 x 768 x 2048 each, and
+    of the head, 768 x 16384; and 12 x 768 operations a block for each position that another one sees."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        given = {"gpu": "H200", "mfu": 0.5, "gpus": 8, "consumers": [["llamagen_b", "llamagen_vq16"]]}
+        consumed = loading.consumption(SimpleNamespace(**given))
+        slower = loading.consumption(SimpleNamespace(**given | {"mfu": 0.25}))
+    blocks = 12 * (4 * 768**2 + 3 * 768 * 2048)
+    by_hand = 6 * 256 * (blocks + 768 * 16384) + 12 * 12 * 768 * 256 * 257 / 2
+    assert consumed["llamagen_b"] == pytest.approx(0.5 * 989e12 / by_hand, rel=0.01)
+    assert slower["llamagen_b"] == pytest.approx(consumed["llamagen_b"] / 2)
+    config = SimpleNamespace(**given)
+    table = loading.needed({"files": [100.0, 50.0], "codes": [1e6, 2e6]}, {"a": 3000.0}, config).splitlines()
+    assert table[0] == "cores that keep one H200 fed at 50% MFU, and 8 of them"
+    assert table[-1] == "| a | 3,000 | 30, 240 | 0.0015, 0.012 |"

@@ -290,51 +290,69 @@ def test_what_cannot_be_packed_says_so():
         light_weights(nn.Linear(2, 2), torch.float32, quant="int8", packed=True)
 
 
-def test_eight_bit_weights_move_the_logits_little():
-    """A tiny model of 16 channels: a weight is off by half a 127th of its row's largest at most, so that logits stay
-    within a few percent of the largest, as with bf16, and the distribution of a token within 0.01 nats."""
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_eight_bit_weights_move_the_logits_little(kind):
+    """A tiny model of 16 channels: an int8 weight is off by half a 127th of its row's largest at most, a float8 one by
+    a 16th of itself, so that logits stay within a few percent of the largest, as with bf16, and the distribution of a
+    token within 0.01 nats."""
     needs_torchao()
     model = make("llamagen").requires_grad_(False)
     light = copy.deepcopy(model)
-    assert quantize_weights(light.trunk, "int8") == 8
+    assert quantize_weights(light.trunk, kind) == 8
     canvas, cond = model.arrange(tokens_of(model, 3)), model.conditioner(LABELS)
     want, got = (m.head.logits(m(canvas, cond))[0] for m in (model, light))
     off = float((got - want).abs().max() / want.abs().max())
     divergence = (want.softmax(-1) * (want.log_softmax(-1) - got.log_softmax(-1))).sum(-1)
-    print(f"int8: logits off by {off:.3%} of the largest, {float(divergence.mean()):.5f} nats a token")
+    print(f"{kind}: logits off by {off:.3%} of the largest, {float(divergence.mean()):.5f} nats a token")
     assert 0 < off < 0.05 and 0 <= float(divergence.mean()) < 0.01
     same = draw(light, LABELS, sample_seeds(0, 0, 3), guidance(2.0), DrawRule()).tokens
     plain = draw(model, LABELS, sample_seeds(0, 0, 3), guidance(2.0), DrawRule()).tokens
     assert float((same == plain).double().mean()) > 0.5, "noise is keyed: most tokens win their race all the same"
 
 
-def test_eight_bit_weights_are_the_rounded_ones():
-    """Half a step s = max |w| / 127 of the row at most, symmetric: zero stays zero."""
+def eight_bits(kind):
+    """A weight [8, 64] with a column of zeros, as it was and as a product reads it in 8 bits."""
     needs_torchao()
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(64, 8, bias=False))
     with torch.no_grad():
         layer[0].weight[:, 5] = 0
     weight = layer[0].weight.detach().clone()
-    quantize_weights(layer, "int8")
+    quantize_weights(layer, kind)
+    return weight, layer(torch.eye(64)).T
+
+
+def test_eight_bit_weights_are_the_rounded_ones():
+    """Half a step s = max |w| / 127 of the row at most, symmetric: zero stays zero."""
+    weight, read = eight_bits("int8")
     scale = weight.abs().amax(1, keepdim=True) / 127
-    read = layer(torch.eye(64)).T
     assert float(((read - weight).abs() / scale).max()) < 0.51
     assert not read[:, 5].any() and float(((read - weight).abs() / scale).max()) > 0.3
+
+
+def test_eight_bit_floats_are_the_nearest():
+    """The largest of a row is 448 s, the largest that e4m3 has; between powers of two lie eight floats, so that none is
+    off by more than a 16th of itself; below 2^-6 s they are 2^-9 s apart. Zero stays zero."""
+    weight, read = eight_bits("float8")
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    allowed = torch.maximum(weight.abs() / 16, scale * 2**-10) * 1.001
+    assert bool(((read - weight).abs() <= allowed).all()) and not read[:, 5].any()
+    assert float(((read - weight).abs() / weight.abs().clamp(min=1e-9)).max()) > 0.04
+    step = 2.0 ** ((read / scale).abs().clamp(min=2**-6).log2().floor() - 3)
+    apart = read / scale / step
+    torch.testing.assert_close(apart, apart.round(), rtol=0, atol=1e-3)
 
 
 def test_low_bit_mistakes_name_their_key(monkeypatch):
     with pytest.raises(ValueError, match="quant='int3': choose"):
         quantize_weights(nn.Linear(2, 2), "int3")
-    with pytest.raises(ValueError, match="quant=float8 needs device=cuda"):
-        quantize_weights(nn.Sequential(nn.Linear(2, 2)), "float8")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ValueError, match="quant=int8 needs torchao, which is not installed"):
         quantize_weights(nn.Sequential(nn.Linear(2, 2)), "int8")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="8-bit floats need a CUDA device")
-def test_eight_bit_floats_move_the_logits_little():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_eight_bit_floats_move_the_logits_little_on_cuda():
     needs_torchao()
     model = make("llamagen").requires_grad_(False).cuda()
     model.trunk.to(torch.bfloat16)

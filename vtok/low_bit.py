@@ -3,7 +3,7 @@
 Decoding a token reads every weight once and multiplies it with a few rows, so half the bytes are up to twice the speed
 where one compiled kernel reads them. Without compile=true torchao first writes the weights in bf16 at every product,
 which is slower than weights that are bf16 to begin with, in CUDA graphs too: what is left is half the memory, and
-`sample.py` says so. "int8": symmetric, one scale an output channel. "float8" (e4m3, CUDA): likewise.
+`sample.py` says so. "int8": symmetric, one scale an output channel. "float8" (e4m3): likewise.
 Activations, norms, embeddings, the head's logits and the tokenizer stay as they are. Pictures change a little;
 tests/test_light_weights.py measures it.
 """
@@ -29,13 +29,11 @@ SLOW_LOW_BIT = (
 def quantize_weights(module: nn.Module, kind: LowBit) -> int:
     """Store the weights of every linear layer in `module` in 8 bits, in place; returns how many layers.
 
-    ValueError for an unknown kind, where torchao is missing, and for float8 without a CUDA device.
+    ValueError for an unknown kind, and where torchao is missing.
     """
     if kind not in KINDS:
         raise ValueError(f"quant={kind!r}: choose {' or '.join(KINDS)}, or leave it away")
     layers = [m for m in module.modules() if type(m) in PLAIN]
-    if kind == "float8" and not all(layer.weight.is_cuda for layer in layers):
-        raise ValueError("quant=float8 needs device=cuda; on the CPU choose quant=int8")
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
