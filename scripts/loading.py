@@ -98,8 +98,7 @@ def consumption(config: Any) -> dict[str, float]:
         raise ValueError(f"gpu={config.gpu}: its rate is not known; choose from {', '.join(PEAKS)}")
     rate, found = config.mfu * PEAKS[config.gpu], {}
     pairs = [] if config.consumers is None else config.consumers
-    listed = isinstance(pairs, Sequence) and not isinstance(pairs, str)
-    if not listed or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+    if not listing(pairs) or not all(listing(pair) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"consumers={config.consumers}: give a list of [<model>, <tokenizer>]")
     for model, tokenizer in pairs:
         try:
@@ -114,6 +113,10 @@ def consumption(config: Any) -> dict[str, float]:
             raise ValueError(f"consumers=[[{model},{tokenizer}]]: the operations of its step have no closed form")
         found[model] = rate / operations
     return found
+
+
+def listing(given: Any) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str)
 
 
 def needed(found: dict[str, list[float]], consumed: dict[str, float], config: Any) -> str:
