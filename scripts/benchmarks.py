@@ -319,6 +319,9 @@ The third form is for a machine that other jobs share: seconds of the process's 
 weights as dtype, packed and quant say; each row keeps the paths that ran, and a fallback is an error. A run that is cut
 short (steps) favours the original, whose cache is then as short as the cut.
 
+Rows of 4.0 are what a processor with bf16 instructions is asked for, `dtype=bfloat16 compile=true`, against the original
+as shipped, in float32. `sample.py` starts from float32 without compilation, whose tokens are the same in every batch.
+
 {cpu_table(rows)}
 
 Measured on:
