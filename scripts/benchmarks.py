@@ -319,8 +319,9 @@ The third form is for a machine that other jobs share: seconds of the process's 
 weights as dtype, packed and quant say; each row keeps the paths that ran, and a fallback is an error. A run that is cut
 short (steps) favours the original, whose cache is then as short as the cut.
 
-Rows of 4.0 are what a processor with bf16 instructions is asked for, `dtype=bfloat16 compile=true`, against the original
-as shipped, in float32. `sample.py` starts from float32 without compilation, whose tokens are the same in every batch.
+Rows of 4.0 are what a processor with bf16 instructions is asked for, `dtype=bfloat16 compile=true`, against the
+original as shipped, in float32. `sample.py` starts from float32 without compilation, whose tokens are the same in every
+batch.
 
 {cpu_table(rows)}
 
@@ -355,16 +356,17 @@ Rows that are not reached, and what keeps them:
 
 - LlamaGen-B in bf16, not compiled: small operations between the products, a fifth of its profile; compiled it reaches.
 - VAR-d16 in bf16: the rate of products; it could be 3.8 at most.
-- VAR-d16 at batch 8: the rate of products. AVX-512 allows 1.28. With AVX2 the products are four fifths of a run, at 126
-  billion operations a second, where the original's MKL has 115 to 125: a run of before gave 1.32 (1.18 to 1.34).
+- VAR-d16 at batch 8: the rate of products. AVX-512 allows 1.28. With AVX2 the products are 86 % of its profile, at 126
+  billion operations a second on two threads, and one thread reaches 77 % of the roofline. A run of before gave 1.32
+  (1.18 to 1.34).
 - Training of VAR-d16: the rate of products, which are most of its profile. A step has 1.79e12 operations, all within
   12.9 s: 138 billion a second, where large products had 175 at their best in that run. Runs of before gave 1.17 (1.12
   to 1.24) and 1.06 (1.03 to 1.11), against an original that took 20.6 and 18.4 s, not 13.3: the more of the machine is
   free, the nearer MKL comes to the other two. In turns with what is there, OpenBLAS for the forward products as well
   gave 1.00 to 1.02 and for shorter gradients 0.98, and putting PyTorch's waiting threads to sleep before it 1.04, in
   turns that differed by more.
-- Training of MAR-B: the median is above 1.1, the lower end, in minutes that other jobs shared, is 1.09; its products
-  would allow more (`at most`).
+- Training of MAR-B: the medians of both runs are above 1.1, the lower ends, in minutes that other jobs shared, are 1.06
+  and 1.09. Products are 87 % of its profile, at most 1.56 by the rate of that run.
 - Training of LlamaGen-B, xAR-B and RAR-B on AVX-512: these rows are of before; on AVX2 all three reach. What their
   profiles have beside products was brought down since, but no processor with AVX-512 was there to measure it again.
 
