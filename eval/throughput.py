@@ -28,7 +28,7 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ from eval.resident import Resident
 from eval.shares import line, shares
 from vtok import counters
 from vtok.acceleration import compile_blocks, light_weights, peak_rate, training_operations, utilisation
-from vtok.cli import check_json, check_place, check_whole_number, entry
+from vtok.cli import check_json, check_place, check_whole_number, entry, is_list
 from vtok.data.ahead import Ahead
 from vtok.decoding import channels_last, decode_images, encode_images, light_tokenizer
 from vtok.layers.packed import HalfLinear, PackedLinear
@@ -471,9 +471,9 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     from vtok.config import instantiate
 
     parts, batches = config["parts"], config["batches"]
-    if isinstance(parts, str) or not isinstance(parts, Sequence) or not parts or set(parts) - set(PARTS):
+    if not is_list(parts) or not parts or set(parts) - set(PARTS):
         raise ValueError(f"parts={parts}: give a list, of {', '.join(PARTS)}")
-    if isinstance(batches, str) or not isinstance(batches, Sequence) or not batches:
+    if not is_list(batches) or not batches:
         raise ValueError(f"batches={batches}: give a list of whole numbers")
     for batch in batches:
         check_whole_number("batches", batch, 1)

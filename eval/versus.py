@@ -25,7 +25,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from eval.throughput import describe, matmul_rate, storage, wait
 from eval.tokenizer_peers import BUILDERS as TOKENIZERS
 from vtok import counters
 from vtok.acceleration import training_operations
-from vtok.cli import check_json, check_number, check_whole_number, entry
+from vtok.cli import check_json, check_number, check_whole_number, entry, is_list
 
 PARTS = ("sample", "train", "encode", "decode")
 LEAST = 7  # turns, fewer are no measurement
@@ -247,7 +247,7 @@ def evaluate(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             check_whole_number(name, config[name])
     check_number("least_seconds", config["least_seconds"])
     parts = config["parts"]
-    if isinstance(parts, str) or not isinstance(parts, Sequence) or not parts or set(parts) - set(PARTS):
+    if not is_list(parts) or not parts or set(parts) - set(PARTS):
         raise ValueError(f"parts={parts}: give a list, of {', '.join(PARTS)}")
     if config["selftest"] and config["peer"] is not None:
         raise ValueError(f"selftest=true times a small model of ours against itself: leave peer={config['peer']} away")

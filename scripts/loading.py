@@ -21,14 +21,14 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vtok.cli import entry, own_folder  # noqa: E402
+from vtok.cli import entry, is_list, own_folder  # noqa: E402
 
 ROWS, SHARDS = 16384, 64  # of the cached codes
 IMAGES, CODES = 64, 256  # a batch
@@ -98,7 +98,7 @@ def consumption(config: Any) -> dict[str, float]:
         raise ValueError(f"gpu={config.gpu}: its rate is not known; choose from {', '.join(PEAKS)}")
     rate, found = config.mfu * PEAKS[config.gpu], {}
     pairs = [] if config.consumers is None else config.consumers
-    if not listing(pairs) or not all(listing(pair) and len(pair) == 2 for pair in pairs):
+    if not is_list(pairs) or not all(is_list(pair) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"consumers={config.consumers}: give a list of [<model>, <tokenizer>]")
     for model, tokenizer in pairs:
         try:
@@ -113,10 +113,6 @@ def consumption(config: Any) -> dict[str, float]:
             raise ValueError(f"consumers=[[{model},{tokenizer}]]: the operations of its step have no closed form")
         found[model] = rate / operations
     return found
-
-
-def listing(given: Any) -> bool:
-    return isinstance(given, Sequence) and not isinstance(given, str)
 
 
 def needed(found: dict[str, list[float]], consumed: dict[str, float], config: Any) -> str:

@@ -40,7 +40,7 @@ def entry(
         @functools.wraps(task)
         def guarded(config: Any) -> Any:
             try:
-                if isinstance(trust := config.get("trust", []), str) or not isinstance(trust, Sequence):
+                if not is_list(trust := config.get("trust", [])):
                     raise ValueError(f"trust={trust} must be a list of modules: trust=[my.module]")
                 usual = usual_values(configs, config_name)
                 check_values(config, usual, whole=whole or {}, numbers=numbers or {}, texts=texts, lists=lists)
@@ -168,10 +168,15 @@ def check_values(
             config[name] = _text(name, config[name])
     for name in lists:
         value = config.get(name)
-        if value is not None and not isinstance(value, str) and not isinstance(value, Sequence):
+        if value is not None and not isinstance(value, str) and not is_list(value):
             raise ValueError(f"{name}={value}: give a list, {name}=[...,...]")
-        if isinstance(value, Sequence) and not isinstance(value, str):
+        if is_list(value):
             config[name] = [_text(name, one) for one in value]
+
+
+def is_list(value: Any) -> bool:
+    """Whether a key's value is a list; a text, whose letters are a sequence too, is none."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _text(name: str, value: Any) -> str:
